@@ -1,0 +1,22 @@
+"""From a sparse mixture of experts to one dense student: gathering, distillation, and the study of both.
+
+Importing this package registers the ``widenet_*`` and ``ones_*`` models with timm.
+"""
+
+from ones_lib import vision  # noqa: F401  registers the models with timm
+from ones_lib.distillation import Distillation
+from ones_lib.ffn import FeedForwardWeights
+from ones_lib.gathering import gather, gathering_methods, register
+from ones_lib.integration import integrate
+from ones_lib.metrics import benefit_retention
+
+__version__ = "0.1.0"
+__all__ = [
+    "Distillation",
+    "FeedForwardWeights",
+    "benefit_retention",
+    "gather",
+    "gathering_methods",
+    "integrate",
+    "register",
+]

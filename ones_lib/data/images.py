@@ -1,0 +1,319 @@
+"""Image classification data: Glyphs, folders in ImageNet's layout, the Hugging Face hub by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform
+from timm.data.readers import create_reader
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ones_lib.data import glyphs
+
+INCEPTION_MEAN_STD = 0.5  # pixels are scaled to [-1, 1], as in the authors' input pipeline
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A named image data set. Both splits are indexed by keys (index, seed), see :mod:`ones_lib.data`.
+
+    ``report`` says what was found, for people to read.
+    """
+
+    name: str
+    classes: list[str]
+    in_chans: int
+    image_size: int
+    train: Dataset
+    val: Dataset
+    report: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+def image_data(
+    name: str = "glyphs",
+    *,
+    image_size: int,
+    data_dir: str | Path = "",
+    cache_dir: str | Path = "runs/cache",
+    num_classes: int | None = None,
+    train_per_class: int | None = None,
+    val_per_class: int | None = None,
+    distortion: float = 1.0,
+    color_jitter: float = 0.0,
+    min_crop: float = 0.08,
+) -> ImageData:
+    """Open a data set by name.
+
+    Args:
+        name: ``"glyphs"`` (drawn here); ``"folder"`` (``data_dir/{train,val}/<class>/*``, ImageNet's layout); or a name on
+            the Hugging Face hub, such as ``"ILSVRC/imagenet-1k"`` (columns image, label; splits train, validation).
+        image_size: px, height and width.
+        data_dir: the folder, for ``"folder"``; the download cache, for the hub (empty: the hub library's own).
+        cache_dir: where drawn glyphs are kept.
+        num_classes: for glyphs the number of characters (default 300); else the first so many classes by name.
+        train_per_class, val_per_class: for glyphs the images drawn of each (default 300, 50); else the first so many.
+        distortion: for glyphs, see :func:`ones_lib.data.glyphs.make_glyphs`.
+        color_jitter, min_crop: for the others, of timm's training transform: strength of the jitter, and the least part
+            of the picture's area that a random crop keeps (0.08 is the Inception-style crop).
+
+    Raises:
+        FileNotFoundError, ValueError: a folder or class is missing, empty or different between the splits; what was found
+            and expected is named. ConnectionError: the hub cannot be reached, with what to do.
+    """
+    for option, value in {
+        "num_classes": num_classes,
+        "train_per_class": train_per_class,
+        "val_per_class": val_per_class,
+    }.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{option}: expected an integer of at least 1 or None, found {value}")
+    if name == "glyphs":
+        counts = (num_classes or 300, train_per_class or 300, val_per_class or 50)
+        return _glyphs(*counts, image_size, distortion, Path(cache_dir))
+    if name == "folder":
+        splits, classes = _folder_readers(Path(data_dir), data_dir)
+    elif "/" in name:
+        splits, classes = _hub_readers(name, str(data_dir) or None)
+    else:
+        raise ValueError(
+            f"data: expected 'glyphs', 'folder' or a hub name such as 'ILSVRC/imagenet-1k', found {name!r}"
+        )
+    if num_classes is not None and num_classes > len(classes):
+        raise ValueError(
+            f"num_classes: expected at most {len(classes)}, the classes of {data_dir or name}, found {num_classes}"
+        )
+    classes = classes[:num_classes]
+
+    def transform(is_training: bool) -> Callable:
+        return create_transform(
+            (3, image_size, image_size),
+            is_training=is_training,
+            color_jitter=color_jitter or None,
+            scale=(min_crop, 1.0),
+            crop_pct=1.0 if image_size < 64 else 0.9,  # small pictures have no border to spare
+            interpolation="bicubic",
+            mean=(INCEPTION_MEAN_STD,) * 3,
+            std=(INCEPTION_MEAN_STD,) * 3,
+        )
+
+    train = ReaderImages(splits["train"], len(classes), train_per_class, transform(True), transform(False))
+    val = ReaderImages(splits["val"], len(classes), val_per_class, transform(False), transform(False))
+    report = (
+        f"{data_dir or name}: {len(classes)} classes, {len(train):,} images for training, {len(val):,} for validation,"
+        f" {image_size} px"
+    )
+    return ImageData(name, classes, 3, image_size, train, val, report)
+
+
+class TensorImages(Dataset):
+    """Images held as uint8 [n, C, H, W], augmented by shifts of at most one pixel; indexed by a batch of keys at once."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [B, 2] -> images [B, C, H, W] in [-1, 1] and labels [B]."""
+        index, seed = keys.unbind(dim=1)
+        images = self.images[index].float().div_(255 * INCEPTION_MEAN_STD).sub_(1)
+        if (seed >= 0).any():
+            images = shift(images, torch.where(seed < 0, 4, seed % 9))  # 4 is no shift
+        return images, self.labels[index]
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return batch
+
+
+def shift(images: Tensor, which: Tensor) -> Tensor:
+    """Move each image [B, C, H, W] by (which // 3 - 1, which % 3 - 1) pixels, down and right; the border repeats."""
+    batch, channels, height, width = images.shape
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+    rows = torch.arange(height) + 2 - (which // 3)[:, None]  # [B, H]
+    columns = torch.arange(width) + 2 - (which % 3)[:, None]  # [B, W]
+    pixels = (rows[:, :, None] * (width + 2) + columns[:, None, :]).view(batch, 1, -1)
+    return padded.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
+
+
+class ReaderImages(Dataset):
+    """Images read one by one through a timm reader, transformed by timm; indexed by single keys.
+
+    A picture that cannot be decoded is an error that names it: skipping would change what the numbers mean.
+    """
+
+    collate = None  # the loader's default
+
+    def __init__(
+        self, reader, num_classes: int, per_class: int | None, train_transform: Callable, eval_transform: Callable
+    ) -> None:
+        self.reader, self.train_transform, self.eval_transform = reader, train_transform, eval_transform
+        labels = list(reader.iter_targets())
+        taken: Counter[int] = Counter()
+        chosen = []
+        for i, label in enumerate(labels):
+            if not 0 <= label < num_classes:
+                continue
+            taken[label] += 1
+            if per_class is None or taken[label] <= per_class:
+                chosen.append(i)
+        self.indices = torch.tensor(chosen, dtype=torch.int64)
+        self.labels = torch.tensor(labels, dtype=torch.int64)[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Key (index, seed) -> image [3, H, W] in [-1, 1] and its label."""
+        index, seed = (int(value) for value in key)
+        source = int(self.indices[index])
+        stream, _ = self.reader[source]
+        try:
+            with stream, Image.open(stream) as picture:
+                picture = picture.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{self._where(source)}: expected a readable image, found: {error}") from error
+        if seed < 0:
+            return self.eval_transform(picture), self.labels[index]
+        with _seeded(seed):
+            return self.train_transform(picture), self.labels[index]
+
+    def _where(self, source: int) -> str:
+        try:
+            return self.reader.filename(source, absolute=True)
+        except (KeyError, TypeError, NotImplementedError):
+            return f"image {source} of the {getattr(self.reader, 'split', 'data')} split"
+
+
+class _seeded:
+    """Seed Python's, NumPy's and torch's global generators, which timm's transforms draw from; restore them after."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(self.seed)
+        np.random.seed(self.seed % 2**32)
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *_) -> None:
+        random.setstate(self.states[0])
+        np.random.set_state(self.states[1])
+        torch.set_rng_state(self.states[2])
+
+
+def _glyphs(num_classes: int, train: int, val: int, image_size: int, distortion: float, cache_dir: Path) -> ImageData:
+    parameters = {
+        "num_classes": num_classes,
+        "train_per_class": train,
+        "val_per_class": val,
+        "image_size": image_size,
+        "distortion": distortion,
+    }
+    digest = hashlib.sha256(Path(glyphs.__file__).read_bytes())
+    digest.update(json.dumps([parameters, glyphs.versions()], sort_keys=True).encode())
+    path = cache_dir / f"glyphs-{digest.hexdigest()[:16]}.safetensors"
+    characters = glyphs.choose_characters(num_classes)
+    if not path.exists():
+        tensors, characters = glyphs.make_glyphs(**parameters)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file(tensors, partial)
+        os.replace(partial, path)
+    tensors = load_file(path)
+    splits = {split: TensorImages(tensors[f"{split}_images"], tensors[f"{split}_labels"]) for split in ("train", "val")}
+    report = (
+        f"Glyphs: {num_classes} characters in {len(glyphs.FONTS)} fonts, {len(splits['train']):,} images for training,"
+        f" {len(splits['val']):,} for validation, {image_size} px"
+    )
+    return ImageData("glyphs", characters, 1, image_size, splits["train"], splits["val"], report)
+
+
+def _folder_readers(root: Path, given: str | Path) -> tuple[dict, list[str]]:
+    if not str(given):
+        raise ValueError("data_dir: expected a folder with train/<class>/* and val/<class>/*, found none given")
+    readers, classes = {}, None
+    for split in ("train", "val"):
+        folder = root / split
+        if not folder.is_dir():
+            found = sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else "no such folder"
+            raise FileNotFoundError(f"data_dir: expected a folder {folder}, found in {root}: {found}")
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not names:
+            raise ValueError(f"{folder}: expected a folder for each class, found none")
+        if classes is None:
+            classes = names
+        elif names != classes:  # a split's own numbering would mislabel it
+            odd = sorted(set(names) ^ set(classes))
+            raise ValueError(
+                f"{folder}: expected the {len(classes)} classes of {root / 'train'}, found {len(names)};"
+                f" in one of the two only: {odd[:5]}"
+            )
+        readers[split] = _FolderReader(folder, classes)
+    return readers, classes
+
+
+class _FolderReader:
+    """Images of ``folder/<class>/**`` with the given numbering of classes, the same in every split; reads as timm's do."""
+
+    def __init__(self, folder: Path, classes: list[str]) -> None:
+        extensions = get_img_extensions(as_set=True)
+        self.samples = []
+        for label, name in enumerate(classes):
+            paths = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in extensions)
+            if not paths:
+                raise ValueError(f"{folder / name}: expected images ({', '.join(sorted(extensions))}), found none")
+            self.samples += [(path, label) for path in paths]
+
+    def __getitem__(self, index: int):
+        path, label = self.samples[index]
+        return open(path, "rb"), label
+
+    def filename(self, index: int, absolute: bool = True) -> str:
+        return str(self.samples[index][0])
+
+    def iter_targets(self):
+        return (label for _, label in self.samples)
+
+
+def _hub_readers(name: str, cache_dir: str | None) -> tuple[dict, list[str]]:
+    from datasets.exceptions import DatasetNotFoundError
+
+    readers = {}
+    for split, hub_split in {"train": "train", "val": "validation"}.items():
+        try:
+            readers[split] = create_reader(f"hfds/{name}", root=cache_dir, split=hub_split)
+        except (ConnectionError, DatasetNotFoundError) as error:
+            raise ConnectionError(
+                f"data: could not open {name!r} on the Hugging Face hub ({error}). Offline, or before accepting the data"
+                " set's terms and logging in (hf auth login), use data='folder' with data_dir=<a folder with train/ and val/>"
+            ) from error
+    class_to_idx = readers["train"].class_to_idx
+    if not class_to_idx or readers["val"].class_to_idx != class_to_idx:
+        raise ValueError(f"data: expected a column 'label' with the same class names in both splits of {name!r}")
+    return readers, sorted(class_to_idx, key=class_to_idx.get)
+
+
+def worker_count(data: Sequence | Dataset) -> int:
+    """Loader processes for a split: none for tensors in memory, else one for every core but the first."""
+    return 0 if isinstance(data, TensorImages) else max(1, (os.cpu_count() or 2) - 1)

@@ -1,0 +1,116 @@
+"""Weights of one transformer feed-forward network (FFN), or of a bank of E experts stacked on axis 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForwardWeights:
+    """One FFN, or a bank of E experts, as plain tensors.
+
+    Plain:  ``FFN(x) = down @ act(up @ x + up_bias) + down_bias``.
+    Gated (SwiGLU and its relatives): ``FFN(x) = down @ (act(gate @ x + gate_bias) * (up @ x + up_bias)) + down_bias``.
+
+    Shapes, with E experts, d_ff hidden neurons ``h`` and model width ``d``; one FFN lacks the leading axis:
+
+    ========== =========== ==================================
+    up, gate   [E, h, d]   rows are a neuron's input weights
+    down       [E, d, h]   columns are its output weights
+    up_bias    [E, h]      likewise gate_bias
+    down_bias  [E, d]
+    ========== =========== ==================================
+
+    Raises:
+        ValueError: a tensor's shape, dtype or device does not go with ``up``'s.
+    """
+
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.up.ndim not in (2, 3):
+            raise ValueError(f"up: expected [h, d] for one FFN or [E, h, d] for a bank, found {list(self.up.shape)}")
+        *lead, h, d = self.up.shape
+        expected = {
+            "down": [*lead, d, h],
+            "gate": [*lead, h, d],
+            "up_bias": [*lead, h],
+            "gate_bias": [*lead, h],
+            "down_bias": [*lead, d],
+        }
+        if self.gate is None and self.gate_bias is not None:
+            raise ValueError("gate_bias: found a bias, expected None because gate is None")
+        for name, tensor in self.tensors():
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name}: expected floating-point weights, found {tensor.dtype}")
+            if name != "up" and list(tensor.shape) != expected[name]:
+                raise ValueError(
+                    f"{name}: expected {expected[name]} to go with up {list(self.up.shape)}, found {list(tensor.shape)}"
+                )
+            if (tensor.dtype, tensor.device) != (self.up.dtype, self.up.device):
+                raise ValueError(
+                    f"{name}: expected {self.up.dtype} on {self.up.device} like up, found {tensor.dtype} on {tensor.device}"
+                )
+
+    @classmethod
+    def stack(cls, experts: Sequence[FeedForwardWeights]) -> FeedForwardWeights:
+        """A bank from single FFNs of equal shape; the first that differs from expert 0 is named in the error."""
+        if not experts:
+            raise ValueError("experts: expected at least one expert, found none")
+        shapes = [{name: list(tensor.shape) for name, tensor in expert.tensors()} for expert in experts]
+        for i, (expert, shape) in enumerate(zip(experts, shapes, strict=True)):
+            if expert.is_bank:
+                raise ValueError(f"expert {i}: expected one FFN, found a bank of {expert.num_experts}")
+            if shape != shapes[0]:
+                raise ValueError(f"expert {i}: expected the shapes of expert 0, {shapes[0]}, found {shape}")
+        return cls(**{name: torch.stack([getattr(e, name) for e in experts]) for name in shapes[0]})
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of every part that is present, in the order of the fields."""
+        return ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FeedForwardWeights:
+        """The same structure with ``function`` applied to every tensor."""
+        return FeedForwardWeights(**{name: function(tensor) for name, tensor in self.tensors()})
+
+    def expert(self, index: int) -> FeedForwardWeights:
+        """Expert ``index`` of a bank as one FFN (views, no copy)."""
+        return self.map(lambda tensor: tensor[index])
+
+    @property
+    def is_bank(self) -> bool:
+        return self.up.ndim == 3
+
+    @property
+    def num_experts(self) -> int:
+        """E of a bank; 1 for a single FFN."""
+        return self.up.shape[0] if self.is_bank else 1
+
+    @property
+    def d_ff(self) -> int:
+        return self.up.shape[-2]
+
+    @property
+    def d_model(self) -> int:
+        return self.up.shape[-1]
+
+    def apply(self, x: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu) -> Tensor:
+        """Output of one FFN on tokens ``x`` [..., d], with the architecture's activation (GELU by default)."""
+        if self.is_bank:
+            raise ValueError(f"apply: expected one FFN, found a bank of {self.num_experts}; choose with .expert(i)")
+        hidden = F.linear(x, self.up, self.up_bias)
+        if self.gate is None:
+            hidden = activation(hidden)
+        else:
+            hidden = activation(F.linear(x, self.gate, self.gate_bias)) * hidden
+        return F.linear(hidden, self.down, self.down_bias)

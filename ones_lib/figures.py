@@ -1,0 +1,260 @@
+"""Figures from tables of results: table -> matplotlib figure, saved as PNG and PDF with its CSV and where it came from.
+
+Every function draws what its table holds and trains nothing, so a figure can be drawn again from the records, or from the
+CSV beside it. Bands and bars say what they are in the axis labels or the legend.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
+
+from ones_lib.data import ImageData
+from ones_lib.records import project_root, write_text
+
+ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2  # inches, the usual widths of a paper's columns
+
+NAMES = {
+    "moe": "MoE (teacher)",
+    "dense_long": "dense, as long as\nteacher + KD",
+    "dense": "dense",
+    "dense_kd": "dense, KD from scratch",
+    "shared_kd": "shared weights only",
+    "zero_ffn": "zero FFN",
+    "one_expert": "one expert",
+    "sum": "summation",
+    "average": "averaging",
+    "topk": "Top-KG",
+    "svd": "SVD-KG",
+}
+METHODS = ["sum", "average", "topk", "svd"]
+CONTROLS = ["shared_kd", "zero_ffn", "one_expert"]
+_COLOURS = sns.color_palette("colorblind")
+PALETTE = dict(zip([*METHODS, *CONTROLS, "dense_kd"], [_COLOURS[i] for i in (3, 0, 2, 1, 7, 5, 4, 9)], strict=True))
+PALETTE |= {"moe": "black", "dense": "0.45", "dense_long": "0.45"}
+MARKERS = dict(zip(PALETTE, "oosDv^<PXXX", strict=False))
+DASHES = {"moe": "-", "dense": "--", "dense_long": ":"}
+
+
+def set_style() -> None:
+    """The one style of all figures: small sans serif, light grid, fonts embedded in PDFs as text."""
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        rc={
+            "axes.grid": True,
+            "axes.labelsize": 8,
+            "axes.titlesize": 8,
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 150,
+            "font.size": 8,
+            "grid.color": "0.9",
+            "legend.fontsize": 7,
+            "legend.frameon": False,
+            "lines.linewidth": 1.2,
+            "lines.markersize": 4,
+            "pdf.fonttype": 42,
+            "savefig.dpi": 300,
+            "xtick.labelsize": 7,
+            "ytick.labelsize": 7,
+        },
+    )
+
+
+def sample_images(data: ImageData, classes: int = 8, each: int = 6, seed: int = 0) -> Figure:
+    """A few augmented training images of the first classes, one column a class."""
+    labels = data.train.labels
+    shown = [torch.nonzero(labels == c)[:each, 0] for c in range(min(classes, data.num_classes))]
+    rows = max(len(s) for s in shown)
+    fig, axes = plt.subplots(rows, len(shown), figsize=(ONE_COLUMN, ONE_COLUMN * rows / len(shown)), squeeze=False)
+    for column, indices in enumerate(shown):
+        keys = torch.stack([indices, torch.arange(len(indices)) + seed], dim=1)
+        images, _ = next(iter(DataLoader(data.train, batch_sampler=[keys], collate_fn=data.train.collate)))
+        for row, ax in enumerate(axes[:, column]):
+            ax.set_axis_off()
+            if row < len(images):
+                picture = images[row].permute(1, 2, 0).add(1).div(2).clamp(0, 1)
+                ax.imshow(picture.expand(-1, -1, 3), interpolation="nearest")
+    return fig
+
+
+def learning_curves(history: pd.DataFrame) -> Figure:
+    """Validation accuracy against steps, one line a model, band: lowest to highest seed.
+
+    ``history`` has columns ``model, seed, step, val_accuracy`` (percent).
+    """
+    fig, ax = plt.subplots(figsize=(ONE_COLUMN, 2.4))
+    for model, group in history.groupby("model", sort=False):
+        by_step = group.groupby("step")["val_accuracy"].agg(["mean", "min", "max"])
+        style = {"color": PALETTE[model], "linestyle": DASHES.get(model, "-")}
+        ax.plot(by_step.index, by_step["mean"], label=NAMES[model].replace("\n", " "), **style)
+        ax.fill_between(by_step.index, by_step["min"], by_step["max"], color=style["color"], alpha=0.15, linewidth=0)
+    seeds = history["seed"].nunique()
+    ax.set(
+        xlabel="training step",
+        ylabel="validation accuracy (%)",
+        title=f"mean of {seeds} seed(s); band: lowest to highest",
+    )
+    ax.set_ylim(bottom=0)
+    ax.legend(loc="lower right")
+    return fig
+
+
+def accuracy_by_model(results: pd.DataFrame) -> Figure:
+    """Accuracy of every model: small marks are seeds, large ones their mean; students before and after KD.
+
+    ``results`` is a table of :func:`ones_lib.study.results_table`.
+    """
+    order = [m for m in NAMES if m in set(results["model"])]
+    fig, ax = plt.subplots(figsize=(TWO_COLUMNS, 0.25 * len(order) + 0.9))
+    stages = {"trained": ("black", "o"), "gathered": (_COLOURS[7], "s"), "distilled": (_COLOURS[0], "D")}
+    texts = {"trained": "trained from scratch", "gathered": "gathered, before KD", "distilled": "distilled"}
+    for stage, (colour, marker) in stages.items():
+        part = results[results["stage"] == stage]
+        if part.empty:
+            continue
+        at = part["model"].map(order.index)
+        ax.plot(part["accuracy"], at, "|", color=colour, markersize=7, alpha=0.7)
+        means = part.groupby(at)["accuracy"].mean()
+        ax.plot(means, means.index, marker, color=colour, label=texts[stage], markersize=5)
+    for model in ("moe", "dense", "dense_long"):
+        mean = results.loc[results["model"] == model, "accuracy"].mean()
+        ax.axvline(mean, color=PALETTE[model], linestyle=DASHES[model], linewidth=0.8, zorder=0)
+    ax.set_yticks(range(len(order)), [NAMES[m].replace("\n", " ") for m in order])
+    ax.set_ylim(len(order) - 0.5, -0.5)
+    ax.set(xlabel=f"validation accuracy (%); strokes: {results['seed'].nunique()} seed(s), marks: their mean")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return fig
+
+
+def retention_by_model(retention: pd.DataFrame) -> Figure:
+    """Benefit retention of the distilled models against both baselines, with 95% intervals.
+
+    ``retention`` is a table of :func:`ones_lib.study.retention_table`; only its ``distilled`` rows are drawn.
+    """
+    rows = retention[retention["stage"] == "distilled"]
+    order = [m for m in NAMES if m in set(rows["model"])]
+    references = list(dict.fromkeys(rows["reference"]))
+    fig, axes = plt.subplots(
+        1, len(references), figsize=(TWO_COLUMNS, 0.24 * len(order) + 1.0), sharey=True, squeeze=False
+    )
+    for ax, reference in zip(axes[0], references, strict=True):
+        part = rows[rows["reference"] == reference].set_index("model").loc[order]
+        ax.set_title(f"baseline: {NAMES[reference]}".replace("\n", " "))
+        ax.set_yticks(range(len(order)), [NAMES[m].replace("\n", " ") for m in order])
+        ax.set_ylim(len(order) - 0.5, -0.5)
+        if part["retention"].isna().all():
+            _undefined(ax)
+            continue
+        for i, (model, row) in enumerate(part.iterrows()):
+            if math.isfinite(row["low"]):
+                ax.plot([100 * row["low"], 100 * row["high"]], [i, i], color=PALETTE[model], linewidth=1.5)
+            ax.plot(100 * row["retention"], i, MARKERS[model], color=PALETTE[model], markersize=5)
+        _retention_marks(ax.axvline)
+        ax.set(xlabel="benefit retention (%)")
+    fig.supxlabel("0: the baseline, 100: the MoE; lines: 95% bootstrap over seeds and test examples", fontsize=7)
+    return fig
+
+
+def retention_curves(retention: pd.DataFrame, axis: str, axis_label: str, log: bool = False) -> Figure:
+    """Benefit retention against ``axis`` (a column such as ``budget``), one line a method, bands: 95% intervals.
+
+    One panel a reference baseline; methods and controls that share a panel share its scale. Where the MoE is not above
+    the baseline, retention is undefined and the panel says for which values.
+    """
+    rows = retention[retention["stage"] == "distilled"].dropna(subset=[axis])
+    references = list(dict.fromkeys(rows["reference"]))
+    fig, axes = plt.subplots(1, len(references), figsize=(TWO_COLUMNS, 3.0), sharex=True, squeeze=False)
+    for ax, reference in zip(axes[0], references, strict=True):
+        part = rows[rows["reference"] == reference]
+        undefined = sorted(part.loc[part["retention"].isna(), axis].unique())
+        models = [m for m in PALETTE if m in set(part["model"])]
+        for i, model in enumerate(models):
+            line = part[part["model"] == model].sort_values(axis)
+            control = model not in METHODS
+            # Lines that lie on one another stay apart: each method a little to the side of the one before.
+            offset = (i - (len(models) - 1) / 2) * 0.012
+            x = line[axis] * (1 + offset) if log else line[axis] + offset * np.ptp(part[axis])
+            ax.plot(
+                x,
+                100 * line["retention"],
+                marker=MARKERS[model],
+                color=PALETTE[model],
+                linestyle="--" if control else "-",
+                label=NAMES[model],
+            )
+            finite = np.isfinite(line["low"]) & np.isfinite(line["high"])
+            ax.fill_between(
+                x, 100 * line["low"], 100 * line["high"], where=finite, color=PALETTE[model], alpha=0.1, linewidth=0
+            )
+        _retention_marks(ax.axhline)
+        if log:
+            ax.set_xscale("log")
+        ticks = sorted(part[axis].unique())
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.set(xlabel=axis_label, title=f"baseline: {NAMES[reference]}".replace("\n", " "))
+        if undefined:
+            _undefined(ax, f"{axis_label}: {', '.join(f'{u:g}' for u in undefined)}")
+    axes[0, 0].set_ylabel("benefit retention (%)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside right center")
+    fig.supxlabel("0: the baseline, 100: the MoE; bands: 95% bootstrap over seeds and test examples", fontsize=7)
+    return fig
+
+
+def retention_text(retention: pd.DataFrame) -> pd.DataFrame:
+    """Retention of the distilled models, for reading: per cent with 95% interval, a column a reference."""
+    rows = retention[retention["stage"] == "distilled"]
+
+    def text(row: pd.Series) -> str:
+        if math.isnan(row["retention"]):
+            return "undefined (MoE not above)"
+        interval = f"{100 * row['low']:.0f} to {100 * row['high']:.0f}" if math.isfinite(row["low"]) else "unbounded"
+        return f"{100 * row['retention']:.0f}% ({interval})"
+
+    table = rows.assign(text=rows.apply(text, axis=1)).pivot(index="model", columns="reference", values="text")
+    order = [m for m in NAMES if m in table.index]
+    return table.loc[order].rename(index={m: NAMES[m].replace("\n", " ") for m in order})
+
+
+def save_figure(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, records: Iterable[str] = ()) -> None:
+    """Write ``name.png``, ``name.pdf`` and what :func:`save_table` writes, ``table`` being what is drawn."""
+    save_table(table, name, folder, records)
+    path = project_root() / folder / name
+    fig.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})  # the same figure gives the same file
+    fig.savefig(path.with_suffix(".png"))
+
+
+def save_table(table: pd.DataFrame, name: str, folder: str | Path, records: Iterable[str] = ()) -> None:
+    """Write ``name.csv`` and ``name.json``, the records behind it; ``folder`` is relative to the project's root.
+
+    A column ``record`` goes to the JSON, row by row, instead of to the CSV.
+    """
+    path = project_root() / folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "record" in table:
+        records, table = table["record"], table.drop(columns="record")
+    write_text(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.6f"))
+    write_text(path.with_suffix(".json"), json.dumps({"records": list(records)}, indent=1) + "\n")
+
+
+def _retention_marks(line) -> None:
+    line(0, color="0.45", linestyle="--", linewidth=0.8, zorder=0)
+    line(100, color="black", linewidth=0.8, zorder=0)
+
+
+def _undefined(ax: Axes, where: str = "") -> None:
+    text = "retention undefined: the MoE is not\nabove this baseline" + (f"\n({where})" if where else "")
+    ax.text(0.5, 0.95, text, transform=ax.transAxes, ha="center", va="top", fontsize=7, color="firebrick")

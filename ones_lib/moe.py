@@ -1,0 +1,207 @@
+"""Mixture-of-experts feed-forward layer: noisy top-k router, balance loss, capacity, and two dispatch paths.
+
+After WideNet ("Go Wider Instead of Deeper", Xue et al., AAAI 2022, arXiv 2107.11817) and the GShard/V-MoE routers that it
+builds on. N is the number of tokens, E of experts, k of experts a token, h = d_ff, d = d_model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ones_lib.ffn import FeedForwardWeights
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where N tokens go. ``experts`` and ``gates`` are [N, k], best expert first; ``probabilities`` [N, E].
+
+    ``capacity`` is the most assignments that one expert takes, or None for no limit. Places go to all first choices in
+    token order, then to all second choices, and so on (GShard's rule).
+    """
+
+    experts: Tensor
+    gates: Tensor
+    probabilities: Tensor
+    capacity: int | None = None
+
+    def balance_loss(self) -> Tensor:
+        """``E * sum_i fraction_i * mean_prob_i``: 1 when balanced; fraction_i is expert i's share of all assignments."""
+        num_experts = self.probabilities.shape[-1]
+        fraction = torch.bincount(self.experts.flatten(), minlength=num_experts) / self.experts.numel()
+        return num_experts * (fraction * self.probabilities.mean(dim=0)).sum()
+
+
+class Router(nn.Module):
+    """Noisy top-k router: softmax over all experts of ``W_r x`` (no bias), then the k largest probabilities are the gates.
+
+    In training, logits get Gaussian noise of standard deviation 1/E and experts a capacity of
+    ``ceil(capacity_factor * k * N / E)`` assignments (None: no limit); in evaluation there is neither noise nor limit.
+    Gates are not renormalised over the chosen k, as in WideNet, unless ``renormalize``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int = 2,
+        capacity_factor: float | None = 1.2,
+        renormalize: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k: expected an integer from 1 to num_experts={num_experts}, found {top_k}")
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise ValueError(f"capacity_factor: expected a positive number or None, found {capacity_factor}")
+        self.top_k, self.capacity_factor, self.renormalize = top_k, capacity_factor, renormalize
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Tokens ``x`` [N, d] -> Routing. Probabilities are computed in float32 or better."""
+        num_experts = self.weight.shape[0]
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))  # [N, E]
+        if self.training:
+            logits = logits + torch.randn_like(logits) / num_experts
+        probabilities = logits.softmax(dim=-1)
+        gates, experts = probabilities.topk(self.top_k, dim=-1)
+        if self.renormalize:
+            gates = gates / gates.sum(dim=-1, keepdim=True)
+        capacity = None
+        if self.training and self.capacity_factor is not None:
+            capacity = math.ceil(self.capacity_factor * self.top_k * len(x) / num_experts)
+        return Routing(experts, gates.to(x.dtype), probabilities, capacity)
+
+
+def dispatch_plain(
+    bank: FeedForwardWeights, x: Tensor, routing: Routing, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``y = sum_{i in top-k} gate_i * FFN_i(x)``, expert by expert as the equation reads; dropped assignments add nothing.
+
+    Tokens ``x`` [N, d] -> [N, d]. The reference for :func:`dispatch`.
+    """
+    y = torch.zeros_like(x)
+    for e in range(bank.num_experts):
+        choice, token = (e == routing.experts.T).nonzero(as_tuple=True)  # choice-major: all first choices come first
+        choice, token = choice[: routing.capacity], token[: routing.capacity]
+        output = bank.expert(e).apply(x[token], activation)
+        y = y.index_add(0, token, (routing.gates[token, choice, None] * output).to(y.dtype))
+    return y
+
+
+def dispatch(bank: FeedForwardWeights, x: Tensor, routing: Routing, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same as :func:`dispatch_plain`, with all experts in one batched product.
+
+    Assignments are sorted by expert into a buffer [E, C, d], C being the fullest expert's load (at most the capacity), so
+    the work grows with E * C: no more than capacity_factor times the useful work in training, and with the imbalance of
+    the router in evaluation. Gated experts are not needed by WideNet and are left to :func:`dispatch_plain`.
+    """
+    num_tokens, num_experts = len(x), bank.num_experts
+    flat = routing.experts.T.flatten()  # [k*N], choice-major
+    expert, order = flat.sort(stable=True)
+    load = torch.bincount(flat, minlength=num_experts)
+    position = torch.arange(len(flat), device=x.device) - (load.cumsum(0) - load)[expert]
+    if routing.capacity is None:
+        places = int(load.max())
+    else:
+        kept = position < routing.capacity
+        expert, order, position = expert[kept], order[kept], position[kept]
+        places = min(routing.capacity, len(flat))
+    token, slot = order % num_tokens, expert * places + position
+
+    buffer = x.new_zeros(num_experts * places, x.shape[1]).index_copy(0, slot, x[token])
+    hidden = _batched_linear(buffer.view(num_experts, places, -1), bank.up, bank.up_bias)
+    output = _batched_linear(activation(hidden), bank.down, bank.down_bias).flatten(0, 1)[slot]
+    gates = routing.gates.T.flatten()[order, None]
+    return torch.zeros_like(x).index_add(0, token, (gates * output).to(x.dtype))
+
+
+def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[E, C, in] -> [E, C, out] with one weight [E, out, in] an expert."""
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+
+
+class MoEFeedForward(nn.Module):
+    """Feed-forward layer of E experts, or with ``num_experts=1`` the dense layer of the same definition, without router.
+
+    Takes the place of ``timm.layers.Mlp`` in a transformer block. Weights are named and shaped as in
+    :class:`FeedForwardWeights`, also for one expert ([1, h, d]). In training, ``balance_losses`` gathers one scalar a
+    forward pass (a layer shared across depth is passed through several times); its owner empties it.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        num_experts: int = 4,
+        top_k: int = 2,
+        capacity_factor: float | None = 1.2,
+        renormalize: bool = False,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        bias: bool = True,
+        drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        for name, value in {"d_model": d_model, "d_ff": d_ff, "num_experts": num_experts}.items():
+            if value < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1, found {value}")
+        dd = {"device": device, "dtype": dtype}
+        self.router = (
+            Router(d_model, num_experts, top_k, capacity_factor, renormalize, **dd) if num_experts > 1 else None
+        )
+        self.up = nn.Parameter(torch.empty(num_experts, d_ff, d_model, **dd))
+        self.down = nn.Parameter(torch.empty(num_experts, d_model, d_ff, **dd))
+        self.up_bias = nn.Parameter(torch.empty(num_experts, d_ff, **dd)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(num_experts, d_model, **dd)) if bias else None
+        self.activation = act_layer()
+        self.dropout = nn.Dropout(drop)
+        self.balance_losses: list[Tensor] = []
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier-uniform matrices, expert by expert, and zero biases, as the ViT papers' FFNs start (timm calls this)."""
+        for matrices in (self.up, self.down):
+            for matrix in matrices:
+                nn.init.xavier_uniform_(matrix)
+        for bias in (self.up_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        if self.router is not None:
+            self.router.reset_parameters()
+
+    @property
+    def num_experts(self) -> int:
+        return self.up.shape[0]
+
+    def bank(self) -> FeedForwardWeights:
+        """The experts' weights (the parameters themselves, no copy)."""
+        return FeedForwardWeights(self.up, self.down, up_bias=self.up_bias, down_bias=self.down_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]."""
+        tokens = x.reshape(-1, x.shape[-1])
+        if self.router is None:
+            y = self.bank().expert(0).apply(tokens, self._activate)
+        else:
+            routing = self.router(tokens)
+            if self.training:
+                self.balance_losses.append(routing.balance_loss())
+            y = dispatch(self.bank(), tokens, routing, self._activate)
+        return self.dropout(y).view_as(x)
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        return self.dropout(self.activation(hidden))

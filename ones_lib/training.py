@@ -1,0 +1,242 @@
+"""One training loop, for every model and task of the study, on Hugging Face Accelerate.
+
+What a step does is a function of (seed, step) and of the weights before it: the batch, its augmentation, mixup, dropout and
+the router's noise. So a run that goes on from a checkpoint ends with the weights of one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors import safe_open
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ones_lib.distillation import Distillation
+from ones_lib.records import model_tensors, save_tensors
+
+#: (step, steps, loss, accuracy): called now and then during training.
+Progress = Callable[[int, int, float, float], None]
+REPORT_EVERY = 25  # steps between looks at the loss, each of which waits for the device
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training recipe: AdamW (or another of timm's optimizers), linear warm-up, cosine decay to zero, clipping.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: examples a step, over all processes.
+        learning_rate: after warm-up.
+        warmup: part of the steps, 0 to 1.
+        weight_decay: of matrices; not of biases and norms.
+        optimizer: timm's name, such as ``adamw`` or ``lamb``.
+        clip_norm: largest gradient norm.
+        label_smoothing: 0 to 1.
+        mixup: alpha of the Beta distribution; 0 is none.
+        ema_decay: of the weights' moving average, which is then what is evaluated and kept; 0 is none.
+        balance_weight: of the MoE's balance loss.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        evaluations: how often validation accuracy is taken over the run, the end included.
+    """
+
+    steps: int
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.05
+    optimizer: str = "adamw"
+    clip_norm: float = 1.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    ema_decay: float = 0.0
+    balance_weight: float = 0.01
+    mixed_precision: str = "no"
+    evaluations: int = 1
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch_size", "learning_rate", "clip_norm", "evaluations")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        for name in ("weight_decay", "mixup", "balance_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number of at least 0, found {getattr(self, name)}")
+        for name in ("warmup", "label_smoothing", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number from 0 to below 1, found {getattr(self, name)}")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"mixed_precision: expected 'no', 'bf16' or 'fp16', found {self.mixed_precision!r}")
+
+
+class Task(Protocol):
+    """What the loop needs to know of a task. A batch is whatever ``batches`` yields, already on the device."""
+
+    def batches(
+        self, training: Training, seed: int, start: int, device: torch.device, rank: int, world_size: int
+    ) -> Iterable:
+        """Batches of the steps from ``start`` on."""
+
+    def forward(self, model: nn.Module, batch) -> Tensor:
+        """Logits."""
+
+    def loss(self, logits: Tensor, batch) -> Tensor:
+        """Mean loss against the labels."""
+
+    def accuracy(self, logits: Tensor, batch) -> Tensor:
+        """Part of the batch that is right."""
+
+    def predict(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """``predicted`` and ``label`` of every validation example."""
+
+
+class Diverged(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    training: Training,
+    *,
+    seed: int,
+    teacher: nn.Module | None = None,
+    distillation: Distillation | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 1000,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, pd.DataFrame]:
+    """Train ``model`` on ``task``, with KD from ``teacher`` if there is one (frozen, in eval mode, on the same batches).
+
+    Args:
+        seed: of everything that is drawn during training.
+        checkpoint: file to save to every ``checkpoint_every`` steps, and to go on from if it exists.
+        progress: called every few steps.
+
+    Returns:
+        The trained model (its moving average, if asked for), on the device, in eval mode, and the history: one row a
+        report with ``step, loss, train_accuracy, val_accuracy, seconds``.
+
+    Raises:
+        Diverged: the loss of a step is not finite; the step is named, and the last checkpoint remains.
+    """
+    if (teacher is None) != (distillation is None):
+        raise ValueError("teacher, distillation: expected both or neither")
+    accelerator = Accelerator(mixed_precision=training.mixed_precision)
+    device = accelerator.device
+    if training.batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"batch_size: expected a multiple of {accelerator.num_processes} processes, found {training.batch_size}"
+        )
+    model.to(device)
+    fused = {"fused": True} if training.optimizer == "adamw" else {}
+    optimizer = create_optimizer_v2(
+        model, training.optimizer, lr=training.learning_rate, weight_decay=training.weight_decay, **fused
+    )
+    warmup_steps = round(training.warmup * training.steps)
+    scheduler = CosineLRScheduler(optimizer, training.steps, warmup_t=warmup_steps, t_in_epochs=False)
+    ema = ModelEmaV3(model, decay=training.ema_decay) if training.ema_decay else None
+    if teacher is not None:
+        teacher.to(device).eval().requires_grad_(False)
+
+    start, rows = 0, []
+    if checkpoint is not None and checkpoint.exists():
+        start, rows = _load_checkpoint(checkpoint, model, optimizer, ema)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    batches = iter(task.batches(training, seed, start, device, accelerator.process_index, accelerator.num_processes))
+    evaluation_steps = {round(training.steps * (i + 1) / training.evaluations) for i in range(training.evaluations)}
+
+    def report(step: int) -> None:
+        """Add a row for the steps since the last report; raise if one of their losses is not finite."""
+        losses = torch.stack([loss for loss, _ in recent]).cpu()
+        if not losses.isfinite().all():
+            bad = int((~losses.isfinite()).nonzero()[0])
+            raise Diverged(
+                f"the loss became {losses[bad]:.3g} at step {step - len(recent) + bad + 1} of {training.steps} (seed {seed},"
+                f" learning rate {optimizer.param_groups[0]['lr']:.2g}); a lower learning_rate or clip_norm may help"
+            )
+        row = {"step": step, "loss": losses.mean().item()}
+        row["train_accuracy"] = torch.stack([accuracy for _, accuracy in recent]).mean().item()
+        if step in evaluation_steps:
+            predictions = task.predict(_kept(model, ema), device)
+            row["val_accuracy"] = (predictions["predicted"] == predictions["label"]).float().mean().item()
+            model.train()
+        row["seconds"] = seconds_before + time.perf_counter() - started
+        rows.append(row)
+        recent.clear()
+        if progress is not None:
+            progress(step, training.steps, row["loss"], row["train_accuracy"])
+
+    started, seconds_before = time.perf_counter(), rows[-1]["seconds"] if rows else 0.0
+    recent: list[tuple[Tensor, Tensor]] = []
+    parameters = list(model.parameters())
+    model.train()
+    for step in range(start + 1, training.steps + 1):
+        set_seed((seed * 1_000_003 + step * 97 + accelerator.process_index) % 2**32)
+        batch = next(batches)  # after the seed: mixup draws from the global generators
+        scheduler.step_update(step)
+        with accelerator.autocast():
+            logits = task.forward(wrapped, batch)
+            loss = task.loss(logits, batch)
+            if teacher is not None:
+                with torch.inference_mode():
+                    teacher_logits = task.forward(teacher, batch)
+                loss = distillation.loss(loss, logits, teacher_logits)
+            total = loss + training.balance_weight * model.balance_loss()
+        accelerator.backward(total)
+        accelerator.clip_grad_norm_(parameters, training.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if ema is not None:
+            ema.update(model)
+        recent.append((loss.detach(), task.accuracy(logits.detach(), batch)))
+        saving = checkpoint is not None and step % checkpoint_every == 0 and step < training.steps
+        if step % REPORT_EVERY == 0 or step in evaluation_steps or saving:
+            report(step)
+        if saving and accelerator.is_main_process:
+            _save_checkpoint(checkpoint, model, optimizer, ema, step, rows)
+    return _kept(model, ema).eval(), pd.DataFrame(rows)
+
+
+def _kept(model: nn.Module, ema: ModelEmaV3 | None) -> nn.Module:
+    return model if ema is None else ema.module
+
+
+def _save_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None, step: int, rows: list[dict]
+) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    if ema is not None:
+        tensors |= {f"ema.{name}": tensor for name, tensor in model_tensors(ema.module).items()}
+    save_tensors(path, tensors, {"step": str(step), "history": json.dumps(rows)})
+
+
+def _load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None
+) -> tuple[int, list[dict]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    with safe_open(path, "pt") as file, torch.no_grad():
+        for prefix, module in {"model": model, "ema": ema and ema.module}.items():
+            for name, tensor in model_tensors(module).items() if module is not None else ():
+                tensor.copy_(file.get_tensor(f"{prefix}.{name}"))
+        for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                state.setdefault(int(index), {})[name] = file.get_tensor(key)
+        metadata = file.metadata()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"]), json.loads(metadata["history"])

@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# The study in one command: finds or makes an environment, executes the notebooks, writes figures/.
+# "./run_all.sh test" runs the tests instead.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'TEXT'
+usage: ./run_all.sh [--profile smoke|demo|paper] [--only NN ...] [-p NAME VALUE]... [--force]
+       ./run_all.sh test [pytest's options]
+
+Makes an environment if the active one lacks something, executes the notebooks with papermill, and writes
+figures/ (the smoke and paper profiles write below runs/). Finished work is found again and not done twice.
+
+  --profile NAME     parameter file notebooks/profiles/NAME.yaml: smoke (about a minute), demo (about ten; the
+                     default) or paper (the papers' models: needs ImageNet and GPUs)
+  --only NN ...      only these notebooks, by number or name: --only 01 02
+  -p NAME VALUE      set a notebook parameter; may be repeated: -p num_experts 8 -p seeds '[0, 1]'
+  --force            do finished work again, trainings included
+  --help             this text
+
+The environment is the active one if it satisfies pyproject.toml; else conda's in .conda (from environment.yml)
+where there is conda; else a virtual environment in .venv. ONES_PYTHON names the Python that makes .venv.
+TEXT
+}
+
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+
+# Whether the Python $1 has every requirement of pyproject.toml (and of its test extra, if $2 is test).
+satisfies() {
+    "$1" - "${2:-}" 2>/dev/null <<'PY'
+import sys, tomllib
+from importlib.metadata import version
+from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.specifiers import SpecifierSet
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+wanted = project["dependencies"] + (project["optional-dependencies"]["test"] if sys.argv[1] == "test" else [])
+ok = sys.version.split()[0].rstrip("+") in SpecifierSet(project["requires-python"])
+ok = ok and all(version(r.name) in r.specifier for r in map(Requirement, wanted))
+sys.exit(not ok)
+PY
+}
+
+# Run a command that makes the environment in folder $1, unless it stands there whole, made from these very files.
+make_once() {
+    local folder=$1 stamp
+    shift
+    stamp=$(cat pyproject.toml environment.yml | cksum)
+    if [ "$(cat "$folder/.made-from" 2>/dev/null)" != "$stamp" ]; then
+        "$@"
+        echo "$stamp" >"$folder/.made-from"
+    fi
+}
+
+make_conda() {
+    rm -rf .conda
+    echo "run_all.sh: making a conda environment in .conda from environment.yml" >&2
+    "$1" env create --quiet --yes --prefix .conda --file environment.yml
+}
+
+make_venv() {
+    echo "run_all.sh: making a virtual environment in .venv from pyproject.toml (a few minutes, several GB)" >&2
+    "$1" -m venv --clear .venv
+    .venv/bin/python -m pip install --quiet --progress-bar off --editable '.[test]'
+}
+
+purpose=${1:-}
+active=""
+if [ -n "${VIRTUAL_ENV:-}" ]; then active="$VIRTUAL_ENV/bin/python"; elif [ -n "${CONDA_PREFIX:-}" ]; then active="$CONDA_PREFIX/bin/python"; fi
+maker=""
+for candidate in "${ONES_PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+    if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
+        maker=$candidate
+        break
+    fi
+done
+
+if [ -n "$active" ] && satisfies "$active" "$purpose"; then
+    python=$active
+    took="the active environment ${VIRTUAL_ENV:-$CONDA_PREFIX}"
+elif [ -n "$maker" ] && satisfies "$maker" "$purpose"; then
+    python=$maker
+    took="the installed $maker"
+elif conda=$(command -v mamba || command -v conda); then
+    make_once .conda make_conda "$conda"
+    python=.conda/bin/python
+    took="the conda environment .conda"
+elif [ -n "$maker" ]; then
+    make_once .venv make_venv "$maker"
+    python=.venv/bin/python
+    took="the virtual environment .venv"
+else
+    echo "run_all.sh: expected Python 3.11 to 3.13 or conda, found neither; name one by ONES_PYTHON=/path/to/python" >&2
+    exit 1
+fi
+echo "run_all.sh: using $took" >&2
+
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [ "$purpose" = test ]; then
+    shift
+    exec "$python" -m pytest "$@"
+fi
+exec "$python" -m ones_lib.batch "$@"
