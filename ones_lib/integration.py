@@ -34,7 +34,8 @@ CONTROLS: dict[str, Callable[[FeedForwardWeights, FeedForwardWeights, torch.Gene
 class IntegrationReport:
     """What :func:`integrate` did, one row a parameter: ``parameter, action, shape, source_shape``.
 
-    ``action`` is ``copied``, ``gathered`` (with the method's name in ``method``) or ``dropped`` (no shape then).
+    ``action`` is ``copied``, ``gathered``, ``replaced`` (by a control, which gathers nothing) or ``dropped`` (``shape`` is
+    None then).
     """
 
     method: str
@@ -44,13 +45,11 @@ class IntegrationReport:
         return pd.DataFrame(self.rows, columns=["parameter", "action", "shape", "source_shape"])
 
     def __str__(self) -> str:
-        sizes = {"copied": 0, "gathered": 0, "dropped": 0}
-        counts = dict(sizes)
-        for row in self.rows:
-            counts[row["action"]] += 1
-            sizes[row["action"]] += torch.Size(row["source_shape"]).numel()
-        parts = [f"{action} {counts[action]} parameters ({size:,} weights)" for action, size in sizes.items()]
-        return f"{self.method}: " + ", ".join(parts)
+        parts = []
+        for action, group in self.table().groupby("action", sort=False):
+            sizes = [torch.Size(shape).numel() for shape in group["source_shape"]]
+            parts.append(f"{len(group)} tensors ({sum(sizes):,} weights) {action}")
+        return f"{self.method}: {', '.join(parts)}"
 
 
 def integrate(
@@ -78,21 +77,19 @@ def integrate(
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
+        like = next(iter(layers.values())).up  # for dtype and device
         if method in CONTROLS:
             if options:
                 raise TypeError(f"{next(iter(options))}: control {method!r} takes no options")
-            fresh = {name: layer.bank().expert(0) for name, layer in _layers_by_name(teacher.dense_twin()).items()}
+            student = teacher.dense_twin().to(like)
             gathered = {}
             for name, layer in layers.items():
                 check_bank(layer.bank())
-                device, dtype = layer.up.device, layer.up.dtype
-                gathered[name] = CONTROLS[method](
-                    layer.bank(), fresh[name].map(lambda t: t.to(device, dtype)), generator
-                )
+                fresh = student.get_submodule(name).bank().expert(0)
+                gathered[name] = CONTROLS[method](layer.bank(), fresh, generator)
         else:
             gathered = {name: gather(layer.bank(), method, **options) for name, layer in layers.items()}
-        student = teacher.dense_twin(d_ff=next(iter(gathered.values())).d_ff)
-        student.to(next(iter(layers.values())).up)
+            student = teacher.dense_twin(d_ff=next(iter(gathered.values())).d_ff).to(like)
 
         rows, source = [], dict(teacher.named_parameters()) | dict(teacher.named_buffers())
         target = dict(student.named_parameters()) | dict(student.named_buffers())
@@ -100,7 +97,7 @@ def integrate(
             layer_name, _, part = name.rpartition(".")
             if layer_name in gathered:
                 target[name].copy_(getattr(gathered[layer_name], part)[None])
-                action = "gathered"
+                action = "replaced" if method in CONTROLS else "gathered"
             elif layer_name.removesuffix(".router") in gathered:
                 action = "dropped"
             else:
@@ -109,7 +106,3 @@ def integrate(
             shape = None if action == "dropped" else tuple(target[name].shape)
             rows.append({"parameter": name, "action": action, "shape": shape, "source_shape": tuple(tensor.shape)})
     return student, IntegrationReport(method, rows)
-
-
-def _layers_by_name(model: nn.Module) -> dict[str, MoEFeedForward]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoEFeedForward)}

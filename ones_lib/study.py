@@ -218,7 +218,7 @@ def build_model(config: Config, data: ImageData) -> nn.Module:
     if config["kind"] == "student":
         teacher = build_model(config["teacher"], data)
         k = config["options"].get("k")
-        return teacher.dense_twin(d_ff=k and k * config["teacher"]["model"].get("num_experts", 4))
+        return teacher.dense_twin(d_ff=k and k * teacher.moe_layers()[0].num_experts)
     arguments = {"num_classes": data.num_classes, "img_size": data.image_size, "in_chans": data.in_chans}
     arguments |= config["model"]
     with torch.random.fork_rng():

@@ -1,0 +1,41 @@
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fail at once, not wait for a network
+
+from ones_lib import FeedForwardWeights
+
+torch.set_num_threads(1)
+
+
+def random_bank(
+    num_experts=4, d_ff=12, d_model=8, gated=False, biases=True, dtype=torch.float32, seed=0
+) -> FeedForwardWeights:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    e, h, d = num_experts, d_ff, d_model
+    return FeedForwardWeights(
+        up=draw(e, h, d),
+        down=draw(e, d, h),
+        gate=draw(e, h, d) if gated else None,
+        up_bias=draw(e, h) if biases else None,
+        gate_bias=draw(e, h) if biases and gated else None,
+        down_bias=draw(e, d) if biases else None,
+    )
+
+
+def equal_bank(num_experts=4, **kwargs) -> FeedForwardWeights:
+    """The same expert several times."""
+    return random_bank(1, **kwargs).map(lambda t: t.expand(num_experts, *t.shape[1:]).clone())
+
+
+@pytest.fixture(params=[(False, True), (False, False), (True, True), (True, False)], ids=str)
+def form(request):
+    """Keyword arguments for each form of FFN: plain or gated, with or without biases."""
+    gated, biases = request.param
+    return {"gated": gated, "biases": biases}

@@ -1,0 +1,167 @@
+"""Router, balance loss, capacity and dispatch against plain formulas."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import equal_bank, random_bank
+
+from ones_lib.moe import MoEFeedForward, Router, Routing, dispatch, dispatch_plain
+
+
+def routing_of(experts, gates, num_experts, capacity=None):
+    experts, gates = torch.tensor(experts), torch.tensor(gates)
+    return Routing(experts, gates, torch.full((len(experts), num_experts), 1 / num_experts), capacity)
+
+
+def random_routing(tokens, num_experts, top_k, capacity=None, seed=0, skew=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, num_experts, generator=generator)
+    logits[:, 0] += skew
+    probabilities = logits.softmax(dim=-1)
+    gates, experts = probabilities.topk(top_k, dim=-1)
+    return Routing(experts, gates, probabilities, capacity)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("capacity", [None, 1, 5, 1000], ids=lambda c: f"capacity-{c}")
+@pytest.mark.parametrize("skew", [0.0, 8.0], ids=["balanced", "skewed"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_fast_dispatch_equals_the_plain_one(top_k, capacity, skew, tokens):
+    """Outputs and gradients; skewed leaves experts empty and drops tokens where there is a capacity."""
+    routing = random_routing(tokens, 6, top_k, capacity, skew=skew)
+    results = []
+    for function in (dispatch_plain, dispatch):
+        bank = random_bank(6, dtype=torch.float64).map(lambda t: t.requires_grad_())
+        x = torch.randn(tokens, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        gates = routing.gates.double().requires_grad_()
+        y = function(bank, x, Routing(routing.experts, gates, routing.probabilities, capacity), F.gelu)
+        y.square().sum().backward()
+        results.append([y, x.grad, gates.grad, *(t.grad for _, t in bank.tensors())])
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+def test_fast_dispatch_without_biases():
+    bank, x, routing = random_bank(4, biases=False), torch.randn(9, 8), random_routing(9, 4, 2)
+    torch.testing.assert_close(dispatch(bank, x, routing, F.gelu), dispatch_plain(bank, x, routing, F.gelu))
+
+
+def test_dispatch_by_hand():
+    """Three tokens, two experts that multiply by 2 and by 10 (identity activation)."""
+    bank = random_bank(2, d_ff=1, d_model=1, biases=False)
+    bank.up[:], bank.down[0], bank.down[1] = 1.0, 2.0, 10.0
+    routing = routing_of([[0, 1], [1, 0], [0, 1]], [[0.75, 0.25], [0.5, 0.25], [1.0, 0.0]], 2)
+    x = torch.tensor([[1.0], [2.0], [3.0]])
+    expected = torch.tensor([[0.75 * 2 + 0.25 * 10], [0.5 * 20 + 0.25 * 4], [6.0]])
+    for function in (dispatch_plain, dispatch):
+        torch.testing.assert_close(function(bank, x, routing, lambda h: h), expected)
+
+
+def test_capacity_serves_first_choices_first_and_drops_the_rest_by_hand():
+    """Expert 0 is everyone's: with two places the first choices of tokens 1 and 2 come before token 0's second."""
+    bank = random_bank(2, d_ff=1, d_model=1, biases=False)
+    bank.up[:], bank.down[0], bank.down[1] = 1.0, 2.0, 10.0
+    routing = routing_of([[1, 0], [0, 1], [0, 1]], [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]], 2, capacity=2)
+    x = torch.ones(3, 1)
+    # Expert 1: token 0's first choice, then token 1's second; token 2's second finds no place.
+    expected = torch.tensor([[0.5 * 10], [0.5 * 2 + 0.5 * 10], [0.5 * 2]])
+    for function in (dispatch_plain, dispatch):
+        torch.testing.assert_close(function(bank, x, routing, lambda h: h), expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_equal_experts_equal_their_dense_twin_with_renormalised_gates(top_k):
+    moe = MoEFeedForward(8, 12, num_experts=3, top_k=top_k, renormalize=True).eval()
+    dense = MoEFeedForward(8, 12, num_experts=1).eval()
+    bank = equal_bank(3)
+    with torch.no_grad():
+        for name, tensor in bank.tensors():
+            getattr(moe, name).copy_(tensor)
+            getattr(dense, name).copy_(tensor[:1])
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(moe(x), dense(x))
+
+
+def test_one_expert_is_the_plain_feed_forward_network():
+    layer = MoEFeedForward(8, 12, num_experts=1)
+    assert layer.router is None
+    x = torch.randn(2, 5, 8)
+    expected = F.gelu(x @ layer.up[0].T + layer.up_bias[0]) @ layer.down[0].T + layer.down_bias[0]
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_router_gates():
+    router, x = Router(8, 5, top_k=2).eval(), torch.randn(30, 8)
+    probabilities = (x @ router.weight.T).softmax(dim=-1)
+    routing = router(x)
+    torch.testing.assert_close(routing.probabilities, probabilities)
+    torch.testing.assert_close(routing.gates, probabilities.sort(dim=-1, descending=True).values[:, :2])
+    assert routing.capacity is None
+    router.renormalize = True
+    torch.testing.assert_close(router(x).gates.sum(dim=-1), torch.ones(30))
+
+
+def test_router_noise_has_standard_deviation_one_over_e_in_training_only():
+    router = Router(8, 4, top_k=1)
+    x = torch.zeros(50_000, 8)
+    noise = router(x).probabilities.log()
+    noise = noise - noise.mean(dim=-1, keepdim=True)  # the softmax hides a common shift
+    # Centring takes away one of four degrees of freedom.
+    assert noise.std().item() == pytest.approx(0.25 * math.sqrt(3 / 4), rel=0.02)
+    torch.testing.assert_close(router.eval()(x).probabilities, torch.full((50_000, 4), 0.25))
+
+
+def test_router_capacity_in_training():
+    assert Router(8, 4, top_k=2, capacity_factor=1.2)(torch.randn(101, 8)).capacity == math.ceil(1.2 * 2 * 101 / 4)
+    assert Router(8, 4, top_k=2, capacity_factor=None)(torch.randn(101, 8)).capacity is None
+
+
+def test_balance_loss_by_hand():
+    """E = 2, k = 1; expert 0 gets 3 of 4 tokens at mean probability 0.6: 2 * (0.75 * 0.6 + 0.25 * 0.4)."""
+    probabilities = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.8, 0.2], [0.3, 0.7]])
+    gates, experts = probabilities.topk(1, dim=-1)
+    assert Routing(experts, gates, probabilities).balance_loss().item() == pytest.approx(1.1)
+    balanced = torch.full((6, 3), 1 / 3)
+    experts = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 1], [1, 2], [2, 0]])
+    assert Routing(experts, balanced[:, :2], balanced).balance_loss().item() == pytest.approx(1.0)
+
+
+def test_balance_loss_teaches_the_router_to_spread():
+    torch.manual_seed(0)
+    router = Router(8, 4, top_k=1)
+    with torch.no_grad():
+        router.weight[0] += 1.0
+    x = torch.rand(512, 8)
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.05)
+    before = router(x).balance_loss().item()
+    for _ in range(100):
+        optimizer.zero_grad()
+        router(x).balance_loss().backward()
+        optimizer.step()
+    assert before > 2
+    assert router(x).balance_loss().item() < 1.2
+
+
+def test_autocast_and_bfloat16_run_and_agree():
+    torch.manual_seed(0)
+    layer, x = MoEFeedForward(8, 12, num_experts=4).eval(), torch.randn(20, 8)
+    full = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x), full, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": 5}, "top_k: expected an integer from 1 to num_experts=4, found 5"),
+        ({"top_k": 0}, "top_k: .*found 0"),
+        ({"capacity_factor": -1.0}, "capacity_factor: expected a positive number or None, found -1.0"),
+        ({"num_experts": 0}, "num_experts: expected an integer of at least 1, found 0"),
+        ({"d_ff": 0}, "d_ff: expected"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MoEFeedForward(**{"d_model": 8, "d_ff": 12, **arguments})
