@@ -84,7 +84,8 @@ def sample_images(data: ImageData, classes: int = 8, each: int = 6, seed: int = 
         for row, ax in enumerate(axes[:, column]):
             ax.set_axis_off()
             if row < len(images):
-                picture = images[row].permute(1, 2, 0).add(1).div(2).clamp(0, 1)
+                picture = images[row].permute(1, 2, 0)
+                picture = (picture - images.min()) / (images.max() - images.min())
                 ax.imshow(picture.expand(-1, -1, 3), interpolation="nearest")
     return fig
 
@@ -158,17 +159,21 @@ def retention_by_model(retention: pd.DataFrame) -> Figure:
             _undefined(ax)
             continue
         for i, (model, row) in enumerate(part.iterrows()):
-            if math.isfinite(row["low"]):
+            bounded = math.isfinite(row["low"])
+            if bounded:
                 ax.plot([100 * row["low"], 100 * row["high"]], [i, i], color=PALETTE[model], linewidth=1.5)
-            ax.plot(100 * row["retention"], i, MARKERS[model], color=PALETTE[model], markersize=5)
+            fill = {} if bounded else {"markerfacecolor": "white"}
+            ax.plot(100 * row["retention"], i, MARKERS[model], color=PALETTE[model], markersize=5, **fill)
         _retention_marks(ax.axvline)
         ax.set(xlabel="benefit retention (%)")
-    fig.supxlabel("0: the baseline, 100: the MoE; lines: 95% bootstrap over seeds and test examples", fontsize=7)
+    _explain(fig, rows, "lines")
     return fig
 
 
 def retention_curves(retention: pd.DataFrame, axis: str, axis_label: str, log: bool = False) -> Figure:
     """Benefit retention against ``axis`` (a column such as ``budget``), one line a method, bands: 95% intervals.
+
+    The scale is that of the lines, so a wide band may leave the panel; the table has its ends.
 
     One panel a reference baseline; methods and controls that share a panel share its scale. Where the MoE is not above
     the baseline, retention is undefined and the panel says for which values.
@@ -194,11 +199,16 @@ def retention_curves(retention: pd.DataFrame, axis: str, axis_label: str, log: b
                 linestyle="--" if control else "-",
                 label=NAMES[model],
             )
-            finite = np.isfinite(line["low"]) & np.isfinite(line["high"])
+            finite = np.isfinite(line["low"])
+            ax.plot(x[~finite], 100 * line["retention"][~finite], MARKERS[model], color=PALETTE[model], mfc="white")
             ax.fill_between(
                 x, 100 * line["low"], 100 * line["high"], where=finite, color=PALETTE[model], alpha=0.1, linewidth=0
             )
         _retention_marks(ax.axhline)
+        drawn = 100 * part["retention"].dropna()
+        if not drawn.empty:  # scaled to the lines: a wide band must not press them together
+            low, high = min(drawn.min(), 0), max(drawn.max(), 100)
+            ax.set_ylim(low - 0.12 * (high - low), high + 0.12 * (high - low))
         if log:
             ax.set_xscale("log")
         ticks = sorted(part[axis].unique())
@@ -210,7 +220,7 @@ def retention_curves(retention: pd.DataFrame, axis: str, axis_label: str, log: b
     axes[0, 0].set_ylabel("benefit retention (%)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside right center")
-    fig.supxlabel("0: the baseline, 100: the MoE; bands: 95% bootstrap over seeds and test examples", fontsize=7)
+    _explain(fig, rows, "bands")
     return fig
 
 
@@ -253,6 +263,13 @@ def save_table(table: pd.DataFrame, name: str, folder: str | Path, records: Iter
 def _retention_marks(line) -> None:
     line(0, color="0.45", linestyle="--", linewidth=0.8, zorder=0)
     line(100, color="black", linewidth=0.8, zorder=0)
+
+
+def _explain(fig: Figure, rows: pd.DataFrame, intervals: str) -> None:
+    text = f"0: the baseline, 100: the MoE; {intervals}: 95% bootstrap over seeds and test examples"
+    if (~np.isfinite(rows["low"])).any():
+        text += "\nhollow: no bounded interval, since the MoE is not clearly above the baseline"
+    fig.supxlabel(text, fontsize=7)
 
 
 def _undefined(ax: Axes, where: str = "") -> None:

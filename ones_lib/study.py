@@ -128,47 +128,42 @@ class Study:
 
     def entries(self, methods: Iterable[str]) -> list[Entry]:
         """The main table: teacher, the dense baselines, and the students of all ``methods`` before and after KD."""
-        result = []
+        result = self._references()
         for seed in self.seeds:
-            result += [
-                Entry("moe", "trained", self.moe(seed)),
-                Entry("dense", "trained", self.dense(seed)),
-                Entry("dense_long", "trained", self.dense(seed, self.learning.steps)),
-                Entry("dense_kd", "distilled", self.dense_kd(seed)),
-            ]
+            result.append(Entry("moe", "trained", self.moe(seed)))
+            result.append(Entry("dense_kd", "distilled", self.dense_kd(seed)))
             for method in methods:
                 result.append(Entry(method, "gathered", self.student(method, seed, budget=0)))
                 result.append(Entry(method, "distilled", self.student(method, seed)))
         return result
 
     def budget_entries(self, methods: Iterable[str], budgets: Iterable[int]) -> list[Entry]:
-        """Students of all ``methods`` after each budget of KD steps (column ``budget``).
-
-        Beside them the teacher, the dense baseline, the dense model distilled from scratch, and for each budget the dense
-        model that trained as long as the teacher and that budget together.
-        """
-        result = []
+        """Students of all ``methods`` after each budget of KD steps (column ``budget``), and what they are measured by."""
+        result = self._references()
         for seed in self.seeds:
-            result += [Entry("moe", "trained", self.moe(seed)), Entry("dense", "trained", self.dense(seed))]
+            result.append(Entry("moe", "trained", self.moe(seed)))
             for budget in budgets:
                 axis = {"budget": budget}
-                result.append(Entry("dense_long", "trained", self.dense(seed, budget), axis))
                 result += [Entry(method, "distilled", self.student(method, seed, budget), axis) for method in methods]
         return result
 
     def expert_entries(self, methods: Iterable[str], counts: Iterable[int], budget: int) -> list[Entry]:
         """Teachers with each number of experts (column ``num_experts``) and their students after ``budget`` steps of KD."""
-        result = []
+        result = self._references()
         for seed in self.seeds:
-            result += [
-                Entry("dense", "trained", self.dense(seed)),
-                Entry("dense_long", "trained", self.dense(seed, budget)),
-            ]
             for count in counts:
                 axis, teacher = {"num_experts": count}, self.moe(seed, num_experts=count)
                 result.append(Entry("moe", "trained", teacher, axis))
                 for method in methods:
                     result.append(Entry(method, "distilled", self.student(method, seed, budget, teacher), axis))
+        return result
+
+    def _references(self) -> list[Entry]:
+        """The dense baselines, the second trained as long as the teacher and the largest budget together."""
+        result = []
+        for seed in self.seeds:
+            result.append(Entry("dense", "trained", self.dense(seed)))
+            result.append(Entry("dense_long", "trained", self.dense(seed, self.learning.steps)))
         return result
 
     # --- doing it ----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Protocol
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors import safe_open
 from timm.optim import create_optimizer_v2
@@ -134,6 +135,7 @@ def fit(
     """
     if (teacher is None) != (distillation is None):
         raise ValueError("teacher, distillation: expected both or neither")
+    AcceleratorState._reset_state()  # else the first precision used in a process would be the only one
     accelerator = Accelerator(mixed_precision=training.mixed_precision)
     device = accelerator.device
     if training.batch_size % accelerator.num_processes:

@@ -131,6 +131,7 @@ def _register(family: str, size: str) -> None:
         "num_experts": FAMILIES[family],
         "class_token": False,
         "global_pool": "avg",
+        "weight_init": "jax",  # Xavier-uniform attention and FFN, zero head, as the ViT and WideNet papers' code
     }
 
     def create(pretrained: bool = False, **kwargs) -> WideNet:
@@ -199,4 +200,7 @@ class ImageClassification:
         return {"predicted": torch.cat(predicted), "label": torch.cat(label)}
 
     def _loader(self, split, keys) -> DataLoader:
-        return DataLoader(split, batch_sampler=keys, collate_fn=split.collate, num_workers=worker_count(split))
+        own = torch.Generator()  # else the loader's start would draw from the generator that seeds the step
+        return DataLoader(
+            split, batch_sampler=keys, collate_fn=split.collate, num_workers=worker_count(split), generator=own
+        )

@@ -126,16 +126,16 @@ def image_data(
 class TensorImages(Dataset):
     """Images held as uint8 [n, C, H, W], augmented by shifts of at most one pixel; indexed by a batch of keys at once."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
+    def __init__(self, images: Tensor, labels: Tensor, mean: float, std: float) -> None:
+        self.images, self.labels, self.mean, self.std = images, labels, mean, std
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [B, 2] -> images [B, C, H, W] in [-1, 1] and labels [B]."""
+        """Keys [B, 2] -> standardised images [B, C, H, W] and labels [B]."""
         index, seed = keys.unbind(dim=1)
-        images = self.images[index].float().div_(255 * INCEPTION_MEAN_STD).sub_(1)
+        images = self.images[index].float().sub_(self.mean).div_(self.std)
         if (seed >= 0).any():
             images = shift(images, torch.where(seed < 0, 4, seed % 9))  # 4 is no shift
         return images, self.labels[index]
@@ -241,7 +241,11 @@ def _glyphs(num_classes: int, train: int, val: int, image_size: int, distortion:
         save_file(tensors, partial)
         os.replace(partial, path)
     tensors = load_file(path)
-    splits = {split: TensorImages(tensors[f"{split}_images"], tensors[f"{split}_labels"]) for split in ("train", "val")}
+    std, mean = (value.item() for value in torch.std_mean(tensors["train_images"].float()))
+    splits = {
+        split: TensorImages(tensors[f"{split}_images"], tensors[f"{split}_labels"], mean, std)
+        for split in ("train", "val")
+    }
     report = (
         f"Glyphs: {num_classes} characters in {len(glyphs.FONTS)} fonts, {len(splits['train']):,} images for training,"
         f" {len(splits['val']):,} for validation, {image_size} px"

@@ -1,0 +1,284 @@
+"""The training loop: resume, divergence, recipes; and the study's records around it."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pandas as pd
+import pytest
+import torch
+
+from ones_lib import Distillation
+from ones_lib.data import image_data
+from ones_lib.records import Records, config_hash, load_tensors, model_tensors, save_tensors
+from ones_lib.study import Study, _steps, build_model, results_table, retention_table
+from ones_lib.training import Diverged, Training, fit
+from ones_lib.vision import ImageClassification, WideNet
+
+DATA = {"name": "glyphs", "image_size": 16, "num_classes": 4, "train_per_class": 20, "val_per_class": 10}
+MODEL = {
+    "name": "widenet_tiny_patch16_224",
+    "patch_size": 4,
+    "embed_dim": 12,
+    "depth": 2,
+    "num_heads": 2,
+    "d_ff": 8,
+    "num_experts": 2,
+    "proj_drop_rate": 0.1,
+}
+RECIPE = Training(steps=12, batch_size=16, learning_rate=5e-3, ema_decay=0.9, mixup=0.2, label_smoothing=0.1)
+
+
+@pytest.fixture
+def task(tmp_path_factory):
+    return ImageClassification(image_data(**DATA, cache_dir=tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def study(tmp_path):
+    recipe = Training(steps=6, batch_size=16, learning_rate=5e-3)
+    return Study(
+        data=DATA,
+        model=MODEL,
+        teaching=recipe,
+        learning=replace(recipe, steps=3),
+        distillation=Distillation(),
+        seeds=[0, 1],
+        records=Records(tmp_path / "records"),
+        cache_dir=tmp_path / "cache",
+        processes=1,
+    )
+
+
+def small_model(num_experts=2, seed=0):
+    torch.manual_seed(seed)
+    arguments = {k: v for k, v in MODEL.items() if k != "name"} | {"num_experts": num_experts}
+    return WideNet(**arguments, img_size=16, in_chans=1, num_classes=4, class_token=False, global_pool="avg")
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model_tensors(model).items()}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_resume_gives_the_weights_of_an_uninterrupted_run(task, tmp_path, with_teacher):
+    """With mixup, dropout, router noise, EMA and optimizer state, stopped between two checkpoints."""
+
+    def kd():
+        return {"teacher": small_model(seed=5), "distillation": Distillation()} if with_teacher else {}
+
+    whole, whole_history = fit(small_model(), task, RECIPE, seed=3, **kd())
+    checkpoint = tmp_path / "checkpoint.safetensors"
+
+    def stop(step, *_):
+        if step >= 8:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(small_model(), task, RECIPE, seed=3, checkpoint=checkpoint, checkpoint_every=4, progress=stop, **kd())
+    steps = []
+    resumed, history = fit(
+        small_model(seed=9),  # its weights do not matter: they come from the checkpoint
+        task,
+        RECIPE,
+        seed=3,
+        checkpoint=checkpoint,
+        checkpoint_every=4,
+        progress=lambda step, *_: steps.append(step),
+        **kd(),
+    )
+    assert min(steps) > 4  # it went on, and did not begin anew
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], tensor), name
+    assert history["step"].iloc[-1] == whole_history["step"].iloc[-1] == 12
+    assert history["val_accuracy"].iloc[-1] == whole_history["val_accuracy"].iloc[-1]
+
+
+def test_seed_decides_the_result(task):
+    runs = [weights(fit(small_model(), task, RECIPE, seed=seed)[0]) for seed in (1, 1, 2)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not torch.equal(runs[0]["head.weight"], runs[2]["head.weight"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(task, tmp_path):
+    class Poisoned(ImageClassification):
+        calls = 0
+
+        def loss(self, logits, batch):
+            self.calls += 1
+            return super().loss(logits, batch) * (float("nan") if self.calls == 7 else 1)
+
+    checkpoint = tmp_path / "c.safetensors"
+    recipe = replace(RECIPE, steps=40)
+    with pytest.raises(Diverged, match=r"the loss became nan at step 7 of 40 \(seed 3"):
+        fit(small_model(), Poisoned(task.data), recipe, seed=3, checkpoint=checkpoint, checkpoint_every=5)
+    from safetensors import safe_open
+
+    with safe_open(checkpoint, "pt") as file:
+        assert file.metadata()["step"] == "5"
+        assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
+
+
+def test_the_teacher_is_frozen_and_in_eval_mode(task):
+    teacher = small_model(seed=5).train()
+    before = weights(teacher)
+    fit(small_model(num_experts=1), task, RECIPE, seed=0, teacher=teacher, distillation=Distillation())
+    assert not teacher.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(teacher).items())
+
+
+def test_distillation_pulls_the_student_to_its_teacher(task):
+    """A teacher that is sure of class 2, whatever it sees: the student becomes so too."""
+    teacher = small_model(seed=5)
+    with torch.no_grad():
+        teacher.head.weight.zero_()
+        teacher.head.bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
+    recipe = Training(steps=60, batch_size=16, learning_rate=1e-2)
+    student, _ = fit(
+        small_model(num_experts=1), task, recipe, seed=0, teacher=teacher, distillation=Distillation(1.0, 1.0)
+    )
+    assert (task.predict(student, torch.device("cpu"))["predicted"] == 2).all()
+
+
+def test_training_learns(task):
+    model, history = fit(small_model(), task, Training(300, 16, 1e-2, evaluations=3), seed=0)
+    assert history["val_accuracy"].dropna().iloc[-1] > 0.7
+    assert len(history["val_accuracy"].dropna()) == 3
+    assert not model.training
+
+
+def test_mixed_precision_runs(task):
+    _, history = fit(small_model(), task, replace(RECIPE, mixed_precision="bf16"), seed=0)
+    assert history["loss"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps: expected a positive number, found 0"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a positive number"),
+        ({"warmup": 1.0}, "warmup: expected a number from 0 to below 1, found 1.0"),
+        ({"mixup": float("nan")}, "mixup: expected a number of at least 0, found nan"),
+        ({"mixed_precision": "fp8"}, "mixed_precision: expected 'no', 'bf16' or 'fp16', found 'fp8'"),
+    ],
+)
+def test_bad_recipes(values, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPE, **values)
+
+
+# --- records and the study -------------------------------------------------------------------------------------------
+
+
+def test_hash_is_of_what_is_asked_for():
+    assert config_hash({"a": 1, "b": [2]}) == config_hash({"b": [2], "a": 1})
+    assert config_hash({"a": 1, "b": [2]}) != config_hash({"a": 1, "b": [3]})
+
+
+def test_a_finished_step_is_found_again(study):
+    config = study.student("topk", seed=0)
+    (record,) = study.run([config])
+    stamp = (record.folder / "weights.safetensors").stat().st_mtime_ns
+    assert study.records.find(study.moe(0)) is not None  # its teacher was made on the way
+    (again,) = study.run([config])
+    assert (again.folder / "weights.safetensors").stat().st_mtime_ns == stamp
+    assert {p.name for p in record.folder.iterdir()} == {
+        "config.json",
+        "history.csv",
+        "predictions.safetensors",
+        "result.json",
+        "weights.safetensors",
+    }
+    assert record.config == json.loads(json.dumps(config))
+    assert record.result["accuracy"] == pytest.approx(record.correct.double().mean().item())
+
+
+def test_records_can_be_asked_to_be_made_again(study):
+    (record,) = study.run([study.dense(0)])
+    later = datetime.now(UTC) + timedelta(seconds=5)
+    assert Records(study.records.root, later.isoformat()).find(study.dense(0)) is None
+    assert Records(study.records.root, "2020-01-01T00:00:00+00:00").find(study.dense(0)) == record
+
+
+def test_loaded_model_predicts_what_the_record_says(study):
+    for config in (study.moe(0), study.student("topk", 0, budget=0, k=3)):
+        (record,) = study.run([config])
+        task = ImageClassification(study.open_data())
+        predicted = task.predict(study.load_model(record), torch.device("cpu"))["predicted"]
+        assert torch.equal(predicted, record.predictions["predicted"])
+
+
+def test_parallel_processes_give_the_same_weights(study, tmp_path):
+    configs = [study.student("average", seed) for seed in (0, 1)]
+    alone = study.run(configs)
+    study.records, study.processes = Records(tmp_path / "parallel"), 2
+    for left, right in zip(alone, study.run(configs), strict=True):
+        model = build_model(left.config, study.open_data())
+        left_weights = weights(left.load_weights(model))
+        right_weights = weights(right.load_weights(model))
+        assert all(torch.equal(left_weights[name], right_weights[name]) for name in left_weights)
+
+
+def test_an_error_in_a_process_reaches_the_caller_and_leaves_no_record(study):
+    study.processes = 2
+    study.teaching = replace(study.teaching, learning_rate=1e30, clip_norm=1e30, warmup=0.0)
+    with pytest.raises(Diverged, match="the loss became"):
+        study.run([study.moe(0), study.moe(1)])
+    assert study.records.find(study.moe(0)) is None
+    assert study.records.find(study.moe(1)) is None
+
+
+def test_tables(study):
+    methods = ["average", "zero_ffn"]
+    entries = study.entries(methods)
+    study.run([entry.config for entry in entries])
+    table = results_table(entries, study.records)
+    assert list(table.columns) == ["data", "model", "stage", "seed", "accuracy", "retention", "record"]
+    assert len(table) == 2 * (4 + 2 * len(methods))
+    for seed in (0, 1):
+        rows = table[table["seed"] == seed].set_index(["model", "stage"])["accuracy"]
+        dense, moe, student = rows["dense", "trained"], rows["moe", "trained"], rows["average", "distilled"]
+        found = table.query(f"model == 'average' and stage == 'distilled' and seed == {seed}")["retention"].item()
+        if moe > dense:
+            assert found == pytest.approx((student - dense) / (moe - dense))
+        else:
+            assert pd.isna(found)
+    summary = retention_table(table, study.records)
+    assert set(summary["reference"]) == {"dense", "dense_long"}
+    average = summary.query("model == 'average' and stage == 'distilled' and reference == 'dense'").iloc[0]
+    assert average["accuracy"] == pytest.approx(
+        table.query("model == 'average' and stage == 'distilled'")["accuracy"].mean()
+    )
+
+
+def test_curves_refer_to_the_teacher_with_the_same_number_of_experts(study):
+    entries = study.expert_entries(["average"], [2, 3], budget=3)
+    study.run([entry.config for entry in entries])
+    table = results_table(entries, study.records)
+    teachers = table[table["model"] == "moe"]
+    assert sorted(teachers["num_experts"]) == [2, 2, 3, 3]
+    assert set(teachers["retention"].dropna()) <= {1.0}
+    budgets = study.budget_entries(["average"], [2, 3])
+    assert {entry.axes.get("budget") for entry in budgets} == {None, 2, 3}
+    assert sum(_steps(entry.config) for entry in budgets) == 2 * (6 + 9 + 6 + 2 + 3)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    model = small_model()
+    save_tensors(tmp_path / "w.safetensors", {**model_tensors(model), "extra": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"w.safetensors: expected the tensors of WideNet.*\['extra'\]"):
+        load_tensors(tmp_path / "w.safetensors", model)
+    save_tensors(tmp_path / "w.safetensors", {**model_tensors(model), "head.bias": torch.ones(9)})
+    with pytest.raises(ValueError, match=r"head.bias: expected shape \[4\], found \[9\]"):
+        load_tensors(tmp_path / "w.safetensors", model)
+
+
+def test_bad_studies(study):
+    with pytest.raises(ValueError, match=r"seeds: expected at least one, all different.*\[1, 1\]"):
+        replace(study, seeds=[1, 1])
+    with pytest.raises(ValueError, match="method: expected one of .*found 'median'"):
+        study.student("median", 0)
