@@ -1,0 +1,92 @@
+"""Figures show what their tables hold, and are saved with them."""
+
+import json
+import math
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+
+from ones_lib import figures
+
+mpl.use("Agg")
+
+
+def retention_rows(**changes):
+    rows = []
+    for reference in ("dense", "dense_long"):
+        for model, value in {"sum": 0.1, "topk": 0.6, "shared_kd": 0.5}.items():
+            for budget in (100, 400):
+                row = {"data": "glyphs", "model": model, "stage": "distilled", "budget": budget, "reference": reference}
+                rows.append({**row, "retention": value, "low": value - 0.1, "high": value + 0.1, **changes})
+    return pd.DataFrame(rows)
+
+
+def texts(fig):
+    found = [t.get_text() for ax in fig.axes for t in ax.texts]
+    return " ".join(found + [fig.get_supxlabel()])
+
+
+def test_curves_draw_the_tables_values():
+    fig = figures.retention_curves(retention_rows(), "budget", "KD steps", log=True)
+    assert len(fig.axes) == 2
+    for ax in fig.axes:
+        lines = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
+        np.testing.assert_allclose(lines["Top-KG"], [60, 60])
+        np.testing.assert_allclose(lines["shared weights only"], [50, 50])
+        low, high = ax.get_ylim()
+        assert low < 0 < 100 < high
+    assert "bootstrap" in texts(fig)
+    assert "undefined" not in texts(fig)
+
+
+@pytest.mark.parametrize("draw", [lambda r: figures.retention_curves(r, "budget", "KD steps"), figures.retention_by_model])
+def test_undefined_retention_is_said_so(draw):
+    rows = retention_rows(retention=math.nan, low=-math.inf, high=math.inf)
+    if draw is figures.retention_by_model:
+        rows = rows[rows["budget"] == 100]
+    assert "retention undefined: the MoE is not" in texts(draw(rows))
+    assert (figures.retention_text(rows[rows["budget"] == 100]) == "undefined (MoE not above)").all(axis=None)
+
+
+def test_unbounded_intervals_are_hollow_and_explained():
+    rows = retention_rows(low=-math.inf, high=math.inf)
+    fig = figures.retention_by_model(rows[rows["budget"] == 100])
+    assert "hollow: no bounded interval" in texts(fig)
+    assert "60% (unbounded)" in set(figures.retention_text(rows[rows["budget"] == 100]).to_numpy().ravel())
+
+
+def test_accuracy_figure_has_every_model_once():
+    rows = [
+        {"model": model, "stage": stage, "seed": seed, "accuracy": 50.0 + seed}
+        for model, stage in [("moe", "trained"), ("dense", "trained"), ("dense_long", "trained"), ("topk", "gathered")]
+        for seed in (0, 1)
+    ]
+    fig = figures.accuracy_by_model(pd.DataFrame(rows))
+    labels = [t.get_text() for t in fig.axes[0].get_yticklabels()]
+    assert labels == ["MoE (teacher)", "dense, as long as teacher + KD", "dense", "Top-KG"]
+    means = [line.get_xdata() for line in fig.axes[0].get_lines() if line.get_label() == "trained from scratch"]
+    np.testing.assert_allclose(np.concatenate(means), 50.5)
+
+
+def test_saved_with_csv_and_records_and_byte_stable(tmp_path):
+    figures.set_style()
+    table = pd.DataFrame({"model": ["moe"], "accuracy": [1 / 3], "record": ["moe-0123"]})
+    contents = []
+    for name in ("one", "two"):
+        fig = figures.retention_curves(retention_rows(), "budget", "KD steps")
+        figures.save_figure(fig, "f", table, tmp_path / name)
+        contents.append({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()})
+    assert set(contents[0]) == {"f.png", "f.pdf", "f.csv", "f.json"}
+    assert contents[0] == contents[1]
+    assert contents[0]["f.csv"] == b"model,accuracy\nmoe,0.333333\n"
+    assert json.loads(contents[0]["f.json"]) == {"records": ["moe-0123"]}
+
+
+def test_pdf_embeds_its_fonts_as_text(tmp_path):
+    figures.set_style()
+    figures.save_figure(figures.retention_curves(retention_rows(), "budget", "KD steps"), "f", retention_rows(), tmp_path)
+    content = (tmp_path / "f.pdf").read_bytes()
+    assert b"/FontFile2" in content
+    assert b"/Type3" not in content

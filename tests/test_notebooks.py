@@ -1,0 +1,133 @@
+"""The notebooks through papermill at the smoke profile, and what the batch refuses."""
+
+import os
+import shutil
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+from ones_lib import batch
+from ones_lib.batch import BatchError, check_parameters, declared_parameters, parse_value
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the notebooks to run in, so that the tests leave the project as it is."""
+    root = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "notebooks", root / "notebooks")
+    shutil.copy(ROOT / "run_all.sh", root)
+    before, path = Path.cwd(), os.environ.get("PYTHONPATH")
+    os.chdir(root)
+    os.environ["PYTHONPATH"] = str(ROOT)
+    yield root
+    os.chdir(before)
+    os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+
+
+def records_made(root):
+    return {p: p.stat().st_mtime_ns for p in (root / "runs" / "smoke" / "records").rglob("weights.safetensors")}
+
+
+def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
+    assert batch.main(["--profile", "smoke"]) == 0
+    out = capfd.readouterr()
+    assert "[1/2] 01_imagenet.ipynb: done in" in out.out
+    assert "step/s" in out.err  # the progress bar, from inside the notebook
+    folder = project / "runs" / "smoke" / "figures"
+    results = pd.read_csv(folder / "imagenet_results.csv")
+    assert list(results.columns) == ["data", "model", "stage", "seed", "accuracy", "retention"]
+    assert set(results["model"]) == {
+        *("moe", "dense", "dense_long", "dense_kd", "shared_kd", "zero_ffn", "one_expert"),
+        *("sum", "average", "topk", "svd"),
+    }
+    assert set(results["stage"]) == {"trained", "gathered", "distilled"}
+    for name in ("imagenet_learning_curves", "imagenet_accuracy", "imagenet_retention", "retention_budget", "retention_experts"):
+        for ending in ("png", "pdf", "csv", "json"):
+            assert (folder / f"{name}.{ending}").stat().st_size > 0, (name, ending)
+    assert {2, 4} == set(pd.read_csv(folder / "retention_experts.csv")["num_experts"].dropna())
+
+    # Again: nothing to do. Without the executed notebooks: figures from the records, without training.
+    records, tables = records_made(project), {p: p.read_bytes() for p in folder.glob("*.csv")}
+    assert batch.main(["--profile", "smoke"]) == 0
+    assert capfd.readouterr().out.count("finished before") == 2
+    shutil.rmtree(folder)
+    (project / "runs" / "smoke" / "01_imagenet.ipynb").unlink()
+    assert batch.main(["--profile", "smoke", "--only", "01"]) == 0
+    assert "finished before" not in capfd.readouterr().out
+    assert records_made(project) == records
+    for path in folder.glob("*.csv"):
+        assert path.read_bytes() == tables[path]
+
+
+def test_force_trains_again(project):
+    few = ["--profile", "smoke", "--only", "01", "-p", "seeds", "[7]", "-p", "methods", "[topk]", "-p", "teacher_steps", "5"]
+    assert batch.main(few) == 0
+    before = records_made(project)
+    assert batch.main([*few, "--force"]) == 0
+    changed = {path for path, stamp in records_made(project).items() if before.get(path) != stamp}
+    assert len(changed) == 6  # teacher, dense, dense_long, dense_kd, the student before and after KD
+    assert set(before) == set(records_made(project))
+
+
+def test_a_failing_notebook_ends_the_batch_naming_cell_and_error(project, capfd):
+    assert batch.main(["--profile", "smoke", "--only", "01", "02", "-p", "top_k", "99"]) == 1
+    error = capfd.readouterr().err
+    assert "01_imagenet.ipynb failed in cell" in error
+    assert "ValueError: top_k: expected an integer from 1 to num_experts=4, found 99" in error
+    assert (project / "runs" / "smoke" / "01_imagenet.failed.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "teacher_step", "5"], "no chosen notebook has a parameter 'teacher_step'; did you mean 'teacher_steps'?"),
+        (["-p", "num_experts", "eight"], "num_experts: expected int like 8, found 'eight'"),
+        (["-p", "seeds", "3"], "seeds: expected list like [0, 1, 2], found 3"),
+        (["-p", "renormalize", "1"], "renormalize: expected bool like True, found 1"),
+        (["--only", "77"], "--only: no notebook '77', expected of ['01_imagenet'"),
+        (["--only", "01", "-p", "budgets", "[5]"], "no chosen notebook has a parameter 'budgets'"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(project, capsys, arguments, message):
+    assert batch.main(["--profile", "smoke", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_values_of_the_command_line():
+    assert parse_value("8e-3") == 0.008
+    assert [parse_value(t) for t in ("3", "[0, 1]", "null", "true", "glyphs", "")] == [3, [0, 1], None, True, "glyphs", ""]
+
+
+def test_whole_numbers_pass_for_fractions_but_not_the_other_way():
+    check_parameters({"a": 1}, {"a": 0.5}, "-p")
+    with pytest.raises(BatchError, match="a: expected int"):
+        check_parameters({"a": 0.5}, {"a": 1}, "-p")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
+def test_notebooks_are_committed_without_outputs_and_are_short_cells(notebook):
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+            if "parameters" not in cell.metadata.get("tags", []):
+                assert len(cell.source.splitlines()) <= 15
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
+def test_parameters_cell_is_the_demo_profile(notebook):
+    demo = yaml.safe_load((ROOT / "notebooks" / "profiles" / "demo.yaml").read_text())
+    declared = declared_parameters(notebook)
+    assert {k: v for k, v in demo.items() if k in declared} == {k: v for k, v in declared.items() if k in demo}
+
+
+@pytest.mark.parametrize("profile", batch.PROFILES)
+def test_profiles_name_only_parameters_that_exist(profile):
+    declared = {k: v for n in NOTEBOOKS for k, v in declared_parameters(n).items()}
+    check_parameters(yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text()), declared, profile)
