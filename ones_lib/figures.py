@@ -131,7 +131,7 @@ def accuracy_by_model(results: pd.DataFrame) -> Figure:
         ax.plot(means, means.index, marker, color=colour, label=texts[stage], markersize=5)
     for model in ("moe", "dense", "dense_long"):
         mean = results.loc[results["model"] == model, "accuracy"].mean()
-        ax.axvline(mean, color=PALETTE[model], linestyle=DASHES[model], linewidth=0.8, zorder=0)
+        ax.axvline(mean, color=PALETTE[model], linestyle=DASHES[model], linewidth=0.8, zorder=1.6)
     ax.set_yticks(range(len(order)), [NAMES[m].replace("\n", " ") for m in order])
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.set(xlabel=f"validation accuracy (%); strokes: {results['seed'].nunique()} seed(s), marks: their mean")
@@ -261,8 +261,8 @@ def save_table(table: pd.DataFrame, name: str, folder: str | Path, records: Iter
 
 
 def _retention_marks(line) -> None:
-    line(0, color="0.45", linestyle="--", linewidth=0.8, zorder=0)
-    line(100, color="black", linewidth=0.8, zorder=0)
+    line(0, color="0.45", linestyle="--", linewidth=0.8, zorder=1.6)
+    line(100, color="black", linewidth=0.8, zorder=1.6)
 
 
 def _explain(fig: Figure, rows: pd.DataFrame, intervals: str) -> None:

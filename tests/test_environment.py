@@ -19,7 +19,11 @@ REQUIREMENTS = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"
 
 def run_all(*arguments, cwd=ROOT, **env):
     return subprocess.run(
-        [str(Path(cwd) / "run_all.sh"), *arguments], capture_output=True, text=True, env={**os.environ, **env}, check=False
+        [str(Path(cwd) / "run_all.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        check=False,
     )
 
 

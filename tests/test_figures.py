@@ -25,7 +25,7 @@ def retention_rows(**changes):
 
 def texts(fig):
     found = [t.get_text() for ax in fig.axes for t in ax.texts]
-    return " ".join(found + [fig.get_supxlabel()])
+    return " ".join([*found, fig.get_supxlabel()])
 
 
 def test_curves_draw_the_tables_values():
@@ -41,7 +41,9 @@ def test_curves_draw_the_tables_values():
     assert "undefined" not in texts(fig)
 
 
-@pytest.mark.parametrize("draw", [lambda r: figures.retention_curves(r, "budget", "KD steps"), figures.retention_by_model])
+@pytest.mark.parametrize(
+    "draw", [lambda r: figures.retention_curves(r, "budget", "KD steps"), figures.retention_by_model]
+)
 def test_undefined_retention_is_said_so(draw):
     rows = retention_rows(retention=math.nan, low=-math.inf, high=math.inf)
     if draw is figures.retention_by_model:
@@ -86,7 +88,9 @@ def test_saved_with_csv_and_records_and_byte_stable(tmp_path):
 
 def test_pdf_embeds_its_fonts_as_text(tmp_path):
     figures.set_style()
-    figures.save_figure(figures.retention_curves(retention_rows(), "budget", "KD steps"), "f", retention_rows(), tmp_path)
+    figures.save_figure(
+        figures.retention_curves(retention_rows(), "budget", "KD steps"), "f", retention_rows(), tmp_path
+    )
     content = (tmp_path / "f.pdf").read_bytes()
     assert b"/FontFile2" in content
     assert b"/Type3" not in content

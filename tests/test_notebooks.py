@@ -47,7 +47,13 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
         *("sum", "average", "topk", "svd"),
     }
     assert set(results["stage"]) == {"trained", "gathered", "distilled"}
-    for name in ("imagenet_learning_curves", "imagenet_accuracy", "imagenet_retention", "retention_budget", "retention_experts"):
+    for name in (
+        "imagenet_learning_curves",
+        "imagenet_accuracy",
+        "imagenet_retention",
+        "retention_budget",
+        "retention_experts",
+    ):
         for ending in ("png", "pdf", "csv", "json"):
             assert (folder / f"{name}.{ending}").stat().st_size > 0, (name, ending)
     assert {2, 4} == set(pd.read_csv(folder / "retention_experts.csv")["num_experts"].dropna())
@@ -66,7 +72,21 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
 
 
 def test_force_trains_again(project):
-    few = ["--profile", "smoke", "--only", "01", "-p", "seeds", "[7]", "-p", "methods", "[topk]", "-p", "teacher_steps", "5"]
+    few = [
+        "--profile",
+        "smoke",
+        "--only",
+        "01",
+        "-p",
+        "seeds",
+        "[7]",
+        "-p",
+        "methods",
+        "[topk]",
+        "-p",
+        "teacher_steps",
+        "5",
+    ]
     assert batch.main(few) == 0
     before = records_made(project)
     assert batch.main([*few, "--force"]) == 0
@@ -86,7 +106,10 @@ def test_a_failing_notebook_ends_the_batch_naming_cell_and_error(project, capfd)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-p", "teacher_step", "5"], "no chosen notebook has a parameter 'teacher_step'; did you mean 'teacher_steps'?"),
+        (
+            ["-p", "teacher_step", "5"],
+            "no chosen notebook has a parameter 'teacher_step'; did you mean 'teacher_steps'?",
+        ),
         (["-p", "num_experts", "eight"], "num_experts: expected int like 8, found 'eight'"),
         (["-p", "seeds", "3"], "seeds: expected list like [0, 1, 2], found 3"),
         (["-p", "renormalize", "1"], "renormalize: expected bool like True, found 1"),
@@ -101,7 +124,14 @@ def test_bad_requests_are_refused_before_anything_runs(project, capsys, argument
 
 def test_values_of_the_command_line():
     assert parse_value("8e-3") == 0.008
-    assert [parse_value(t) for t in ("3", "[0, 1]", "null", "true", "glyphs", "")] == [3, [0, 1], None, True, "glyphs", ""]
+    assert [parse_value(t) for t in ("3", "[0, 1]", "null", "true", "glyphs", "")] == [
+        3,
+        [0, 1],
+        None,
+        True,
+        "glyphs",
+        "",
+    ]
 
 
 def test_whole_numbers_pass_for_fractions_but_not_the_other_way():
@@ -130,4 +160,6 @@ def test_parameters_cell_is_the_demo_profile(notebook):
 @pytest.mark.parametrize("profile", batch.PROFILES)
 def test_profiles_name_only_parameters_that_exist(profile):
     declared = {k: v for n in NOTEBOOKS for k, v in declared_parameters(n).items()}
-    check_parameters(yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text()), declared, profile)
+    check_parameters(
+        yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text()), declared, profile
+    )
