@@ -11,6 +11,7 @@ import inspect
 import multiprocessing
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -521,11 +522,18 @@ def _start_worker(threads: int, reports: multiprocessing.Queue, stop) -> None:
     global _REPORTS, _STOP
     _REPORTS, _STOP = reports, stop
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed notebook must not leave its workers behind; what they had done is in their checkpoints."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(key: str, config: Config, records: Records, cache_dir: Path) -> None:
     def progress(*report) -> None:
-        if _STOP.is_set() or not multiprocessing.parent_process().is_alive():
+        if _STOP.is_set():
             raise KeyboardInterrupt("another training failed or the study was interrupted")
         _REPORTS.put((key, *report))
 

@@ -194,7 +194,7 @@ class ImageClassification:
         model.eval()
         predicted, label = [], []
         with torch.inference_mode():
-            for images, labels in self._loader(self.data.val, evaluation_keys(len(self.data.val), batch_size=1000)):
+            for images, labels in self._loader(self.data.val, evaluation_keys(len(self.data.val), batch_size=250)):
                 predicted.append(model(images.to(device)).argmax(dim=-1).cpu())
                 label.append(labels)
         return {"predicted": torch.cat(predicted), "label": torch.cat(label)}

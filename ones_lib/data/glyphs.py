@@ -113,7 +113,7 @@ def make_glyphs(
         matrices = _affine(len(labels), distortion, generator)
         chunks = [
             _distort(drawn[c, f].float()[:, None], m, image_size)
-            for c, f, m in zip(labels.split(4096), font.split(4096), matrices.split(4096), strict=True)
+            for c, f, m in zip(labels.split(512), font.split(512), matrices.split(512), strict=True)
         ]
         result |= {f"{split}_images": torch.cat(chunks), f"{split}_labels": labels}
     return result, characters
