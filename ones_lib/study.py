@@ -392,7 +392,7 @@ def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
 def _reference(table: pd.DataFrame, model: str):
     """Function from a row to the index of the reference ``model``'s row that belongs to it."""
     candidates = table[table["model"] == model]
-    axes = [c for c in table.columns if c not in ("data", "model", "stage", "seed", "accuracy", "record")]
+    axes = [c for c in table.columns if c not in ("data", "model", "stage", "seed", "accuracy", "retention", "record")]
 
     def find(row: pd.Series) -> int:
         same = candidates[candidates["seed"] == row["seed"]]
