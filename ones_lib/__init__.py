@@ -1,9 +1,10 @@
 """From a sparse mixture of experts to one dense student: gathering, distillation, and the study of both.
 
-Importing this package registers the ``widenet_*`` and ``ones_*`` models with timm.
+Importing this package registers the ``widenet_*`` and ``ones_*`` models with timm, and the text models with transformers'
+Auto classes.
 """
 
-from ones_lib import vision  # noqa: F401  registers the models with timm
+from ones_lib import text, vision  # noqa: F401  registers the models
 from ones_lib.distillation import Distillation
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering import gather, gathering_methods, register

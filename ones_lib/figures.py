@@ -18,9 +18,11 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch.utils.data import DataLoader
 
 from ones_lib.data import ImageData
+from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.records import project_root, write_text
 
 ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2  # inches, the usual widths of a paper's columns
@@ -37,6 +39,25 @@ NAMES = {
     "average": "averaging",
     "topk": "Top-KG",
     "svd": "SVD-KG",
+}
+METRICS = {
+    "accuracy": "accuracy (%)",
+    "f1": "F1 (%)",
+    "exact_match": "exact match (%)",
+    "loss": "loss (nats; less is better)",
+    "average": "mean of the tasks (%)",
+}
+TASK_NAMES = {
+    "masked_lm": "masked LM",
+    "package": "package: one sentence",
+    "statement": "statement: a pair",
+    "answer": "answer span",
+    "answer_or_none": "answer span or none",
+    "sst2": "SST-2",
+    "mnli": "MNLI",
+    "squad": "SQuAD 1.1",
+    "squad_v2": "SQuAD 2.0",
+    "average": "average of the tasks",
 }
 METHODS = ["sum", "average", "topk", "svd"]
 CONTROLS = ["shared_kd", "zero_ffn", "one_expert"]
@@ -90,73 +111,74 @@ def sample_images(data: ImageData, classes: int = 8, each: int = 6, seed: int = 
     return fig
 
 
-def learning_curves(history: pd.DataFrame) -> Figure:
-    """Validation accuracy against steps, one line a model, band: lowest to highest seed.
+def learning_curves(history: pd.DataFrame, metric: str = "accuracy") -> Figure:
+    """A validation metric against steps, one line a model, band: lowest to highest seed.
 
-    ``history`` has columns ``model, seed, step, val_accuracy`` (percent).
+    ``history`` is a table of :meth:`ones_lib.study.Study.histories`.
     """
     fig, ax = plt.subplots(figsize=(ONE_COLUMN, 2.4))
     for model, group in history.groupby("model", sort=False):
-        by_step = group.groupby("step")["val_accuracy"].agg(["mean", "min", "max"])
+        by_step = group.groupby("step")["value"].agg(["mean", "min", "max"])
         style = {"color": PALETTE[model], "linestyle": DASHES.get(model, "-")}
         ax.plot(by_step.index, by_step["mean"], label=NAMES[model].replace("\n", " "), **style)
         ax.fill_between(by_step.index, by_step["min"], by_step["max"], color=style["color"], alpha=0.15, linewidth=0)
     seeds = history["seed"].nunique()
     ax.set(
         xlabel="training step",
-        ylabel="validation accuracy (%)",
+        ylabel=f"validation {METRICS[metric]}",
         title=f"mean of {seeds} seed(s); band: lowest to highest",
     )
-    ax.set_ylim(bottom=0)
-    ax.legend(loc="lower right")
+    if metric not in LOWER_IS_BETTER:
+        ax.set_ylim(bottom=0)
+    ax.legend(loc="upper right" if metric in LOWER_IS_BETTER else "lower right")
     return fig
 
 
-def accuracy_by_model(results: pd.DataFrame) -> Figure:
-    """Accuracy of every model: small marks are seeds, large ones their mean; students before and after KD.
+def scores_by_model(results: pd.DataFrame) -> Figure:
+    """Score of every model: small marks are seeds, large ones their mean; students before and after KD.
 
-    ``results`` is a table of :func:`ones_lib.study.results_table`.
+    ``results`` is a table of :func:`ones_lib.tables.results_table` with one metric, or with one a task: a panel each.
     """
+    tasks = list(dict.fromkeys(results["task"])) if "task" in results else [None]
     order = [m for m in NAMES if m in set(results["model"])]
-    fig, ax = plt.subplots(figsize=(TWO_COLUMNS, 0.25 * len(order) + 0.9))
+    fig, axes = _panels(len(tasks), order)
     stages = {"trained": ("black", "o"), "gathered": (_COLOURS[7], "s"), "distilled": (_COLOURS[0], "D")}
     texts = {"trained": "trained from scratch", "gathered": "gathered, before KD", "distilled": "distilled"}
-    for stage, (colour, marker) in stages.items():
-        part = results[results["stage"] == stage]
-        if part.empty:
-            continue
-        at = part["model"].map(order.index)
-        ax.plot(part["accuracy"], at, "|", color=colour, markersize=7, alpha=0.7)
-        means = part.groupby(at)["accuracy"].mean()
-        ax.plot(means, means.index, marker, color=colour, label=texts[stage], markersize=5)
-    for model in ("moe", "dense", "dense_long"):
-        mean = results.loc[results["model"] == model, "accuracy"].mean()
-        ax.axvline(mean, color=PALETTE[model], linestyle=DASHES[model], linewidth=0.8, zorder=1.6)
-    ax.set_yticks(range(len(order)), [NAMES[m].replace("\n", " ") for m in order])
-    ax.set_ylim(len(order) - 0.5, -0.5)
-    ax.set(xlabel=f"validation accuracy (%); strokes: {results['seed'].nunique()} seed(s), marks: their mean")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for ax, task in zip(axes, tasks, strict=True):
+        rows = results if task is None else results[results["task"] == task]
+        for stage, (colour, marker) in stages.items():
+            part = rows[rows["stage"] == stage]
+            if part.empty:
+                continue
+            at = part["model"].map(order.index)
+            ax.plot(part["value"], at, "|", color=colour, markersize=7, alpha=0.7)
+            means = part.groupby(at)["value"].mean()
+            ax.plot(means, means.index, marker, color=colour, label=texts[stage], markersize=5)
+        for model in ("moe", "dense", "dense_long"):
+            mean = rows.loc[rows["model"] == model, "value"].mean()
+            ax.axvline(mean, color=PALETTE[model], linestyle=DASHES[model], linewidth=0.8, zorder=1.6)
+        ax.set(xlabel=METRICS[rows["metric"].iloc[0]], title="" if task is None else TASK_NAMES.get(task, task))
+    strokes = f"strokes: {results['seed'].nunique()} seed(s), marks: their mean"
+    fig.supxlabel(f"{strokes}; lines: MoE (solid), dense (dashed), dense as long as teacher + KD (dotted)", fontsize=7)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 
-def retention_by_model(retention: pd.DataFrame) -> Figure:
-    """Benefit retention of the distilled models against both baselines, with 95% intervals.
+def retention_by_model(retention: pd.DataFrame, panels: str = "reference") -> Figure:
+    """Benefit retention of the distilled models with 95% intervals, a panel each reference baseline or task.
 
-    ``retention`` is a table of :func:`ones_lib.study.retention_table`; only its ``distilled`` rows are drawn.
+    ``retention`` is a table of :func:`ones_lib.tables.retention_table`; only its ``distilled`` rows are drawn.
     """
     rows = retention[retention["stage"] == "distilled"]
     order = [m for m in NAMES if m in set(rows["model"])]
-    references = list(dict.fromkeys(rows["reference"]))
-    fig, axes = plt.subplots(
-        1, len(references), figsize=(TWO_COLUMNS, 0.24 * len(order) + 1.0), sharey=True, squeeze=False
-    )
-    for ax, reference in zip(axes[0], references, strict=True):
-        part = rows[rows["reference"] == reference].set_index("model").loc[order]
-        ax.set_title(f"baseline: {NAMES[reference]}".replace("\n", " "))
-        ax.set_yticks(range(len(order)), [NAMES[m].replace("\n", " ") for m in order])
-        ax.set_ylim(len(order) - 0.5, -0.5)
+    values = list(dict.fromkeys(rows[panels]))
+    fig, axes = _panels(len(values), order)
+    for ax, value in zip(axes, values, strict=True):
+        part = rows[rows[panels] == value].set_index("model").loc[order]
+        ax.set_title(_baseline(value) if panels == "reference" else TASK_NAMES.get(value, value))
         if part["retention"].isna().all():
             _undefined(ax)
+            ax.set_xticks([])
             continue
         for i, (model, row) in enumerate(part.iterrows()):
             bounded = math.isfinite(row["low"])
@@ -166,6 +188,7 @@ def retention_by_model(retention: pd.DataFrame) -> Figure:
             ax.plot(100 * row["retention"], i, MARKERS[model], color=PALETTE[model], markersize=5, **fill)
         _retention_marks(ax.axvline)
         ax.set(xlabel="benefit retention (%)")
+        ax.xaxis.set_major_locator(MaxNLocator(5))
     _explain(fig, rows, "lines")
     return fig
 
@@ -214,7 +237,7 @@ def retention_curves(retention: pd.DataFrame, axis: str, axis_label: str, log: b
         ticks = sorted(part[axis].unique())
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
-        ax.set(xlabel=axis_label, title=f"baseline: {NAMES[reference]}".replace("\n", " "))
+        ax.set(xlabel=axis_label, title=_baseline(reference))
         if undefined:
             _undefined(ax, f"{axis_label}: {', '.join(f'{u:g}' for u in undefined)}")
     axes[0, 0].set_ylabel("benefit retention (%)")
@@ -258,6 +281,23 @@ def save_table(table: pd.DataFrame, name: str, folder: str | Path, records: Iter
         records, table = table["record"], table.drop(columns="record")
     write_text(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.6f"))
     write_text(path.with_suffix(".json"), json.dumps({"records": list(records)}, indent=1) + "\n")
+
+
+def _panels(count: int, models: list[str]) -> tuple[Figure, list[Axes]]:
+    """Panels in rows of up to three, with the models as their common vertical axis, the first on top."""
+    columns = min(3, count) if count != 4 else 2
+    rows = math.ceil(count / columns)
+    size = (TWO_COLUMNS, rows * (0.2 * len(models) + 0.5) + 0.5)
+    fig, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    axes[0, 0].set_yticks(range(len(models)), [NAMES[m].replace("\n", " ") for m in models])
+    axes[0, 0].set_ylim(len(models) - 0.5, -0.5)
+    return fig, list(axes.flat[:count])
+
+
+def _baseline(reference: str) -> str:
+    return f"baseline: {NAMES[reference]}".replace("\n", " ")
 
 
 def _retention_marks(line) -> None:

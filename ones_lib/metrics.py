@@ -1,10 +1,17 @@
-"""Benefit retention with its uncertainty."""
+"""Benefit retention with its uncertainty; SQuAD's scores."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.text import squad
+
+#: Metrics of which less is better, in nats; all others are parts of one, shown in per cent.
+LOWER_IS_BETTER = ("loss",)
 
 
 def benefit_retention(student: float, dense: float, moe: float) -> float:
@@ -17,36 +24,39 @@ def benefit_retention(student: float, dense: float, moe: float) -> float:
 
 
 def retention_interval(
-    student: np.ndarray, dense: np.ndarray, moe: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+    student: Sequence[np.ndarray],
+    dense: Sequence[np.ndarray],
+    moe: Sequence[np.ndarray],
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Retention of the mean accuracies, and its interval by a bootstrap over seeds and over test examples.
+    """Retention of the score averaged over tasks, and its interval by a bootstrap over seeds and over test examples.
 
-    Each draw takes seeds with replacement (the same for all three models, which belong together by seed) and test
-    examples with replacement (the same for all models, which were tested on the same ones).
+    Each draw takes seeds with replacement (the same for all three models, which belong together by seed) and every task's
+    test examples with replacement (the same for all models, which were tested on the same ones).
 
     Args:
-        student, dense, moe: correct or not, [seeds, examples].
+        student, dense, moe: for each task the scores [seeds, examples], higher is better; correct or not, for instance.
 
     Returns:
         Estimate, low, high. NaN, -inf, inf where the MoE's mean is not above the dense one's; low and high are -inf, inf
         also where that holds in more than the interval's tail of the draws.
     """
-    means, tail = [m.mean() for m in (student, dense, moe)], (1 - level) / 2
-    estimate = benefit_retention(*means)
+    estimate = benefit_retention(*(np.mean([scores.mean() for scores in m]) for m in (student, dense, moe)))
     if math.isnan(estimate):
         return estimate, -math.inf, math.inf
-    rng = np.random.default_rng(seed)
-    seeds, examples = student.shape
-    stacked = np.concatenate([student, dense, moe]).astype(np.float32)  # [3 * seeds, examples]
-    # How often each example is drawn is Poisson(1) up to the fixed total, which the ratio does not need.
-    accuracy = np.concatenate(
-        [
-            _weighted_means(stacked, rng.poisson(1.0, (min(100, draws - done), examples)))
-            for done in range(0, draws, 100)
-        ]
-    ).reshape(draws, 3, seeds)
+    rng, tail = np.random.default_rng(seed), (1 - level) / 2
+    seeds, means = len(student[0]), 0
+    for parts in zip(student, dense, moe, strict=True):
+        stacked = np.concatenate(parts).astype(np.float32)  # [3 * seeds, examples]
+        # How often each example is drawn is Poisson(1) up to the fixed total, which the ratio does not need.
+        sizes = [min(100, draws - done) for done in range(0, draws, 100)]
+        drawn = [_weighted_means(stacked, rng.poisson(1.0, (size, stacked.shape[1]))) for size in sizes]
+        means = means + np.concatenate(drawn).reshape(draws, 3, seeds) / len(student)
     drawn = rng.integers(seeds, size=(draws, 1, seeds))
-    s, d, m = np.take_along_axis(accuracy, drawn, axis=2).mean(axis=2).T
+    s, d, m = np.take_along_axis(means, drawn, axis=2).mean(axis=2).T
     benefit = m - d
     if (benefit <= 0).mean() > tail:
         return estimate, -math.inf, math.inf
@@ -59,3 +69,34 @@ def _weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """[m, n] values under [b, n] weights -> [b, m]."""
     weights = weights.astype(np.float32)
     return weights @ values.T / weights.sum(axis=1, keepdims=True)
+
+
+def squad_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    """SQuAD's ``f1`` and ``exact_match`` of every prediction, 0 to 1, [n] each; the best over a question's answers.
+
+    Case, punctuation and articles do not count. No answers at all stand for an unanswerable question, which the empty
+    prediction alone answers rightly, as in SQuAD 2.0.
+    """
+    scores = {"f1": [], "exact_match": []}
+    for text, right in zip(predictions, answers, strict=True):
+        target = {"id": "0", "answers": {"text": list(right) or [""], "answer_start": [0] * max(1, len(right))}}
+        found = squad([{"id": "0", "prediction_text": text}], [target])
+        for name, values in scores.items():
+            values.append(found[name] / 100)
+    return {name: torch.stack(values) for name, values in scores.items()}
+
+
+def best_no_answer_threshold(answered: Tensor, silent: Tensor, odds: Tensor) -> float:
+    """The threshold on ``odds`` above which giving no answer makes the mean score highest (SQuAD 2.0's official script).
+
+    Args:
+        answered, silent: score of each question if the answer is given, and if none is, [n].
+        odds: by how much the model prefers no answer, [n].
+    """
+    values, order = odds.sort()
+    # Threshold at the i-th value: the i + 1 lowest are answered; -inf: none is.
+    totals = torch.cat([silent.sum()[None], silent.sum() + (answered - silent)[order].cumsum(0)])
+    # Equal odds are answered together.
+    whole = torch.cat([values.new_tensor([True]), values.diff() != 0, values.new_tensor([True])]).bool()
+    best = int(totals.masked_fill(~whole, -torch.inf).argmax())
+    return -math.inf if best == 0 else float(values[best - 1])

@@ -191,9 +191,9 @@ class MoEFeedForward(nn.Module):
         """The experts' weights (the parameters themselves, no copy)."""
         return FeedForwardWeights(self.up, self.down, up_bias=self.up_bias, down_bias=self.down_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]."""
-        tokens = x.reshape(-1, x.shape[-1])
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[..., d] -> [..., d]. Where ``mask`` [...] is False (padding) the output is zero and no expert's place is taken."""
+        tokens = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]  # [N, d]
         if self.router is None:
             y = self.bank().expert(0).apply(tokens, self._activate)
         else:
@@ -201,7 +201,31 @@ class MoEFeedForward(nn.Module):
             if self.training:
                 self.balance_losses.append(routing.balance_loss())
             y = dispatch(self.bank(), tokens, routing, self._activate)
-        return self.dropout(y).view_as(x)
+        y = self.dropout(y)
+        return y.view_as(x) if mask is None else torch.zeros_like(x).masked_scatter(mask[..., None], y)
 
     def _activate(self, hidden: Tensor) -> Tensor:
         return self.dropout(self.activation(hidden))
+
+
+class MoEModel:
+    """What models with :class:`MoEFeedForward` layers have in common, to be inherited beside ``nn.Module``."""
+
+    def moe_layers(self) -> list[MoEFeedForward]:
+        """The distinct feed-forward layers: one if shared across depth."""
+        return [module for module in self.modules() if isinstance(module, MoEFeedForward)]
+
+    def clear_balance_losses(self) -> None:
+        """To be called at the start of a forward pass."""
+        for layer in self.moe_layers():
+            layer.balance_losses.clear()
+
+    def balance_loss(self) -> Tensor | float:
+        """Mean over depth of the router's balance loss in the last forward pass in training mode; 0.0 for a dense model."""
+        losses = [loss for layer in self.moe_layers() for loss in layer.balance_losses]
+        return sum(losses) / len(losses) if losses else 0.0
+
+    def no_weight_decay(self) -> set[str]:
+        """The parent's, and the experts' biases, which timm does not know for biases since they are matrices [E, h]."""
+        inherited = getattr(super(), "no_weight_decay", set)()
+        return inherited | {n for n, _ in self.named_parameters() if n.endswith(("up_bias", "down_bias"))}

@@ -5,7 +5,7 @@
     <root>/<kind>-<hash>/
         config.json          what was asked for: everything that decides the result, and nothing else
         weights.safetensors  the model
-        predictions.safetensors   class predicted for every validation example, and its label
+        predictions.safetensors   score of every validation example by metric, and what was predicted
         history.csv          the course of the training
         result.json          numbers, wall time, versions, hardware, when it was finished
 
@@ -61,13 +61,8 @@ class Record:
 
     @cached_property
     def predictions(self) -> dict[str, Tensor]:
-        """``predicted`` and ``label``, int64 [n]."""
+        """Scores by metric, [n] each, and what else the task's ``predict`` gives."""
         return load_file(self.folder / "predictions.safetensors")
-
-    @property
-    def correct(self) -> Tensor:
-        """Bool [n], one for every validation example."""
-        return self.predictions["predicted"] == self.predictions["label"]
 
     def load_weights(self, model: nn.Module) -> nn.Module:
         load_tensors(self.folder / "weights.safetensors", model)
@@ -130,7 +125,7 @@ def project_root() -> Path:
 
 def provenance() -> dict:
     """Versions and hardware, for the record."""
-    packages = ("torch", "timm", "accelerate", "numpy", "matplotlib")
+    packages = ("torch", "timm", "transformers", "accelerate", "numpy", "matplotlib")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

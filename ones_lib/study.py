@@ -1,4 +1,4 @@
-"""The steps of the image study that notebooks call: configurations of models to train, carried out once and then found.
+"""The steps of a study that notebooks call: configurations of models to train, carried out once and then found.
 
 A :class:`Study` turns questions ("the Top-KG student of seed 1 after 300 steps of KD") into configurations, plain
 dictionaries that hold everything that decides the result; :meth:`Study.run` carries out those that have no record yet, in
@@ -7,36 +7,37 @@ parallel processes where that is faster, each after the teacher it needs.
 
 from __future__ import annotations
 
-import inspect
+import gc
+import json
 import multiprocessing
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import timm
 import torch
-from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
 from ones_lib.data import ImageData, image_data
+from ones_lib.data.text import TextData, text_data
 from ones_lib.distillation import Distillation
 from ones_lib.gathering import gathering_methods
 from ones_lib.integration import CONTROLS, integrate
-from ones_lib.metrics import benefit_retention, retention_interval
-from ones_lib.records import Record, Records, config_hash, project_root
-from ones_lib.training import Progress, Training, fit
-from ones_lib.vision import ImageClassification
+from ones_lib.metrics import LOWER_IS_BETTER
+from ones_lib.records import Record, Records, config_hash
+from ones_lib.text_tasks import finetuning_model, pretraining_model, text_task
+from ones_lib.training import Progress, Task, Training, fit
+from ones_lib.vision import ImageClassification, classification_model
 
 Config = dict
+Data = ImageData | TextData
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,24 @@ class Study:
     """One data set, one MoE, the recipes to train and distil it, and where records are kept.
 
     Args:
-        data: arguments of :func:`ones_lib.data.image_data` (``name, image_size, num_classes, ...``).
-        model: ``name`` of a timm model and arguments for it; those that are None are left to the model. Number of classes,
-            image size and channels follow from the data.
+        domain: ``"image"`` or ``"text"``; text models are pre-trained as masked language models.
+        data: arguments of :func:`ones_lib.data.image_data` or :func:`ones_lib.data.text.text_data`.
+        model: for images ``name`` of a timm model and arguments for it, for text arguments of
+            :class:`ones_lib.text.WideNetTextConfig`; those that are None are left to the model. Number of classes, image
+            size, channels and vocabulary follow from the data.
         teaching: recipe of the MoE teacher and of the dense baseline.
         learning: recipe of the student's KD; its ``steps`` are the largest budget.
         distillation: the KD loss.
         seeds: of initialisation and training; teacher, baselines and students of one seed belong together.
         records: where records are kept, and found.
         cache_dir: where drawn data are kept.
+        tasks: for text, those to fine-tune on.
+        finetuning: recipe of the fine-tuning.
+        finetune_kd: fine-tune what was distilled with KD again, from the fine-tuned teacher.
         processes: trainings side by side; 0 chooses: one on a GPU, else one a core. Not part of any configuration.
     """
 
+    domain: str
     data: Mapping
     model: Mapping
     teaching: Training
@@ -74,6 +81,9 @@ class Study:
     seeds: Iterable[int] = (0, 1, 2)
     records: Records = field(default_factory=lambda: Records("runs/records"))
     cache_dir: Path = Path("runs/cache")
+    tasks: Iterable[str] = ()
+    finetuning: Training | None = None
+    finetune_kd: bool = True
     processes: int = 0
 
     def __post_init__(self) -> None:
@@ -121,8 +131,48 @@ class Study:
         training = self.learning if budget is None else replace(self.learning, steps=budget)
         return {**config, "training": asdict(training), **self._taught_by(teacher)}
 
+    def finetuned(self, task: str, start: Config, teacher: Config | None = None) -> Config:
+        """The pre-trained or distilled model ``start`` fine-tuned on a task, with KD from ``teacher`` if there is one."""
+        config = {"kind": "finetuned", **self._common(start["seed"]), "task": task, "start": start}
+        config["training"] = asdict(self.finetuning)
+        return config if teacher is None else {**config, **self._taught_by(teacher)}
+
+    def task_entries(self, methods: Iterable[str], budget: int | None = None, gathered: bool = True) -> list[Entry]:
+        """The same models on the tasks (column ``task``): fine-tuned; the students after ``budget`` steps of KD.
+
+        A student right after gathering is the fine-tuned MoE gathered, with no training at all.
+        """
+        result = []
+        for seed in self.seeds:
+            moe, long = self.moe(seed), self.dense(seed, self.learning.steps)
+            for task in self.tasks:
+                axis, teacher = {"task": task}, self.finetuned(task, moe)
+                learnt_from = teacher if self.finetune_kd else None
+                result.append(Entry("moe", "trained", teacher, axis))
+                result.append(Entry("dense", "trained", self.finetuned(task, self.dense(seed)), axis))
+                result.append(Entry("dense_long", "trained", self.finetuned(task, long), axis))
+                distilled = {"dense_kd": self.dense_kd(seed)}
+                for method in methods:
+                    if gathered:
+                        right_after = self.student(method, seed, budget=0, teacher=teacher)
+                        result.append(Entry(method, "gathered", right_after, axis))
+                    distilled[method] = self.student(method, seed, budget)
+                for model, start in distilled.items():
+                    result.append(Entry(model, "distilled", self.finetuned(task, start, learnt_from), axis))
+        return result
+
+    def task_budget_entries(self, methods: Iterable[str], budgets: Iterable[int]) -> list[Entry]:
+        """Students of all ``methods`` after each budget of KD steps (columns ``task, budget``), fine-tuned, and what they are
+        measured by. A budget of 0 is the student fine-tuned right after gathering."""
+        methods = list(methods)
+        result = [e for e in self.task_entries([], gathered=False) if e.stage == "trained"]
+        for budget in budgets:
+            entries = self.task_entries(methods, budget, gathered=False)
+            result += [replace(e, axes={**e.axes, "budget": budget}) for e in entries if e.model in methods]
+        return result
+
     def _common(self, seed: int) -> Config:
-        return {"seed": seed, "data": self.data}
+        return {"domain": self.domain, "seed": seed, "data": self.data}
 
     def _taught_by(self, teacher: Config) -> Config:
         return {"teacher": teacher, "distillation": asdict(self.distillation)}
@@ -169,13 +219,13 @@ class Study:
 
     # --- doing it ----------------------------------------------------------------------------------------------------
 
-    def open_data(self) -> ImageData:
-        return _open_data(_frozen(self.data), self.cache_dir)
+    def open_data(self) -> Data:
+        return _open_data(self.domain, _frozen(self.data), self.cache_dir)
 
     def run(self, configs: Iterable[Config], description: str = "") -> list[Record]:
         """Records of all configurations, in their order; those not yet there are computed, each with its teacher."""
         configs = list(configs)
-        wanted = {config_hash(c): c for config in configs for c in (*_teachers(config), config)}
+        wanted = {config_hash(c): c for config in configs for c in (*_needed(config), config)}
         missing = {key: config for key, config in wanted.items() if self.records.find(config) is None}
         if missing:
             self.open_data()  # drawn once, and bad data is found, before any process starts
@@ -193,45 +243,62 @@ class Study:
         """The trained model of a record, in eval mode."""
         return record.load_weights(build_model(record.config, self.open_data())).eval()
 
-    def histories(self, groups: Mapping[str, Iterable[Config]]) -> pd.DataFrame:
-        """Validation accuracy (percent) over training: ``model, seed, step, val_accuracy``; ``groups`` by model's name."""
+    def histories(self, groups: Mapping[str, Iterable[Config]], metric: str = "accuracy") -> pd.DataFrame:
+        """A validation metric over training: ``model, seed, step, value``, in per cent but for losses; ``groups`` by model."""
         parts = []
         for model, configs in groups.items():
             for config in configs:
-                history = self.records.find(config).history.dropna(subset="val_accuracy")
-                values = {"step": history["step"], "val_accuracy": 100 * history["val_accuracy"]}
+                history = self.records.find(config).history.dropna(subset=f"val_{metric}")
+                scale = 1 if metric in LOWER_IS_BETTER else 100
+                values = {"step": history["step"], "value": scale * history[f"val_{metric}"]}
                 parts.append(pd.DataFrame({"model": model, "seed": config["seed"], **values}))
         return pd.concat(parts, ignore_index=True)
 
 
 def label(config: Config) -> str:
     """Short name of a configuration, for people."""
+    if config["kind"] == "finetuned":
+        return f"{config['task']}: {label(config['start'])}"
     return f"{config.get('method', config['kind'])}, seed {config['seed']}"
 
 
-def build_model(config: Config, data: ImageData) -> nn.Module:
+def build_model(config: Config, data: Data) -> nn.Module:
     """The freshly initialised model of a configuration (a student's has its teacher's architecture, dense)."""
     if config["kind"] == "student":
         teacher = build_model(config["teacher"], data)
         k = config["options"].get("k")
         return teacher.dense_twin(d_ff=k and k * teacher.moe_layers()[0].num_experts)
-    arguments = {"num_classes": data.num_classes, "img_size": data.image_size, "in_chans": data.in_chans}
-    arguments |= config["model"]
-    with torch.random.fork_rng():
-        set_seed(config["seed"])
-        return timm.create_model(arguments.pop("name"), **arguments)
+    if config["kind"] == "finetuned":
+        return finetuning_model(build_model(config["start"], data), config["task"], config["seed"])
+    build = classification_model if config["domain"] == "image" else pretraining_model
+    return build(config["model"], data, config["seed"])
+
+
+def task_of(config: Config, data: Data) -> Task:
+    """What a configuration's model does and is measured by; a student does what its teacher does."""
+    if config["kind"] == "student":
+        return task_of(config["teacher"], data)
+    return (
+        ImageClassification(data) if config["domain"] == "image" else text_task(config.get("task", "masked_lm"), data)
+    )
 
 
 def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progress | None = None) -> Record:
-    """Train or gather what a configuration asks for, and leave its record; its teacher's record must be there."""
+    """Train or gather what a configuration asks for, and leave its record; the records that it needs must be there."""
     started = time.perf_counter()
-    data = _open_data(_frozen(config["data"]), cache_dir)
-    task, result, teacher, distillation = ImageClassification(data), {}, None, None
+    data = _open_data(config["domain"], _frozen(config["data"]), cache_dir)
+    task, result, teacher, distillation = task_of(config, data), {}, None, None
+
+    def load(other: Config) -> nn.Module:
+        return records.find(other).load_weights(build_model(other, data))
+
     if "teacher" in config:
-        teacher = records.find(config["teacher"]).load_weights(build_model(config["teacher"], data))
+        teacher = load(config["teacher"])
     if config["kind"] == "student":
         model, report = integrate(teacher, config["method"], seed=config["seed"], **config["options"])
         result["integration"] = report.table().to_dict("records")
+    elif config["kind"] == "finetuned":
+        model = finetuning_model(load(config["start"]), config["task"], config["seed"])
     else:
         model = build_model(config, data)
     folder, history = records.begin(config), pd.DataFrame()
@@ -251,192 +318,10 @@ def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progr
             progress=progress,
         )
     predictions = task.predict(model, next(model.parameters()).device)
-    result["accuracy"] = (predictions["predicted"] == predictions["label"]).double().mean().item()
+    result["metrics"] = {metric: predictions[metric].double().mean().item() for metric in task.metrics}
     result["parameters"] = sum(p.numel() for p in model.parameters())
     result["wall_seconds"] = time.perf_counter() - started
     return records.finish(config, model, history, predictions, result)
-
-
-def image_study(
-    *,
-    data: str,
-    data_dir: str,
-    image_size: int,
-    num_classes: int | None,
-    train_per_class: int | None,
-    val_per_class: int | None,
-    distortion: float,
-    color_jitter: float,
-    min_crop: float,
-    model: str,
-    patch_size: int | None,
-    d_model: int | None,
-    depth: int | None,
-    num_heads: int | None,
-    d_ff: int | None,
-    num_experts: int | None,
-    top_k: int | None,
-    renormalize: bool,
-    share_depth: bool,
-    drop_rate: float,
-    seeds: list[int],
-    teacher_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    warmup: float,
-    weight_decay: float,
-    optimizer: str,
-    label_smoothing: float,
-    mixup: float,
-    ema_decay: float,
-    mixed_precision: str,
-    kd_steps: int,
-    kd_learning_rate: float,
-    temperature: float,
-    alpha: float,
-    records_dir: str,
-    redo_before: str,
-    processes: int,
-) -> Study:
-    """The :class:`Study` of the image notebooks' flat parameters; paths are relative to the project's root.
-
-    The KD recipe is the teacher's but for steps, learning rate and, since the student starts trained, one evaluation.
-    """
-    root = project_root()
-    teaching = Training(
-        steps=teacher_steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        optimizer=optimizer,
-        label_smoothing=label_smoothing,
-        mixup=mixup,
-        ema_decay=ema_decay,
-        mixed_precision=mixed_precision,
-        evaluations=5,
-    )
-    return Study(
-        data={
-            "name": data,
-            "data_dir": str(root / data_dir) if data_dir else "",
-            "image_size": image_size,
-            "num_classes": num_classes,
-            "train_per_class": train_per_class,
-            "val_per_class": val_per_class,
-            "distortion": distortion,
-            "color_jitter": color_jitter,
-            "min_crop": min_crop,
-        },
-        model={
-            "name": model,
-            "patch_size": patch_size,
-            "embed_dim": d_model,
-            "depth": depth,
-            "num_heads": num_heads,
-            "d_ff": d_ff,
-            "num_experts": num_experts,
-            "top_k": top_k,
-            "renormalize": renormalize,
-            "share_depth": share_depth,
-            "proj_drop_rate": drop_rate,
-        },
-        teaching=teaching,
-        learning=replace(teaching, steps=kd_steps, learning_rate=kd_learning_rate, evaluations=1),
-        distillation=Distillation(temperature, alpha),
-        seeds=seeds,
-        records=Records(root / records_dir, redo_before),
-        cache_dir=root / "runs" / "cache",
-        processes=processes,
-    )
-
-
-def call_with(function: Callable, namespace: Mapping):
-    """Call ``function`` with those of a namespace's variables that it has parameters for (a notebook's ``globals()``)."""
-    return function(**{name: namespace[name] for name in inspect.signature(function).parameters})
-
-
-# --- tables of results -----------------------------------------------------------------------------------------------
-
-
-def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
-    """One row an entry: ``data, model, stage, seed, *axes, accuracy, retention, record``; accuracy in percent.
-
-    Retention is that of the row's seed: against the ``dense`` and ``moe`` entries of the same seed and the same axes, or of
-    the same seed alone where those were not trained anew for each value of an axis.
-    """
-    rows = []
-    for entry in entries:
-        record = records.find(entry.config)
-        rows.append(
-            {
-                "data": entry.config["data"]["name"],
-                "model": entry.model,
-                "stage": entry.stage,
-                "seed": entry.config["seed"],
-                **entry.axes,
-                "accuracy": 100 * record.result["accuracy"],
-                "record": record.folder.name,
-            }
-        )
-    table = pd.DataFrame(rows)
-    references = {name: _reference(table, name) for name in ("dense", "moe")}
-    retention = [
-        benefit_retention(row["accuracy"], *(table["accuracy"][references[name](row)] for name in references))
-        for _, row in table.iterrows()
-    ]
-    table.insert(table.columns.get_loc("record"), "retention", retention)
-    return table
-
-
-def _reference(table: pd.DataFrame, model: str):
-    """Function from a row to the index of the reference ``model``'s row that belongs to it."""
-    candidates = table[table["model"] == model]
-    axes = [c for c in table.columns if c not in ("data", "model", "stage", "seed", "accuracy", "retention", "record")]
-
-    def find(row: pd.Series) -> int:
-        same = candidates[candidates["seed"] == row["seed"]]
-        for axis in axes:
-            if pd.notna(row[axis]) and (same[axis] == row[axis]).any():
-                same = same[same[axis] == row[axis]]
-        return same.index[0]
-
-    return find
-
-
-def retention_table(table: pd.DataFrame, records: Records, by: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Retention over all seeds, with its interval: one row a model, stage, value of ``by``, and reference.
-
-    Columns ``data, model, stage, *by, reference, accuracy, accuracy_sd, retention, low, high``; the references are
-    ``dense`` and, where it is in the table, ``dense_long``. The interval is
-    :func:`ones_lib.metrics.retention_interval`'s, 95%.
-    """
-    correct = {name: Record(records.root / name).correct.numpy() for name in table["record"].unique()}
-    find_moe = _reference(table, "moe")
-    bases = {name: _reference(table, name) for name in ("dense", "dense_long") if (table["model"] == name).any()}
-    rows = []
-    for values, group in table.groupby(["data", "model", "stage", *by], sort=False, dropna=False):
-        group = group.sort_values("seed")
-
-        def stacked(find, group=group):
-            return [correct[table["record"][find(row)]] for _, row in group.iterrows()]
-
-        for base, find in bases.items():
-            parts = [stacked(lambda row: row.name), stacked(find), stacked(find_moe)]
-            retention, low, high = retention_interval(*(np.stack(part) for part in parts))
-            rows.append(
-                {
-                    **dict(zip(["data", "model", "stage", *by], values, strict=True)),
-                    "reference": base,
-                    "seeds": len(group),
-                    "accuracy": group["accuracy"].mean(),
-                    "accuracy_sd": group["accuracy"].std(),
-                    "retention": retention,
-                    "low": low,
-                    "high": high,
-                }
-            )
-    return pd.DataFrame(rows)
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -450,22 +335,23 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _teachers(config: Config) -> list[Config]:
-    """The teachers that a configuration needs, those that need none first."""
-    return [*_teachers(config["teacher"]), config["teacher"]] if "teacher" in config else []
+def _needed(config: Config) -> list[Config]:
+    """The configurations whose models this one starts or learns from, those that need none first."""
+    direct = [config[role] for role in ("start", "teacher") if role in config]
+    return [found for other in direct for found in (*_needed(other), other)]
 
 
 def _steps(config: Config) -> int:
     return config["training"]["steps"] if config["training"] else 0
 
 
-def _frozen(data: Mapping) -> tuple:
-    return tuple(sorted(data.items()))
+def _frozen(data: Mapping) -> str:
+    return json.dumps(data, sort_keys=True)
 
 
 @lru_cache(maxsize=2)
-def _open_data(data: tuple, cache_dir: Path) -> ImageData:
-    return image_data(**dict(data), cache_dir=cache_dir)
+def _open_data(domain: str, data: str, cache_dir: Path) -> Data:
+    return {"image": image_data, "text": text_data}[domain](**json.loads(data), cache_dir=cache_dir)
 
 
 def _bar_progress(bar: tqdm, name: str) -> Progress:
@@ -481,7 +367,8 @@ def _bar_progress(bar: tqdm, name: str) -> Progress:
 
 
 def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Path, processes: int, bar: tqdm) -> None:
-    """Carry out configurations in processes of their own, each as soon as its teacher is there: teachers, then the longest."""
+    """Carry out configurations in processes of their own, each as soon as those it needs are there; the longest first, but
+    before them what others need."""
     context = multiprocessing.get_context("spawn")
     reports, stop = context.Queue(), context.Event()
     threads = max(1, _cores() // processes)
@@ -490,7 +377,7 @@ def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Pa
 
     def ready(config: Config) -> bool:
         unfinished = {*waiting, *running.values()}
-        return unfinished.isdisjoint(config_hash(teacher) for teacher in _teachers(config))
+        return unfinished.isdisjoint(config_hash(teacher) for teacher in _needed(config))
 
     def drain() -> None:
         while True:
@@ -504,7 +391,8 @@ def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Pa
         try:
             while waiting or running:
                 candidates = [key for key, config in waiting.items() if ready(config)]
-                candidates.sort(key=lambda key: (waiting[key]["kind"] != "moe", -_steps(waiting[key])))
+                wanted = {config_hash(other) for config in waiting.values() for other in _needed(config)}
+                candidates.sort(key=lambda key: (key not in wanted, -_steps(waiting[key])))
                 for key in candidates[: processes - len(running)]:
                     running[pool.submit(_work, key, waiting.pop(key), records, cache_dir)] = key
                 done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -522,6 +410,7 @@ def _start_worker(threads: int, reports: multiprocessing.Queue, stop) -> None:
     global _REPORTS, _STOP
     _REPORTS, _STOP = reports, stop
     torch.set_num_threads(threads)
+    gc.freeze()  # what is imported stays: the collections after each training need not look at it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -538,3 +427,4 @@ def _work(key: str, config: Config, records: Records, cache_dir: Path) -> None:
         _REPORTS.put((key, *report))
 
     carry_out(config, records, cache_dir, progress)
+    gc.collect()  # models and optimizers hold one another in cycles; left alone, a worker grows with every training

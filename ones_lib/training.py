@@ -50,7 +50,7 @@ class Training:
         ema_decay: of the weights' moving average, which is then what is evaluated and kept; 0 is none.
         balance_weight: of the MoE's balance loss.
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
-        evaluations: how often validation accuracy is taken over the run, the end included.
+        evaluations: how often validation metrics are taken over the run, the end included; 0 is never.
     """
 
     steps: int
@@ -68,11 +68,11 @@ class Training:
     evaluations: int = 1
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "learning_rate", "clip_norm", "evaluations")
+        positive = ("steps", "batch_size", "learning_rate", "clip_norm")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, found {getattr(self, name)}")
-        for name in ("weight_decay", "mixup", "balance_weight"):
+        for name in ("weight_decay", "mixup", "balance_weight", "evaluations"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number of at least 0, found {getattr(self, name)}")
         for name in ("warmup", "label_smoothing", "ema_decay"):
@@ -83,7 +83,12 @@ class Training:
 
 
 class Task(Protocol):
-    """What the loop needs to know of a task. A batch is whatever ``batches`` yields, already on the device."""
+    """What the loop needs to know of a task. A batch is whatever ``batches`` yields, already on the device.
+
+    ``metrics`` are names, the main one first.
+    """
+
+    metrics: tuple[str, ...]
 
     def batches(
         self, training: Training, seed: int, start: int, device: torch.device, rank: int, world_size: int
@@ -100,7 +105,7 @@ class Task(Protocol):
         """Part of the batch that is right."""
 
     def predict(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """``predicted`` and ``label`` of every validation example."""
+        """Scores of every validation example by metric, [n] each, and what else is worth keeping of the predictions."""
 
 
 class Diverged(RuntimeError):
@@ -128,7 +133,7 @@ def fit(
 
     Returns:
         The trained model (its moving average, if asked for), on the device, in eval mode, and the history: one row a
-        report with ``step, loss, train_accuracy, val_accuracy, seconds``.
+        report with ``step, loss, train_accuracy, seconds`` and, where it was evaluated, ``val_<metric>``.
 
     Raises:
         Diverged: the loss of a step is not finite; the step is named, and the last checkpoint remains.
@@ -173,7 +178,7 @@ def fit(
         row["train_accuracy"] = torch.stack([accuracy for _, accuracy in recent]).mean().item()
         if step in evaluation_steps:
             predictions = task.predict(_kept(model, ema), device)
-            row["val_accuracy"] = (predictions["predicted"] == predictions["label"]).float().mean().item()
+            row |= {f"val_{metric}": predictions[metric].double().mean().item() for metric in task.metrics}
             model.train()
         row["seconds"] = seconds_before + time.perf_counter() - started
         rows.append(row)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import timm
 import torch
 import torch.nn.functional as F
+from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -20,11 +22,11 @@ from torch.utils.data import DataLoader
 
 from ones_lib.data import ImageData, evaluation_keys, training_keys
 from ones_lib.data.images import worker_count
-from ones_lib.moe import MoEFeedForward
+from ones_lib.moe import MoEFeedForward, MoEModel
 from ones_lib.training import Training
 
 
-class WideNet(VisionTransformer):
+class WideNet(MoEModel, VisionTransformer):
     """Vision transformer with an MoE feed-forward layer and block weights shared across depth; norms are each depth's own.
 
     Args:
@@ -69,24 +71,9 @@ class WideNet(VisionTransformer):
         arguments = {**self._arguments, "num_experts": 1}
         return WideNet(**(arguments if d_ff is None else {**arguments, "d_ff": d_ff}))
 
-    def moe_layers(self) -> list[MoEFeedForward]:
-        """The distinct feed-forward layers: one if shared across depth."""
-        return [module for module in self.modules() if isinstance(module, MoEFeedForward)]
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        for layer in self.moe_layers():
-            layer.balance_losses.clear()
+        self.clear_balance_losses()
         return super().forward(x, attn_mask)
-
-    def balance_loss(self) -> Tensor | float:
-        """Mean over depth of the router's balance loss in the last forward pass in training mode; 0.0 for a dense model."""
-        losses = [loss for layer in self.moe_layers() for loss in layer.balance_losses]
-        return sum(losses) / len(losses) if losses else 0.0
-
-    def no_weight_decay(self) -> set[str]:
-        """timm's, and the experts' biases, which timm does not know for biases since they are matrices [E, h]."""
-        biases = {name for name, _ in self.named_parameters() if name.endswith(("up_bias", "down_bias"))}
-        return super().no_weight_decay() | biases
 
 
 #: size and patch -> width, depth, heads, d_ff
@@ -149,6 +136,14 @@ for _family in FAMILIES:
         _register(_family, _size)
 
 
+def classification_model(model: dict, data: ImageData, seed: int) -> nn.Module:
+    """A freshly initialised model for a data set; ``model`` holds timm's ``name`` and arguments."""
+    arguments = {"num_classes": data.num_classes, "img_size": data.image_size, "in_chans": data.in_chans} | model
+    with torch.random.fork_rng():
+        set_seed(seed)
+        return timm.create_model(arguments.pop("name"), **arguments)
+
+
 class ImageBatch(NamedTuple):
     """``images`` [B, C, H, W]; ``labels`` [B]; ``targets`` [B, classes], the mixed labels, or None without mixup."""
 
@@ -159,6 +154,8 @@ class ImageBatch(NamedTuple):
 
 class ImageClassification:
     """Image classification as a task of :func:`ones_lib.training.fit`."""
+
+    metrics = ("accuracy",)
 
     def __init__(self, data: ImageData) -> None:
         self.data = data
@@ -190,14 +187,15 @@ class ImageClassification:
         return (logits.argmax(dim=-1) == batch.labels).float().mean()
 
     def predict(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
-        """Class predicted for every validation image, and its label, int64 [n]; leaves the model in eval mode."""
+        """Of every validation image whether it is right, the class predicted, and its label, [n] each."""
         model.eval()
         predicted, label = [], []
         with torch.inference_mode():
             for images, labels in self._loader(self.data.val, evaluation_keys(len(self.data.val), batch_size=250)):
                 predicted.append(model(images.to(device)).argmax(dim=-1).cpu())
                 label.append(labels)
-        return {"predicted": torch.cat(predicted), "label": torch.cat(label)}
+        predicted, label = torch.cat(predicted), torch.cat(label)
+        return {"accuracy": (predicted == label).float(), "predicted": predicted, "label": label}
 
     def _loader(self, split, keys) -> DataLoader:
         own = torch.Generator()  # else the loader's start would draw from the generator that seeds the step

@@ -6,6 +6,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fail at once, not wait for a network
 
 from ones_lib import FeedForwardWeights
+from ones_lib.data.text import text_data
 
 torch.set_num_threads(1)
 
@@ -39,3 +40,11 @@ def form(request):
     """Keyword arguments for each form of FFN: plain or gated, with or without biases."""
     gated, biases = request.param
     return {"gated": gated, "biases": biases}
+
+
+@pytest.fixture(scope="session")
+def text_cache(tmp_path_factory):
+    """A cache that holds the embedded text, which takes half a minute to make."""
+    folder = tmp_path_factory.mktemp("text_cache")
+    text_data(cache_dir=folder)
+    return folder

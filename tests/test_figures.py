@@ -61,15 +61,57 @@ def test_unbounded_intervals_are_hollow_and_explained():
 
 def test_accuracy_figure_has_every_model_once():
     rows = [
-        {"model": model, "stage": stage, "seed": seed, "accuracy": 50.0 + seed}
+        {"model": model, "stage": stage, "seed": seed, "metric": "accuracy", "value": 50.0 + seed}
         for model, stage in [("moe", "trained"), ("dense", "trained"), ("dense_long", "trained"), ("topk", "gathered")]
         for seed in (0, 1)
     ]
-    fig = figures.accuracy_by_model(pd.DataFrame(rows))
+    fig = figures.scores_by_model(pd.DataFrame(rows))
     labels = [t.get_text() for t in fig.axes[0].get_yticklabels()]
     assert labels == ["MoE (teacher)", "dense, as long as teacher + KD", "dense", "Top-KG"]
     means = [line.get_xdata() for line in fig.axes[0].get_lines() if line.get_label() == "trained from scratch"]
     np.testing.assert_allclose(np.concatenate(means), 50.5)
+
+
+def test_scores_and_retention_have_a_panel_for_every_task():
+    tasks = {"masked_lm": "loss", "answer": "f1", "average": "average"}
+    models = [("moe", "trained"), ("dense", "trained"), ("dense_long", "trained"), ("topk", "distilled")]
+    rows = [
+        {"task": task, "metric": metric, "model": model, "stage": stage, "seed": seed, "value": 10.0 * i + seed}
+        for i, (task, metric) in enumerate(tasks.items())
+        for model, stage in models
+        for seed in (0, 1)
+    ]
+    fig = figures.scores_by_model(pd.DataFrame(rows))
+    assert [ax.get_title() for ax in fig.axes] == ["masked LM", "answer span", "average of the tasks"]
+    assert [ax.get_xlabel() for ax in fig.axes] == ["loss (nats; less is better)", "F1 (%)", "mean of the tasks (%)"]
+    for i, ax in enumerate(fig.axes):
+        (mean,) = (line.get_xdata() for line in ax.get_lines() if line.get_label() == "distilled")
+        np.testing.assert_allclose(mean, 10 * i + 0.5)
+
+    retention = pd.concat(
+        [retention_rows().query("budget == 100 and reference == 'dense'").assign(task=task) for task in tasks]
+    )
+    retention.loc[retention["task"] == "answer", "retention"] = math.nan
+    fig = figures.retention_by_model(retention, panels="task")
+    assert [ax.get_title() for ax in fig.axes] == ["masked LM", "answer span", "average of the tasks"]
+    assert ["undefined" in " ".join(t.get_text() for t in ax.texts) for ax in fig.axes] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("metric", "label"), [("accuracy", "validation accuracy (%)"), ("loss", "validation loss (nats; less is better)")]
+)
+def test_learning_curves_draw_mean_and_range(metric, label):
+    rows = [
+        {"model": m, "seed": seed, "step": step, "value": v + seed}
+        for m, v in (("moe", 3.0), ("dense", 1.0))
+        for seed in (0, 1)
+        for step in (10, 20)
+    ]
+    (ax,) = figures.learning_curves(pd.DataFrame(rows), metric).axes
+    assert ax.get_ylabel() == label
+    np.testing.assert_allclose([line.get_ydata() for line in ax.get_lines()], [[3.5, 3.5], [1.5, 1.5]])
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (3.0, 4.0)
 
 
 def test_saved_with_csv_and_records_and_byte_stable(tmp_path):

@@ -11,7 +11,8 @@ import torch
 from ones_lib import Distillation
 from ones_lib.data import image_data
 from ones_lib.records import Records, config_hash, load_tensors, model_tensors, save_tensors
-from ones_lib.study import Study, _steps, build_model, results_table, retention_table
+from ones_lib.study import Study, _steps, build_model
+from ones_lib.tables import results_table, retention_table
 from ones_lib.training import Diverged, Training, fit
 from ones_lib.vision import ImageClassification, WideNet
 
@@ -38,6 +39,7 @@ def task(tmp_path_factory):
 def study(tmp_path):
     recipe = Training(steps=6, batch_size=16, learning_rate=5e-3)
     return Study(
+        domain="image",
         data=DATA,
         model=MODEL,
         teaching=recipe,
@@ -194,7 +196,9 @@ def test_a_finished_step_is_found_again(study):
         "weights.safetensors",
     }
     assert record.config == json.loads(json.dumps(config))
-    assert record.result["accuracy"] == pytest.approx(record.correct.double().mean().item())
+    predictions = record.predictions
+    right = (predictions["predicted"] == predictions["label"]).double().mean().item()
+    assert record.result["metrics"] == {"accuracy": pytest.approx(right)}
 
 
 def test_records_can_be_asked_to_be_made_again(study):
@@ -237,10 +241,10 @@ def test_tables(study):
     entries = study.entries(methods)
     study.run([entry.config for entry in entries])
     table = results_table(entries, study.records)
-    assert list(table.columns) == ["data", "model", "stage", "seed", "accuracy", "retention", "record"]
+    assert list(table.columns) == ["data", "model", "stage", "seed", "metric", "value", "retention", "record"]
     assert len(table) == 2 * (4 + 2 * len(methods))
     for seed in (0, 1):
-        rows = table[table["seed"] == seed].set_index(["model", "stage"])["accuracy"]
+        rows = table[table["seed"] == seed].set_index(["model", "stage"])["value"]
         dense, moe, student = rows["dense", "trained"], rows["moe", "trained"], rows["average", "distilled"]
         found = table.query(f"model == 'average' and stage == 'distilled' and seed == {seed}")["retention"].item()
         if moe > dense:
@@ -250,9 +254,7 @@ def test_tables(study):
     summary = retention_table(table, study.records)
     assert set(summary["reference"]) == {"dense", "dense_long"}
     average = summary.query("model == 'average' and stage == 'distilled' and reference == 'dense'").iloc[0]
-    assert average["accuracy"] == pytest.approx(
-        table.query("model == 'average' and stage == 'distilled'")["accuracy"].mean()
-    )
+    assert average["value"] == pytest.approx(table.query("model == 'average' and stage == 'distilled'")["value"].mean())
 
 
 def test_curves_refer_to_the_teacher_with_the_same_number_of_experts(study):

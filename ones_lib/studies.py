@@ -1,0 +1,229 @@
+"""Studies from the notebooks' flat parameters, which papermill sets."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from ones_lib.data import docstrings
+from ones_lib.data.text import EMBEDDED_TASKS, HUB_TASKS
+from ones_lib.distillation import Distillation
+from ones_lib.records import Records, project_root
+from ones_lib.study import Study
+from ones_lib.training import Training
+
+
+def call_with(function: Callable, namespace: Mapping):
+    """Call ``function`` with those of a namespace's variables that it has parameters for (a notebook's ``globals()``)."""
+    return function(**{name: namespace[name] for name in inspect.signature(function).parameters})
+
+
+def image_study(
+    *,
+    data: str,
+    data_dir: str,
+    image_size: int,
+    num_classes: int | None,
+    train_per_class: int | None,
+    val_per_class: int | None,
+    distortion: float,
+    color_jitter: float,
+    min_crop: float,
+    model: str,
+    patch_size: int | None,
+    d_model: int | None,
+    depth: int | None,
+    num_heads: int | None,
+    d_ff: int | None,
+    num_experts: int | None,
+    top_k: int | None,
+    renormalize: bool,
+    share_depth: bool,
+    drop_rate: float,
+    seeds: list[int],
+    teacher_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    warmup: float,
+    weight_decay: float,
+    optimizer: str,
+    label_smoothing: float,
+    mixup: float,
+    ema_decay: float,
+    mixed_precision: str,
+    kd_steps: int,
+    kd_learning_rate: float,
+    temperature: float,
+    alpha: float,
+    records_dir: str,
+    redo_before: str,
+    processes: int,
+) -> Study:
+    """The :class:`Study` of the image notebooks' flat parameters; paths are relative to the project's root.
+
+    The KD recipe is the teacher's but for steps, learning rate and, since only what it ends with is looked at, evaluations.
+    """
+    root = project_root()
+    teaching = Training(
+        steps=teacher_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        optimizer=optimizer,
+        label_smoothing=label_smoothing,
+        mixup=mixup,
+        ema_decay=ema_decay,
+        mixed_precision=mixed_precision,
+        evaluations=5,
+    )
+    return Study(
+        domain="image",
+        data={
+            "name": data,
+            "data_dir": str(root / data_dir) if data_dir else "",
+            "image_size": image_size,
+            "num_classes": num_classes,
+            "train_per_class": train_per_class,
+            "val_per_class": val_per_class,
+            "distortion": distortion,
+            "color_jitter": color_jitter,
+            "min_crop": min_crop,
+        },
+        model={
+            "name": model,
+            "patch_size": patch_size,
+            "embed_dim": d_model,
+            "depth": depth,
+            "num_heads": num_heads,
+            "d_ff": d_ff,
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "renormalize": renormalize,
+            "share_depth": share_depth,
+            "proj_drop_rate": drop_rate,
+        },
+        teaching=teaching,
+        learning=replace(teaching, steps=kd_steps, learning_rate=kd_learning_rate, evaluations=0),
+        distillation=Distillation(temperature, alpha),
+        seeds=seeds,
+        records=Records(root / records_dir, redo_before),
+        cache_dir=root / "runs" / "cache",
+        processes=processes,
+    )
+
+
+def text_study(
+    *,
+    text_data: str,
+    text_dir: str,
+    tasks: list[str],
+    corpus: str,
+    tokenizer: str,
+    vocab_size: int,
+    sequence_length: int,
+    task_length: int,
+    stride: int,
+    mask_rate: float,
+    max_corpus: int | None,
+    max_train: int | None,
+    max_validation: int | None,
+    embedding_size: int,
+    text_d_model: int,
+    text_depth: int,
+    text_num_heads: int,
+    text_d_ff: int,
+    text_num_experts: int,
+    text_top_k: int,
+    text_renormalize: bool,
+    text_drop_rate: float,
+    relative_positions: int,
+    initializer_range: float,
+    text_seeds: list[int],
+    text_teacher_steps: int,
+    text_batch_size: int,
+    text_learning_rate: float,
+    text_warmup: float,
+    text_weight_decay: float,
+    text_optimizer: str,
+    mixed_precision: str,
+    text_kd_steps: int,
+    text_kd_learning_rate: float,
+    text_temperature: float,
+    text_alpha: float,
+    finetune_steps: int,
+    finetune_batch_size: int,
+    finetune_learning_rate: float,
+    finetune_kd: bool,
+    records_dir: str,
+    redo_before: str,
+    processes: int,
+) -> Study:
+    """The :class:`Study` of the text notebook's flat parameters; paths are relative to the project's root.
+
+    Data, columns and labels of all tasks are checked here, before anything is trained.
+    """
+    root = project_root()
+    pretraining = Training(
+        steps=text_teacher_steps,
+        batch_size=text_batch_size,
+        learning_rate=text_learning_rate,
+        warmup=text_warmup,
+        weight_decay=text_weight_decay,
+        optimizer=text_optimizer,
+        mixed_precision=mixed_precision,
+        evaluations=5,
+    )
+    tasks = tasks or list(EMBEDDED_TASKS if text_data == "docstrings" else HUB_TASKS)
+    study = Study(
+        domain="text",
+        data={
+            "name": text_data,
+            "text_dir": str(root / text_dir) if text_dir else "",
+            "tasks": tuple(tasks) if corpus == "tasks" else (),
+            "corpus": str(root / corpus) if (root / corpus).exists() else corpus,
+            "tokenizer": tokenizer,
+            "vocab_size": vocab_size,
+            "sequence_length": sequence_length,
+            "task_length": task_length,
+            "stride": stride,
+            "mask_rate": mask_rate,
+            "max_corpus": max_corpus,
+            "max_train": max_train,
+            "max_validation": max_validation,
+            "versions": docstrings.versions() if "docstrings" in (text_data, corpus) else None,
+        },
+        model={
+            "embedding_size": embedding_size,
+            "hidden_size": text_d_model,
+            "num_hidden_layers": text_depth,
+            "num_attention_heads": text_num_heads,
+            "intermediate_size": text_d_ff,
+            "num_experts": text_num_experts,
+            "num_experts_per_tok": text_top_k,
+            "renormalize": text_renormalize,
+            "hidden_dropout_prob": text_drop_rate,
+            "relative_positions": relative_positions,
+            "initializer_range": initializer_range,
+        },
+        teaching=pretraining,
+        learning=replace(pretraining, steps=text_kd_steps, learning_rate=text_kd_learning_rate, evaluations=0),
+        distillation=Distillation(text_temperature, text_alpha),
+        seeds=text_seeds,
+        records=Records(root / records_dir, redo_before),
+        cache_dir=root / "runs" / "cache",
+        tasks=tasks,
+        finetuning=replace(
+            pretraining,
+            steps=finetune_steps,
+            batch_size=finetune_batch_size,
+            learning_rate=finetune_learning_rate,
+            evaluations=0,
+        ),
+        finetune_kd=finetune_kd,
+        processes=processes,
+    )
+    for task in tasks:
+        study.open_data().rows(task)
+    return study

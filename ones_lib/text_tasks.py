@@ -1,0 +1,266 @@
+"""The text study's tasks for :func:`ones_lib.training.fit`: masked language modelling, classification, question answering."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import DataCollatorForLanguageModeling
+
+from ones_lib.data import evaluation_keys, training_keys
+from ones_lib.data.text import TASKS, TextData
+from ones_lib.metrics import best_no_answer_threshold, squad_scores
+from ones_lib.text import (
+    WideNetForMaskedLM,
+    WideNetForQuestionAnswering,
+    WideNetForSequenceClassification,
+    WideNetTextConfig,
+)
+from ones_lib.training import Training
+
+EVALUATION_BATCH = 128
+LONGEST_ANSWER = 30  # tokens, as in BERT's SQuAD code
+
+
+def text_task(name: str, data: TextData) -> MaskedLanguageModelling | Classification | QuestionAnswering:
+    """The task of that name: ``masked_lm`` or one of :data:`ones_lib.data.text.TASKS`."""
+    if name == "masked_lm":
+        return MaskedLanguageModelling(data)
+    return (QuestionAnswering if TASKS[name].labels is None else Classification)(data, name)
+
+
+def pretraining_model(model: dict, data: TextData, seed: int) -> WideNetForMaskedLM:
+    """A freshly initialised masked language model; ``model`` holds arguments of the configuration."""
+    with torch.random.fork_rng():
+        set_seed(seed)
+        positions = max(data.corpus["train"].shape[1], data.task_length)
+        config = WideNetTextConfig(
+            **{"vocab_size": data.vocab_size, "pad_token_id": data.tokenizer.pad_token_id}
+            | {"max_position_embeddings": positions}
+            | model
+        )
+        return WideNetForMaskedLM(config)
+
+
+def finetuning_model(pretrained: WideNetForMaskedLM, task: str, seed: int) -> nn.Module:
+    """A model with a new head for ``task`` on a copy of the encoder."""
+    labels = TASKS[task].labels
+    with torch.random.fork_rng():
+        set_seed(seed)
+        if labels is None:
+            model = WideNetForQuestionAnswering(pretrained.config)
+        else:
+            config = type(pretrained.config).from_dict(
+                pretrained.config.to_dict()
+                | {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+            )
+            model = WideNetForSequenceClassification(config)
+    model.encoder.load_state_dict(pretrained.encoder.state_dict())
+    return model
+
+
+class MaskedBatch(NamedTuple):
+    """``ids`` [B, L] with masks in them, ``predicted`` [B, L] where something is to be predicted, ``labels`` [n] there."""
+
+    ids: Tensor
+    predicted: Tensor
+    labels: Tensor
+
+
+class MaskedLanguageModelling:
+    """Masked language modelling as BERT's: of the tokens that are chosen 80% become [MASK], 10% random, 10% stay.
+
+    Masks are drawn anew in every step; those of the validation sequences are always the same.
+    """
+
+    metrics = ("loss", "accuracy")
+
+    def __init__(self, data: TextData) -> None:
+        self.data = data
+
+    def mask(self, ids: Tensor, generator: torch.Generator | None = None) -> MaskedBatch:
+        """Choose and mask tokens [B, L]; without a generator by the global one."""
+        collator = DataCollatorForLanguageModeling(self.data.tokenizer, mlm_probability=self.data.mask_rate)
+        collator.generator, ids = generator, ids.long()
+        masked, labels = collator.torch_mask_tokens(ids.clone(), torch.isin(ids, self.data.special_ids))
+        predicted = labels != -100
+        return MaskedBatch(masked, predicted, labels[predicted])
+
+    def batches(
+        self, training: Training, seed: int, start: int, device: torch.device, rank: int = 0, world_size: int = 1
+    ) -> Iterator[MaskedBatch]:
+        ids = self.data.corpus["train"]
+        for keys in training_keys(len(ids), training.batch_size, seed, start, training.steps, rank, world_size):
+            yield MaskedBatch(*(tensor.to(device) for tensor in self.mask(ids[keys[:, 0]])))
+
+    def forward(self, model: nn.Module, batch: MaskedBatch) -> Tensor:
+        """Logits of the masked positions [n, V]."""
+        return model(batch.ids, predicted=batch.predicted).logits
+
+    def loss(self, logits: Tensor, batch: MaskedBatch) -> Tensor:
+        return F.cross_entropy(logits, batch.labels)
+
+    def accuracy(self, logits: Tensor, batch: MaskedBatch) -> Tensor:
+        return (logits.argmax(dim=-1) == batch.labels).float().mean()
+
+    def predict(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Of every masked token of the validation sequences: ``loss`` (nats), ``accuracy`` (right or not)."""
+        model.eval()
+        parts, generator = [], torch.Generator().manual_seed(0)
+        for ids in self.data.corpus["validation"].split(EVALUATION_BATCH):
+            batch = MaskedBatch(*(tensor.to(device) for tensor in self.mask(ids, generator)))
+            with torch.inference_mode():
+                logits = self.forward(model, batch).float()
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            parts.append(torch.stack([losses, logits.argmax(dim=-1) == batch.labels]).cpu())
+        return dict(zip(self.metrics, torch.cat(parts, dim=1), strict=True))
+
+
+class TokenBatch(NamedTuple):
+    """Token ids, their mask and types [B, L], and targets as in :class:`ones_lib.data.text.EncodedText`."""
+
+    ids: Tensor
+    mask: Tensor
+    types: Tensor
+    targets: Tensor
+
+
+class _Finetuning:
+    """What the tasks on encoded text have in common."""
+
+    def __init__(self, data: TextData, name: str) -> None:
+        self.data, self.name, self.spec = data, name, TASKS[name]
+
+    def batches(
+        self, training: Training, seed: int, start: int, device: torch.device, rank: int = 0, world_size: int = 1
+    ) -> Iterator[TokenBatch]:
+        size = len(self.data.encoded(self.name, "train"))
+        for keys in training_keys(size, training.batch_size, seed, start, training.steps, rank, world_size):
+            yield self._batch("train", keys[:, 0], device)
+
+    def _batch(self, split: str, index: Tensor, device: torch.device) -> TokenBatch:
+        """Rows of a split, cut to the longest of them."""
+        encoded = self.data.encoded(self.name, split)
+        lengths = encoded.lengths[index]
+        length = int(lengths.max())
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        rows = (encoded.ids[index, :length], mask, encoded.types[index, :length], encoded.targets[index])
+        return TokenBatch(*(tensor.to(device) for tensor in rows))
+
+    def _evaluation_batches(self, split: str, device: torch.device) -> Iterator[TokenBatch]:
+        for keys in evaluation_keys(len(self.data.encoded(self.name, split)), EVALUATION_BATCH):
+            yield self._batch(split, keys[:, 0], device)
+
+    def _splits(self) -> dict[str, str]:
+        """Validation splits that are there, and what is added to the names of their metrics."""
+        first = self.spec.validation[0]
+        found = [split for split in self.spec.validation if split in self.data.rows(self.name)]
+        return {split: "" if split == first else f"_{split.rpartition('_')[2]}" for split in found}
+
+
+class Classification(_Finetuning):
+    """Classification of one sentence or a pair; the main metric is ``accuracy``."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(f"accuracy{suffix}" for suffix in self._splits().values())
+
+    def forward(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        return model(batch.ids, batch.mask, batch.types).logits
+
+    def loss(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        return F.cross_entropy(logits, batch.targets)
+
+    def accuracy(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        return (logits.argmax(dim=-1) == batch.targets).float().mean()
+
+    def predict(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Of every validation example whether it is right, and the class predicted."""
+        model.eval()
+        result = {}
+        for split, suffix in self._splits().items():
+            with torch.inference_mode():
+                batches = self._evaluation_batches(split, device)
+                predicted = torch.cat([self.forward(model, b).argmax(dim=-1).cpu() for b in batches])
+            result[f"accuracy{suffix}"] = (predicted == self.data.encoded(self.name, split).targets).float()
+            result[f"predicted{suffix}"] = predicted
+        return result
+
+
+class QuestionAnswering(_Finetuning):
+    """Extractive question answering; the main metric is SQuAD's ``f1``."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("f1", "exact_match", *(("best_f1", "best_exact_match") if self.spec.unanswerable else ()))
+
+    def forward(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """Logits of the first and the last token [B, 2, L]; only the context and the first place, "no answer", can be."""
+        output = model(batch.ids, batch.mask, batch.types)
+        possible = (batch.types == 1) & (batch.mask == 1)
+        possible[:, 0] = True
+        logits = torch.stack([output.start_logits, output.end_logits], dim=1)
+        return logits.masked_fill(~possible[:, None], -1e4)  # not infinity, whose differences KD would have to take
+
+    def loss(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+
+    def accuracy(self, logits: Tensor, batch: TokenBatch) -> Tensor:
+        return (logits.argmax(dim=-1) == batch.targets).all(dim=1).float().mean()
+
+    def predict(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+        """Of every question ``f1`` and ``exact_match`` (0 to 1) of the answer given, and, where there may be none, also
+        ``best_f1`` and ``best_exact_match``: at the no-answer threshold that is best for these questions, as the official
+        script of SQuAD 2.0 gives them."""
+        model.eval()
+        split = self.spec.validation[0]
+        encoded, rows = self.data.encoded(self.name, split), self.data.rows(self.name)[split]
+        parts = []
+        with torch.inference_mode():
+            for batch in self._evaluation_batches(split, device):
+                parts.append([tensor.cpu() for tensor in best_spans(self.forward(model, batch).float())])
+        score, first, last, null = (torch.cat(part) for part in zip(*parts, strict=True))
+        texts, odds = span_texts(list(rows["context"]), encoded, score, first, last, null)
+        answers = [answer["text"] for answer in rows["answers"]]
+        result = squad_scores(texts, answers)
+        if self.spec.unanswerable:
+            silent = squad_scores([""] * len(texts), answers)
+            for metric in ("f1", "exact_match"):
+                threshold = best_no_answer_threshold(result[metric], silent[metric], odds)
+                result[f"best_{metric}"] = torch.where(odds > threshold, silent[metric], result[metric])
+            result |= {m: torch.where(odds > 0, silent[m], result[m]) for m in ("f1", "exact_match")}
+        return result
+
+
+def best_spans(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Best answer span of each window: its score, first and last token, and the score of "no answer"; each [B].
+
+    ``logits`` [B, 2, L] of first and last token; a span's score is their sum, and position 0 stands for no answer.
+    """
+    start, end = logits.unbind(dim=1)
+    length = logits.shape[-1]
+    spans = start[:, :, None] + end[:, None, :]  # [B, L, L]
+    allowed = torch.ones(length, length, dtype=torch.bool, device=logits.device).triu().tril(LONGEST_ANSWER - 1)
+    allowed[0] = False
+    score, at = spans.masked_fill(~allowed, -torch.inf).flatten(1).max(dim=1)
+    return score, at // length, at % length, spans[:, 0, 0]
+
+
+def span_texts(
+    contexts: list[str], encoded, score: Tensor, first: Tensor, last: Tensor, null: Tensor
+) -> tuple[list[str], Tensor]:
+    """The best answer to every question over all windows of its context, as a piece of the context, and by how much
+    "no answer" (its lowest score over the windows, as in BERT's SQuAD code) is better; text and [questions]."""
+    best, odds = [""] * len(contexts), torch.full((len(contexts),), -torch.inf)
+    highest, lowest_null = odds.clone(), -odds
+    for window, question in enumerate(encoded.example.tolist()):
+        lowest_null[question] = torch.minimum(lowest_null[question], null[window])
+        if score[window] > highest[question]:
+            highest[question] = score[window]
+            start, end = encoded.offsets[window, first[window], 0], encoded.offsets[window, last[window], 1]
+            best[question] = contexts[question][start:end] if start >= 0 else ""
+    return best, lowest_null - highest

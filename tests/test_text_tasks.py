@@ -1,0 +1,332 @@
+"""The text study: masks, answers and their scores, fine-tuning, and the records and tables of a small one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_text_data import REAL, SMALL, local, open_local  # noqa: F401  a fixture
+
+from ones_lib import Distillation
+from ones_lib.data.text import HUB_TASKS, TASKS, EncodedText, text_data
+from ones_lib.records import Records, model_tensors
+from ones_lib.study import Study, build_model
+from ones_lib.tables import AVERAGE, main_metrics, results_table, retention_table, with_average
+from ones_lib.text_tasks import (
+    LONGEST_ANSWER,
+    Classification,
+    MaskedLanguageModelling,
+    QuestionAnswering,
+    best_spans,
+    finetuning_model,
+    pretraining_model,
+    span_texts,
+)
+from ones_lib.training import Training, fit
+
+CPU = torch.device("cpu")
+MODEL = {
+    "embedding_size": 8,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "relative_positions": 2,
+}
+
+
+@pytest.fixture
+def data(local):  # noqa: F811
+    return open_local(local)
+
+
+# --- masked language modelling ---------------------------------------------------------------------------------------
+
+
+def test_masks_are_berts(data):
+    """15% are chosen; of them 80% are masked, 10% random, 10% left; special tokens never."""
+    task, mask_id = MaskedLanguageModelling(data), data.tokenizer.mask_token_id
+    ordinary = [i for i in range(data.vocab_size) if i not in data.tokenizer.all_special_ids]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor(ordinary)[torch.randint(len(ordinary), (4000, 100), generator=generator)]
+    ids[:, 0], ids[:, -1] = data.tokenizer.cls_token_id, data.tokenizer.sep_token_id
+    batch = task.mask(ids, generator)
+    assert not batch.predicted[:, [0, -1]].any()
+    assert batch.predicted[:, 1:-1].float().mean().item() == pytest.approx(0.15, abs=0.002)
+    assert torch.equal(batch.labels, ids[batch.predicted])
+    assert torch.equal(batch.ids[~batch.predicted], ids[~batch.predicted])
+    given, truth = batch.ids[batch.predicted], batch.labels
+    masked, kept = given == mask_id, given == truth
+    assert masked.float().mean().item() == pytest.approx(0.8, abs=0.005)
+    # A random token may be the right one by chance.
+    assert kept.float().mean().item() == pytest.approx(0.1 + 0.1 / data.vocab_size, abs=0.005)
+    other = given[~masked & ~kept]
+    assert len(other) / len(given) == pytest.approx(0.1, abs=0.005)
+    assert len(other.unique()) > 0.9 * len(ordinary)
+
+
+def test_training_masks_are_new_at_every_step_and_those_of_the_validation_never(data):
+    task, training = MaskedLanguageModelling(data), Training(steps=3, batch_size=8)
+
+    def drawn(seed):
+        torch.manual_seed(seed)
+        return [batch.predicted for batch in task.batches(training, 0, 0, CPU)]
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[0], first[1])
+    model = pretraining_model(MODEL, data, 0)
+    torch.manual_seed(5)
+    before = task.predict(model, CPU)
+    torch.manual_seed(6)
+    after = task.predict(model, CPU)
+    assert torch.equal(before["loss"], after["loss"])
+    assert before["loss"].shape == before["accuracy"].shape
+    assert before["loss"].mean().item() == pytest.approx(np.log(data.vocab_size), rel=0.2)
+
+
+def test_a_language_model_learns_what_comes_next(data):
+    """The corpus is of few words in fixed phrases."""
+    task = MaskedLanguageModelling(data)
+    torch.manual_seed(0)
+    model = pretraining_model({**MODEL, "hidden_size": 16, "initializer_range": 0.3}, data, 0)
+    before = task.predict(model, CPU)["loss"].mean()
+    model, history = fit(model, task, Training(steps=150, batch_size=16, learning_rate=1e-2, evaluations=2), seed=0)
+    assert task.predict(model, CPU)["loss"].mean() < before - 1
+    assert list(history["val_loss"].dropna().index) == list(history["val_accuracy"].dropna().index)
+    assert len(history["val_loss"].dropna()) == 2
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [6, LONGEST_ANSWER + 12])
+def test_best_span_is_the_best_of_all_spans(length):
+    logits = torch.randn(5, 2, length, generator=torch.Generator().manual_seed(length))
+    score, first, last, null = best_spans(logits)
+    for row, (start, end) in enumerate(logits.tolist()):
+        spans = {(i, j): start[i] + end[j] for i in range(1, length) for j in range(i, min(length, i + LONGEST_ANSWER))}
+        best = max(spans, key=spans.get)
+        assert (first[row].item(), last[row].item()) == best
+        assert score[row].item() == pytest.approx(spans[best])
+        assert null[row].item() == pytest.approx(start[0] + end[0])
+
+
+def test_the_best_window_answers_and_the_least_likely_silence_counts():
+    """Two questions, the first in two windows."""
+    contexts = ["red and blue", "green"]
+    offsets = torch.tensor([[[-1, -1], [0, 3], [4, 7]], [[-1, -1], [4, 7], [8, 12]], [[-1, -1], [0, 5], [-1, -1]]])
+    encoded = EncodedText(*torch.zeros(4, 3, 3).long(), example=torch.tensor([0, 0, 1]), offsets=offsets)
+    score, null = torch.tensor([1.0, 4.0, 2.0]), torch.tensor([6.0, 3.0, 5.0])
+    first, last = torch.tensor([1, 1, 1]), torch.tensor([2, 2, 1])
+    texts, odds = span_texts(contexts, encoded, score, first, last, null)
+    assert texts == ["and blue", "green"]
+    assert odds.tolist() == [-1.0, 3.0]
+
+
+def knowing(task, monkeypatch):
+    """Predictions of a model that knows the targets."""
+
+    def forward(model, batch):
+        if isinstance(task, Classification):
+            return torch.nn.functional.one_hot(batch.targets, len(task.spec.labels)).float()
+        return torch.nn.functional.one_hot(batch.targets, batch.ids.shape[1]).float()
+
+    monkeypatch.setattr(task, "forward", forward)
+    return task.predict(torch.nn.Module(), CPU)
+
+
+@pytest.mark.parametrize("task_length", [22, 60])
+def test_a_model_that_knows_scores_full_marks(local, monkeypatch, task_length):  # noqa: F811
+    data = open_local(local, task_length=task_length)
+    for name in ("squad", "squad_v2"):
+        task = QuestionAnswering(data, name)
+        scores = knowing(task, monkeypatch)
+        assert set(task.metrics) <= set(scores)
+        for metric in task.metrics:
+            assert scores[metric].shape == (20,)
+            assert scores[metric].mean() == 1.0, (name, metric)
+    for name in ("sst2", "mnli"):
+        scores = knowing(Classification(data, name), monkeypatch)
+        assert all(scores[metric].mean() == 1.0 for metric in Classification(data, name).metrics)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
+def test_a_model_that_knows_scores_full_marks_on_real_data(monkeypatch, tmp_path):
+    data = text_data(
+        "local", text_dir=REAL, cache_dir=tmp_path, corpus="tasks", tasks=HUB_TASKS, task_length=192, stride=64
+    )
+    for name in HUB_TASKS:
+        task = (QuestionAnswering if TASKS[name].labels is None else Classification)(data, name)
+        scores = knowing(task, monkeypatch)
+        long = 0  # an answer longer than any that a model may give
+        if TASKS[name].labels is None:
+            encoded = data.encoded(name, "validation")
+            long = (encoded.targets[:, 1] - encoded.targets[:, 0] >= LONGEST_ANSWER).sum().item()
+        assert scores[task.metrics[0]].mean() >= 1 - long / len(scores[task.metrics[0]])
+
+
+def test_only_the_context_and_silence_can_be_answered(data):
+    task = QuestionAnswering(data, "squad_v2")
+    model = finetuning_model(pretraining_model(MODEL, data, 0), "squad_v2", 0).eval()
+    batch = next(task.batches(Training(steps=1, batch_size=8), 0, 0, CPU))
+    logits = task.forward(model, batch)
+    possible = (batch.types == 1) & (batch.mask == 1)
+    possible[:, 0] = True
+    probabilities = logits.softmax(dim=-1)
+    assert probabilities.masked_select(~possible[:, None]).max() == 0
+    assert torch.isfinite(logits).all()
+    assert torch.isfinite(task.loss(logits, batch))
+
+
+def test_mnli_is_measured_matched_and_mismatched(data):
+    task = Classification(data, "mnli")
+    assert task.metrics == ("accuracy", "accuracy_mismatched")
+    model = finetuning_model(pretraining_model(MODEL, data, 0), "mnli", 0)
+    scores = task.predict(model, CPU)
+    assert [len(scores[metric]) for metric in task.metrics] == [12, 8]
+    assert model.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+
+
+# --- the study -------------------------------------------------------------------------------------------------------
+
+
+def test_fine_tuning_starts_from_the_encoder(data):
+    pretrained = pretraining_model(MODEL, data, 0)
+    for task in HUB_TASKS:
+        model = finetuning_model(pretrained, task, 1)
+        for name, tensor in model_tensors(pretrained.encoder).items():
+            assert torch.equal(model_tensors(model.encoder)[name], tensor)
+            assert model_tensors(model.encoder)[name].data_ptr() != tensor.data_ptr()
+    with torch.no_grad():
+        head = [finetuning_model(pretrained, "sst2", seed).classifier.weight for seed in (0, 0, 1)]
+    assert torch.equal(head[0], head[1])
+    assert not torch.equal(head[0], head[2])
+
+
+@pytest.mark.parametrize("task", [MaskedLanguageModelling, lambda d: QuestionAnswering(d, "squad_v2")])
+def test_resume_after_an_interrupt_gives_the_same_weights(data, task, tmp_path):
+    task = task(data)
+    training = Training(steps=9, batch_size=8, learning_rate=5e-3)
+
+    def start():
+        model = pretraining_model({**MODEL, "hidden_dropout_prob": 0.1}, data, 0)
+        return model if isinstance(task, MaskedLanguageModelling) else finetuning_model(model, task.name, 0)
+
+    whole, _ = fit(start(), task, training, seed=3)
+    path = tmp_path / "checkpoint.safetensors"
+
+    def interrupt(step, *_):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(start(), task, training, seed=3, checkpoint=path, checkpoint_every=2, progress=interrupt)
+    resumed, _ = fit(start(), task, training, seed=3, checkpoint=path, checkpoint_every=2)
+    for name, tensor in model_tensors(whole).items():
+        assert torch.equal(model_tensors(resumed)[name], tensor), name
+
+
+@pytest.fixture
+def study(local, tmp_path):  # noqa: F811
+    recipe = Training(steps=6, batch_size=8, learning_rate=5e-3, evaluations=2)
+    return Study(
+        domain="text",
+        data={"name": "local", "text_dir": str(local), "corpus": "tasks", "tasks": HUB_TASKS, **SMALL},
+        model=MODEL,
+        teaching=recipe,
+        learning=replace(recipe, steps=4, evaluations=1),
+        distillation=Distillation(),
+        seeds=[0, 1],
+        records=Records(tmp_path / "records"),
+        cache_dir=tmp_path / "cache",
+        tasks=["sst2", "squad_v2"],
+        finetuning=replace(recipe, steps=3, evaluations=1),
+        processes=1,
+    )
+
+
+def test_tables_of_a_small_study(study):
+    entries = study.entries(["topk", "zero_ffn"])
+    task_entries = study.task_entries(["topk", "zero_ffn"])
+    study.run([entry.config for entry in (*entries, *task_entries)])
+    masked, tasks = (results_table(e, study.records) for e in (entries, task_entries))
+    assert set(masked["metric"]) == {"loss", "accuracy"}
+    columns = ["data", "task", "model", "stage", "seed", "metric", "value", "retention", "record"]
+    assert list(tasks.columns) == columns
+    models = {("moe", "trained"), ("dense", "trained"), ("dense_long", "trained"), ("dense_kd", "distilled")}
+    models |= {(m, stage) for m in ("topk", "zero_ffn") for stage in ("gathered", "distilled")}
+    metrics = {task: TASKS[task].metric for task in study.tasks}
+    table = main_metrics(with_average(tasks, metrics), {**metrics, AVERAGE: AVERAGE})
+    assert set(table["task"]) == {"sst2", "squad_v2", AVERAGE}
+    for _, part in table.groupby(["task", "seed"]):
+        assert set(zip(part["model"], part["stage"], strict=True)) == models
+        assert len(part) == len(models)
+
+    # The average, and retention by hand: of every row, and of losses with their sign turned.
+    wide = table.pivot(index=["model", "stage", "seed"], columns="task", values="value")
+    np.testing.assert_allclose(wide[AVERAGE], (wide["sst2"] + wide["squad_v2"]) / 2)
+    for rows, sign in ((table, 1), (masked[masked["metric"] == "loss"].assign(task="masked_lm"), -1)):
+        value = rows.set_index(["task", "model", "stage", "seed"])["value"]
+        for _, row in rows.iterrows():
+            dense, moe = (sign * value[row["task"], m, "trained", row["seed"]] for m in ("dense", "moe"))
+            expected = (sign * row["value"] - dense) / (moe - dense) if moe > dense else np.nan
+            np.testing.assert_allclose(row["retention"], expected)
+
+    # The summary's estimate is the retention of the mean over seeds and tasks, as far as it is defined.
+    summary = retention_table(table[table["task"] != AVERAGE], study.records).set_index(["model", "stage", "reference"])
+    mean = wide[AVERAGE].groupby(["model", "stage"]).mean()
+    for (model, stage, reference), row in summary.iterrows():
+        assert row["value"] == pytest.approx(mean[model, stage])
+        benefit = mean["moe", "trained"] - mean[reference, "trained"]
+        if benefit > 1e-6:
+            expected = (mean[model, stage] - mean[reference, "trained"]) / benefit
+            assert row["retention"] == pytest.approx(expected, abs=1e-4)
+        elif benefit < -1e-6:
+            assert np.isnan(row["retention"])
+
+
+def test_who_teaches_whom(study):
+    """Distilled models learn a task again from the fine-tuned MoE; baselines and, if asked, all learn alone."""
+    entries = study.task_entries(["average"])
+    by_model = {(e.model, e.stage): e.config for e in entries if e.axes["task"] == "sst2" and e.config["seed"] == 1}
+    teacher = study.finetuned("sst2", study.moe(1))
+    assert by_model["moe", "trained"] == teacher
+    for model in ("moe", "dense", "dense_long"):
+        assert "teacher" not in by_model[model, "trained"]
+    for model in ("dense_kd", "average"):
+        assert by_model[model, "distilled"]["teacher"] == teacher
+    assert by_model["average", "gathered"]["teacher"] == teacher
+    assert by_model["average", "gathered"]["training"] is None
+    assert by_model["average", "distilled"]["start"] == study.student("average", 1)
+    assert by_model["dense_long", "trained"]["start"]["training"]["steps"] == 10
+    study.finetune_kd = False
+    alone = {e.model: e.config for e in study.task_entries(["average"]) if e.stage == "distilled"}
+    assert not any("teacher" in config for config in alone.values())
+
+
+def test_budgets_of_the_tasks(study):
+    entries = study.task_budget_entries(["topk"], [0, 2])
+    assert {(e.model, e.axes.get("budget")) for e in entries} == {
+        *((m, None) for m in ("moe", "dense", "dense_long")),
+        *(("topk", budget) for budget in (0, 2)),
+    }
+    starts = {e.axes["budget"]: e.config["start"]["training"] for e in entries if e.model == "topk"}
+    assert starts[0] is None
+    assert starts[2]["steps"] == 2
+
+
+def test_models_of_records(study):
+    """Built from a configuration alone: a fine-tuned student is dense and has its task's head."""
+    data = study.open_data()
+    config = study.finetuned("squad_v2", study.student("topk", 0))
+    model = build_model(config, data)
+    assert type(model).__name__ == "WideNetForQuestionAnswering"
+    assert model.config.num_experts == 1
+    (record,) = study.run([config])
+    loaded = study.load_model(record)
+    scores = QuestionAnswering(data, "squad_v2").predict(loaded, CPU)
+    assert torch.equal(scores["f1"], record.predictions["f1"])
