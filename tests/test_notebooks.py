@@ -17,9 +17,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(tmp_path_factory, text_cache):
     """A copy of the notebooks to run in, so that the tests leave the project as it is."""
     root = tmp_path_factory.mktemp("project")
+    shutil.copytree(text_cache, root / "runs" / "cache")
     shutil.copytree(ROOT / "notebooks", root / "notebooks")
     shutil.copy(ROOT / "run_all.sh", root)
     before, path = Path.cwd(), os.environ.get("PYTHONPATH")
@@ -37,7 +38,7 @@ def records_made(root):
 def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     assert batch.main(["--profile", "smoke"]) == 0
     out = capfd.readouterr()
-    assert "[1/2] 01_imagenet.ipynb: done in" in out.out
+    assert "[1/3] 01_imagenet.ipynb: done in" in out.out
     assert "step/s" in out.err  # the progress bar, from inside the notebook
     folder = project / "runs" / "smoke" / "figures"
     results = pd.read_csv(folder / "imagenet_results.csv")
@@ -53,18 +54,31 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
         "imagenet_retention",
         "retention_budget",
         "retention_experts",
+        "nlp_learning_curves",
+        "nlp_scores",
+        "nlp_retention",
+        "nlp_retention_tasks",
+        "nlp_budget_masked_lm",
+        "nlp_budget_tasks",
     ):
         for ending in ("png", "pdf", "csv", "json"):
             assert (folder / f"{name}.{ending}").stat().st_size > 0, (name, ending)
     assert {2, 4} == set(pd.read_csv(folder / "retention_experts.csv")["num_experts"].dropna())
+    text = pd.read_csv(folder / "nlp_results.csv")
+    assert list(text.columns) == ["data", "task", "model", "stage", "seed", "metric", "value", "retention"]
+    assert set(text["task"]) == {"masked_lm", "package", "statement", "answer", "answer_or_none", "average"}
+    for _, part in text.groupby("task"):
+        assert set(part["model"]) == set(results["model"])
+        assert set(part["seed"]) == {0, 1}
 
     # Again: nothing to do. Without the executed notebooks: figures from the records, without training.
     records, tables = records_made(project), {p: p.read_bytes() for p in folder.glob("*.csv")}
     assert batch.main(["--profile", "smoke"]) == 0
-    assert capfd.readouterr().out.count("finished before") == 2
+    assert capfd.readouterr().out.count("finished before") == 3
     shutil.rmtree(folder)
-    (project / "runs" / "smoke" / "01_imagenet.ipynb").unlink()
-    assert batch.main(["--profile", "smoke", "--only", "01"]) == 0
+    for name in ("01_imagenet", "03_nlp"):
+        (project / "runs" / "smoke" / f"{name}.ipynb").unlink()
+    assert batch.main(["--profile", "smoke", "--only", "01", "03"]) == 0
     assert "finished before" not in capfd.readouterr().out
     assert records_made(project) == records
     for path in folder.glob("*.csv"):
