@@ -7,10 +7,12 @@ parallel processes where that is faster, each after the teacher it needs.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import multiprocessing
 import os
+import platform
 import queue
 import threading
 import time
@@ -427,4 +429,12 @@ def _work(key: str, config: Config, records: Records, cache_dir: Path) -> None:
         _REPORTS.put((key, *report))
 
     carry_out(config, records, cache_dir, progress)
-    gc.collect()  # models and optimizers hold one another in cycles; left alone, a worker grows with every training
+    _release_memory()
+
+
+def _release_memory() -> None:
+    """Left alone, a worker grows with every training: models and optimizers hold one another in cycles, and glibc keeps what
+    batches of many lengths have left in pieces."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
