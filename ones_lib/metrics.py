@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -47,15 +48,13 @@ def retention_interval(
     estimate = benefit_retention(*(np.mean([scores.mean() for scores in m]) for m in (student, dense, moe)))
     if math.isnan(estimate):
         return estimate, -math.inf, math.inf
-    rng, tail = np.random.default_rng(seed), (1 - level) / 2
-    seeds, means = len(student[0]), 0
-    for parts in zip(student, dense, moe, strict=True):
+    tail, seeds, means = (1 - level) / 2, len(student[0]), 0
+    for task, parts in enumerate(zip(student, dense, moe, strict=True)):
         stacked = np.concatenate(parts).astype(np.float32)  # [3 * seeds, examples]
-        # How often each example is drawn is Poisson(1) up to the fixed total, which the ratio does not need.
-        sizes = [min(100, draws - done) for done in range(0, draws, 100)]
-        drawn = [_weighted_means(stacked, rng.poisson(1.0, (size, stacked.shape[1]))) for size in sizes]
+        weights = _resampling(stacked.shape[1], draws, seed, task)
+        drawn = [_weighted_means(stacked, weights[first : first + 100]) for first in range(0, draws, 100)]
         means = means + np.concatenate(drawn).reshape(draws, 3, seeds) / len(student)
-    drawn = rng.integers(seeds, size=(draws, 1, seeds))
+    drawn = np.random.default_rng(seed).integers(seeds, size=(draws, 1, seeds))
     s, d, m = np.take_along_axis(means, drawn, axis=2).mean(axis=2).T
     benefit = m - d
     if (benefit <= 0).mean() > tail:
@@ -63,6 +62,18 @@ def retention_interval(
     defined = benefit > 0
     low, high = np.quantile((s - d)[defined] / benefit[defined], [tail, 1 - tail])
     return estimate, float(low), float(high)
+
+
+@lru_cache(
+    maxsize=4
+)  # drawing takes ten times as long as what is done with it, and a table asks for the same again and again
+def _resampling(examples: int, draws: int, seed: int, task: int) -> np.ndarray:
+    """How often each example is drawn, uint8 [draws, examples]: Poisson(1) up to the fixed total, which a ratio does not need."""
+    rng, counts = np.random.default_rng([seed, task]), np.empty((draws, examples), np.uint8)
+    for first in range(0, draws, 100):
+        part = counts[first : first + 100]
+        part[...] = rng.poisson(1.0, part.shape)
+    return counts
 
 
 def _weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

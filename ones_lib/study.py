@@ -376,10 +376,7 @@ def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Pa
     threads = max(1, _cores() // processes)
     waiting, running = dict(missing), {}  # key -> configuration; future -> key
     progress = {key: _bar_progress(bar, label(config)) for key, config in missing.items()}
-
-    def ready(config: Config) -> bool:
-        unfinished = {*waiting, *running.values()}
-        return unfinished.isdisjoint(config_hash(teacher) for teacher in _needed(config))
+    needs = {key: {config_hash(other) for other in _needed(config)} for key, config in missing.items()}
 
     def drain() -> None:
         while True:
@@ -392,8 +389,9 @@ def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Pa
     with ProcessPoolExecutor(processes, context, _start_worker, (threads, reports, stop)) as pool:
         try:
             while waiting or running:
-                candidates = [key for key, config in waiting.items() if ready(config)]
-                wanted = {config_hash(other) for config in waiting.values() for other in _needed(config)}
+                unfinished = {*waiting, *running.values()}
+                candidates = [key for key in waiting if unfinished.isdisjoint(needs[key])]
+                wanted = set().union(*(needs[key] for key in waiting))
                 candidates.sort(key=lambda key: (key not in wanted, -_steps(waiting[key])))
                 for key in candidates[: processes - len(running)]:
                     running[pool.submit(_work, key, waiting.pop(key), records, cache_dir)] = key

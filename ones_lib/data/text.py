@@ -153,7 +153,7 @@ def text_data(
     task_length: int = 96,
     stride: int = 24,
     mask_rate: float = 0.15,
-    validation_sequences: int = 1000,
+    validation_sequences: int = 800,
     max_corpus: int | None = None,
     max_train: int | None = None,
     max_validation: int | None = None,
