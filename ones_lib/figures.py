@@ -135,7 +135,8 @@ def learning_curves(history: pd.DataFrame, metric: str = "accuracy") -> Figure:
 
 
 def scores_by_model(results: pd.DataFrame) -> Figure:
-    """Score of every model: small marks are seeds, large ones their mean; students before and after KD.
+    """Score of every model: small marks are seeds, large ones their mean; students before and after KD. What is far from the
+    others before KD is a number at the panel's edge.
 
     ``results`` is a table of :func:`ones_lib.tables.results_table` with one metric, or with one a task: a panel each.
     """
@@ -154,6 +155,7 @@ def scores_by_model(results: pd.DataFrame) -> Figure:
             ax.plot(part["value"], at, "|", color=colour, markersize=7, alpha=0.7)
             means = part.groupby(at)["value"].mean()
             ax.plot(means, means.index, marker, color=colour, label=texts[stage], markersize=5)
+        _leave_out_far(ax, rows, order)
         for model in ("moe", "dense", "dense_long"):
             mean = rows.loc[rows["model"] == model, "value"].mean()
             ax.axvline(mean, color=PALETTE[model], linestyle=DASHES[model], linewidth=0.8, zorder=1.6)
@@ -162,6 +164,22 @@ def scores_by_model(results: pd.DataFrame) -> Figure:
     fig.supxlabel(f"{strokes}; lines: MoE (solid), dense (dashed), dense as long as teacher + KD (dotted)", fontsize=7)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
+
+
+def _leave_out_far(ax: Axes, rows: pd.DataFrame, order: list[str]) -> None:
+    """Scale the axis to the trained and distilled models: those right after gathering that are far away stand as numbers at its
+    edge, else the differences among the others could not be seen."""
+    near = rows.loc[rows["stage"] != "gathered", "value"]
+    reach = 4 * np.ptp(near)
+    low, high = max(ax.get_xlim()[0], near.min() - reach), min(ax.get_xlim()[1], near.max() + reach)
+    if low == high:
+        return
+    ax.set_xlim(low, high)
+    for model, mean in rows[rows["stage"] == "gathered"].groupby("model")["value"].mean().items():
+        if not low <= mean <= high:
+            at, text = (0.02, f"← {mean:.1f}") if mean < low else (0.98, f"{mean:.1f} →")
+            place = {"transform": ax.get_yaxis_transform(), "ha": "left" if mean < low else "right", "va": "center"}
+            ax.text(at, order.index(model), text, fontsize=7, color=_COLOURS[7], **place)
 
 
 def retention_by_model(retention: pd.DataFrame, panels: str = "reference") -> Figure:

@@ -114,6 +114,20 @@ def test_learning_curves_draw_mean_and_range(metric, label):
     assert (band.min(), band.max()) == (3.0, 4.0)
 
 
+def test_what_is_far_before_kd_does_not_press_the_others_together():
+    values = [
+        ("moe", "trained", 3.5),
+        ("dense", "trained", 3.6),
+        ("topk", "distilled", 3.55),
+        ("topk", "gathered", 3.8),
+    ]
+    values += [("sum", "distilled", 3.6), ("sum", "gathered", 5.3)]
+    rows = [{"model": m, "stage": s, "seed": 0, "metric": "loss", "value": v} for m, s, v in values]
+    (ax,) = figures.scores_by_model(pd.DataFrame(rows)).axes
+    assert ax.get_xlim()[1] < 4.1
+    assert [text.get_text() for text in ax.texts] == ["5.3 →"]
+
+
 def test_saved_with_csv_and_records_and_byte_stable(tmp_path):
     figures.set_style()
     table = pd.DataFrame({"model": ["moe"], "accuracy": [1 / 3], "record": ["moe-0123"]})
