@@ -66,7 +66,7 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     assert {2, 4} == set(pd.read_csv(folder / "retention_experts.csv")["num_experts"].dropna())
     text = pd.read_csv(folder / "nlp_results.csv")
     assert list(text.columns) == ["data", "task", "model", "stage", "seed", "metric", "value", "retention"]
-    assert set(text["task"]) == {"masked_lm", "package", "statement", "answer", "answer_or_none", "average"}
+    assert set(text["task"]) == {"masked_lm", "statement", "answer_or_none", "average"}
     for _, part in text.groupby("task"):
         assert set(part["model"]) == set(results["model"])
         assert set(part["seed"]) == {0, 1}
