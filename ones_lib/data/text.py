@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -118,18 +118,12 @@ class TextData:
         return torch.tensor(self.tokenizer.all_special_ids)
 
     @cached_property
-    def _rows(self) -> dict[str, dict[str, Dataset]]:
-        return {}
-
-    @cached_property
     def _encoded(self) -> dict[tuple[str, str], EncodedText]:
         return {}
 
     def rows(self, task: str) -> dict[str, Dataset]:
         """A task's rows by split."""
-        if task not in self._rows:
-            self._rows[task] = self.read_task(task)
-        return self._rows[task]
+        return self.read_task(task)
 
     def encoded(self, task: str, split: str) -> EncodedText:
         """A task's split as tokens."""
@@ -199,6 +193,7 @@ def text_data(
     embedded = _embedded_folder(Path(cache_dir)) if "docstrings" in (name, corpus) else None
     folder = embedded if name == "docstrings" else Path(text_dir) if name == "local" else None
 
+    @cache  # a corpus of the tasks' texts reads them before anybody asks for their rows
     def read_task(task: str) -> dict[str, Dataset]:
         allowed = EMBEDDED_TASKS if name == "docstrings" else HUB_TASKS
         if task not in allowed:
