@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 
 from ones_lib.records import project_root
+from ones_lib.study import cores
 
 PROFILES = ("smoke", "demo", "paper")
+HOW = ("allow_training", "processes", "redo_before")  # parameters that decide how work is done, not what comes of it
 
 
 class BatchError(ValueError):
@@ -82,8 +85,9 @@ def parse_value(text: str) -> Any:
 
 def fingerprint(notebook: Path, parameters: Mapping[str, Any]) -> str:
     """Hash of what decides a notebook's outcome: its cells, its parameters, the library's sources."""
+    parameters = {name: value for name, value in parameters.items() if name not in HOW}
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(notebook, as_version=4).cells]
-    digest = hashlib.sha256(json.dumps([cells, dict(parameters)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([cells, parameters], sort_keys=True).encode())
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
@@ -120,8 +124,11 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], root: P
     os.replace(unfinished, output)
 
 
-def run(profile: str, only: Sequence[str], overrides: Mapping[str, Any], force: bool) -> None:
-    """Execute the chosen notebooks in order, with the profile's parameters and the overrides."""
+def run(profile: str, only: Sequence[str], overrides: Mapping[str, Any], force: bool, figures: bool) -> None:
+    """Execute the chosen notebooks in order, with the profile's parameters and the overrides.
+
+    With ``figures`` all are executed, several at a time, and nothing is trained.
+    """
     root = project_root()
     notebooks = choose_notebooks(root / "notebooks", only)
     every = {n: declared_parameters(n) for n in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
@@ -132,15 +139,17 @@ def run(profile: str, only: Sequence[str], overrides: Mapping[str, Any], force: 
     values = {**values, **overrides}
     if force:
         values["redo_before"] = datetime.now(UTC).isoformat(timespec="seconds")
+    if figures:
+        values["allow_training"] = False
 
-    for number, notebook in enumerate(notebooks, start=1):
+    def execute_one(number: int, notebook: Path) -> None:
         parameters = {name: values[name] for name in every[notebook] if name in values}
         output = root / "runs" / profile / notebook.name
         head = f"[{number}/{len(notebooks)}] {notebook.name}"
         shown = output.relative_to(root)
-        if not force and finished(output, fingerprint(notebook, parameters)):
+        if not force and not figures and finished(output, fingerprint(notebook, parameters)):
             print(f"{head}: finished before, see {shown} (--force makes it again)", flush=True)
-            continue
+            return
         print(f"{head}: profile {profile}", flush=True)
         started = time.monotonic()
         try:
@@ -152,6 +161,18 @@ def run(profile: str, only: Sequence[str], overrides: Mapping[str, Any], force: 
                 f" {error.ename}: {error.evalue}\n  the notebook up to there: {failed}"
             ) from error
         print(f"{head}: done in {time.monotonic() - started:.0f} s, see {shown}", flush=True)
+
+    # Training fills the cores from inside a notebook; drawing does not, so notebooks share them, a thread each.
+    if figures:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ThreadPoolExecutor(cores() if figures else 1) as pool:
+        work = [pool.submit(execute_one, number, notebook) for number, notebook in enumerate(notebooks, start=1)]
+        try:
+            for done in as_completed(work):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,10 +188,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a notebook parameter"
     )
-    parser.add_argument("--force", action="store_true", help="do finished work again, trainings included")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--force", action="store_true", help="do finished work again, trainings included")
+    again.add_argument(
+        "--figures", action="store_true", help="draw every figure again from the records, without training"
+    )
     options = parser.parse_args(arguments)
     try:
-        run(options.profile, options.only, {name: parse_value(value) for name, value in options.p}, options.force)
+        overrides = {name: parse_value(value) for name, value in options.p}
+        run(options.profile, options.only, overrides, options.force, options.figures)
     except BatchError as error:
         print(f"run_all.sh: {error}", file=sys.stderr)
         return 1

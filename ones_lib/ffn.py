@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -87,6 +88,21 @@ class FeedForwardWeights:
         """Expert ``index`` of a bank as one FFN (views, no copy)."""
         return self.map(lambda tensor: tensor[index])
 
+    def neurons(self) -> Tensor:
+        """Everything that belongs to one hidden neuron in a row: its up, gate and down weights and biases, [..., h, p]."""
+        parts = [t.mT if name == "down" else t for name, t in self.tensors() if name != "down_bias"]
+        return torch.cat([t if t.ndim == self.up.ndim else t[..., None] for t in parts], dim=-1)
+
+    def with_neurons(self, order: Tensor) -> FeedForwardWeights:
+        """One FFN with its hidden neurons in another order [h]; its function is the same."""
+
+        def ordered(name: str, tensor: Tensor) -> Tensor:
+            if name == "down_bias":
+                return tensor
+            return tensor[:, order] if name == "down" else tensor[order]
+
+        return FeedForwardWeights(**{name: ordered(name, tensor) for name, tensor in self.tensors()})
+
     @property
     def is_bank(self) -> bool:
         return self.up.ndim == 3
@@ -114,3 +130,18 @@ class FeedForwardWeights:
         else:
             hidden = activation(F.linear(x, self.gate, self.gate_bias)) * hidden
         return F.linear(hidden, self.down, self.down_bias)
+
+
+def match_neurons(reference: FeedForwardWeights, other: FeedForwardWeights) -> Tensor:
+    """Order [h] of ``other``'s hidden neurons in which the two FFNs are most alike.
+
+    The order of hidden neurons is arbitrary: FFNs that compute the same may look unlike. Of all orders this one has the
+    largest inner product of all weights, a linear assignment (as in Git Re-Basin, arXiv 2209.04836, section 3.2, for one
+    hidden layer).
+    """
+    if reference.is_bank or other.is_bank or reference.up.shape != other.up.shape:
+        shapes = f"up {list(reference.up.shape)} and {list(other.up.shape)}"
+        raise ValueError(f"match_neurons: expected two single FFNs of equal shape, found {shapes}")
+    products = reference.neurons() @ other.neurons().T  # [h, h]
+    _, order = linear_sum_assignment(products.detach().double().cpu().numpy(), maximize=True)
+    return torch.from_numpy(order).to(other.up.device)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from ones_lib.ffn import FeedForwardWeights
 
 GatheringMethod = Callable[..., FeedForwardWeights]
+Factors = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r], V^T [r, n] of a matrix [m, n], r = min(m, n)
 _METHODS: dict[str, GatheringMethod] = {}
 
 
@@ -179,7 +180,13 @@ def top_kg(
 
 
 @register("svd")
-def svd_kg(bank: FeedForwardWeights, *, rank: int | None = None, scale: float = 1.0) -> FeedForwardWeights:
+def svd_kg(
+    bank: FeedForwardWeights,
+    *,
+    rank: int | None = None,
+    scale: float = 1.0,
+    factors: Mapping[str, Iterable[Factors]] | None = None,
+) -> FeedForwardWeights:
     """SVD-KG: ``W = scale * sum_i trunc_K(W_i)``, each expert's matrix cut to its K leading singular triplets.
 
     That sum is the product of the concatenated factors, ``[U_1..U_E] diag(S_1..S_E) [V_1..V_E]^T``, so its rank is at
@@ -190,18 +197,19 @@ def svd_kg(bank: FeedForwardWeights, *, rank: int | None = None, scale: float = 
         bank: experts, up [E, h, d].
         rank: K, triplets kept of every expert, 1 to min(h, d); default min(h, d) // E, but at least 1.
         scale: multiplies the matrices. E equal experts give E times their truncated matrix at scale 1.
+        factors: by matrix, the experts' ``(U, S, V^T)``, where they are known already.
     """
     full_rank = min(bank.d_ff, bank.d_model)
     rank = _in_range("rank", rank, default=max(1, full_rank // bank.num_experts), high=full_rank)
 
-    def gather_matrix(matrices: Tensor) -> Tensor:
-        gathered = torch.zeros_like(matrices[0])
-        for matrix in matrices:  # one expert at a time: the factors of a large bank need not fit at once
-            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-            gathered += (u[:, :rank] * s[:rank]) @ vh[:rank]
-        return scale * gathered
+    def gathered(name: str, tensor: Tensor) -> Tensor:
+        if tensor.ndim == 2:
+            return tensor.mean(dim=0)
+        # One expert at a time: the factors of a large bank need not fit at once.
+        found = (torch.linalg.svd(w, full_matrices=False) for w in tensor) if factors is None else factors[name]
+        return scale * sum((u[:, :rank] * s[:rank]) @ vh[:rank] for u, s, vh in found)
 
-    return bank.map(lambda tensor: gather_matrix(tensor) if tensor.ndim == 3 else tensor.mean(dim=0))
+    return FeedForwardWeights(**{name: gathered(name, tensor) for name, tensor in bank.tensors()})
 
 
 def _in_range(name: str, value: int | None, *, default: int, high: int) -> int:

@@ -50,7 +50,7 @@ def retention_interval(
         return estimate, -math.inf, math.inf
     tail, seeds, means = (1 - level) / 2, len(student[0]), 0
     for task, parts in enumerate(zip(student, dense, moe, strict=True)):
-        stacked = np.concatenate(parts).astype(np.float32)  # [3 * seeds, examples]
+        stacked = np.concatenate(parts).astype(np.float64)  # [3 * seeds, examples]
         weights = _resampling(stacked.shape[1], draws, seed, task)
         drawn = [_weighted_means(stacked, weights[first : first + 100]) for first in range(0, draws, 100)]
         means = means + np.concatenate(drawn).reshape(draws, 3, seeds) / len(student)
@@ -64,9 +64,8 @@ def retention_interval(
     return estimate, float(low), float(high)
 
 
-@lru_cache(
-    maxsize=4
-)  # drawing takes ten times as long as what is done with it, and a table asks for the same again and again
+# Drawing takes ten times as long as what is done with it, and a table asks for the same again and again.
+@lru_cache(maxsize=4)
 def _resampling(examples: int, draws: int, seed: int, task: int) -> np.ndarray:
     """How often each example is drawn, uint8 [draws, examples]: Poisson(1) up to the fixed total, which a ratio does not need."""
     rng, counts = np.random.default_rng([seed, task]), np.empty((draws, examples), np.uint8)
@@ -77,8 +76,8 @@ def _resampling(examples: int, draws: int, seed: int, task: int) -> np.ndarray:
 
 
 def _weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[m, n] values under [b, n] weights -> [b, m]."""
-    weights = weights.astype(np.float32)
+    """[m, n] values under [b, n] weights -> [b, m]. In float64, so that tables do not depend on the number of threads."""
+    weights = weights.astype(np.float64)
     return weights @ values.T / weights.sum(axis=1, keepdims=True)
 
 

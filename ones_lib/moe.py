@@ -208,6 +208,61 @@ class MoEFeedForward(nn.Module):
         return self.dropout(self.activation(hidden))
 
 
+@dataclass(frozen=True)
+class LayerActivations:
+    """What passed through an MoE layer: tokens ``inputs`` [N, d], their ``gates`` [N, E] (zero for experts not chosen), and
+    the layer's ``outputs`` [N, d] without noise, capacity and dropout; ``activation`` is its experts'."""
+
+    inputs: Tensor
+    gates: Tensor
+    outputs: Tensor
+    activation: Callable[[Tensor], Tensor]
+
+    def expert_weights(self) -> Tensor:
+        """[E]: part of all gates that each expert got; sums to 1."""
+        return self.gates.mean(dim=0) / self.gates.mean(dim=0).sum()
+
+
+def collect_activations(
+    model: nn.Module, forward: Callable[[], object], max_tokens: int = 4096, seed: int = 0
+) -> dict[str, LayerActivations]:
+    """Activations of every MoE layer by its name in ``model`` while ``forward()`` runs the model, which must be in eval mode.
+
+    A layer shared across depth is passed through several times, and all of them count. Of more than ``max_tokens`` tokens
+    a random draw is kept.
+    """
+    if model.training:
+        raise ValueError("model: expected a model in eval mode, found one in training mode: its routers add noise")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, MoEFeedForward) and m.router is not None}
+    seen: dict[str, list[tuple[Tensor, Routing]]] = {name: [] for name in layers}
+    hooks = [
+        layer.router.register_forward_hook(
+            lambda _, inputs, routing, name=name: seen[name].append((inputs[0].detach(), routing))
+        )
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    result, generator = {}, torch.Generator().manual_seed(seed)
+    for name, layer in layers.items():
+        x = torch.cat([inputs for inputs, _ in seen[name]])
+        kept = torch.randperm(len(x), generator=generator)[:max_tokens].to(x.device)
+        experts, chosen = (
+            torch.cat([getattr(routing, part).detach() for _, routing in seen[name]])[kept]
+            for part in ("experts", "gates")
+        )
+        gates = chosen.new_zeros(len(kept), layer.num_experts).scatter_(1, experts, chosen)
+        with torch.no_grad():
+            y = dispatch_plain(layer.bank(), x[kept], Routing(experts, chosen, gates), layer.activation)
+        result[name] = LayerActivations(x[kept], gates, y, layer.activation)
+    return result
+
+
 class MoEModel:
     """What models with :class:`MoEFeedForward` layers have in common, to be inherited beside ``nn.Module``."""
 

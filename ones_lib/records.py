@@ -88,6 +88,10 @@ class Records:
             return None
         return record
 
+    def all(self, kind: str) -> list[Record]:
+        """Every finished record of a kind, such as ``moe``."""
+        return [Record(result.parent) for result in sorted(self.root.glob(f"{kind}-*/result.json"))]
+
     def begin(self, config: Mapping) -> Path:
         """The folder to work in; what an interrupted run left there is still there."""
         partial = self.folder(config).with_suffix(".partial")

@@ -59,6 +59,7 @@ def image_study(
     records_dir: str,
     redo_before: str,
     processes: int,
+    allow_training: bool,
 ) -> Study:
     """The :class:`Study` of the image notebooks' flat parameters; paths are relative to the project's root.
 
@@ -111,6 +112,7 @@ def image_study(
         records=Records(root / records_dir, redo_before),
         cache_dir=root / "runs" / "cache",
         processes=processes,
+        allow_training=allow_training,
     )
 
 
@@ -159,6 +161,7 @@ def text_study(
     records_dir: str,
     redo_before: str,
     processes: int,
+    allow_training: bool,
 ) -> Study:
     """The :class:`Study` of the text notebook's flat parameters; paths are relative to the project's root.
 
@@ -223,6 +226,7 @@ def text_study(
         ),
         finetune_kd=finetune_kd,
         processes=processes,
+        allow_training=allow_training,
     )
     for task in tasks:
         study.open_data().rows(task)

@@ -72,6 +72,7 @@ class Study:
         finetuning: recipe of the fine-tuning.
         finetune_kd: fine-tune what was distilled with KD again, from the fine-tuned teacher.
         processes: trainings side by side; 0 chooses: one on a GPU, else one a core. Not part of any configuration.
+        allow_training: False makes a missing record an error.
     """
 
     domain: str
@@ -87,6 +88,7 @@ class Study:
     finetuning: Training | None = None
     finetune_kd: bool = True
     processes: int = 0
+    allow_training: bool = True
 
     def __post_init__(self) -> None:
         self.seeds = list(self.seeds)
@@ -229,6 +231,12 @@ class Study:
         configs = list(configs)
         wanted = {config_hash(c): c for config in configs for c in (*_needed(config), config)}
         missing = {key: config for key, config in wanted.items() if self.records.find(config) is None}
+        if missing and not self.allow_training:
+            first = label(next(iter(missing.values())))
+            raise ValueError(
+                f"records: expected all {len(wanted)} in {self.records.root}, found {len(wanted) - len(missing)}; the first"
+                f" that is missing: {first}. They are made by a run that may train"
+            )
         if missing:
             self.open_data()  # drawn once, and bad data is found, before any process starts
             steps = sum(_steps(config) for config in missing.values())
@@ -243,7 +251,7 @@ class Study:
 
     def load_model(self, record: Record) -> nn.Module:
         """The trained model of a record, in eval mode."""
-        return record.load_weights(build_model(record.config, self.open_data())).eval()
+        return load_record(record, self.cache_dir)[0]
 
     def histories(self, groups: Mapping[str, Iterable[Config]], metric: str = "accuracy") -> pd.DataFrame:
         """A validation metric over training: ``model, seed, step, value``, in per cent but for losses; ``groups`` by model."""
@@ -283,6 +291,12 @@ def task_of(config: Config, data: Data) -> Task:
     return (
         ImageClassification(data) if config["domain"] == "image" else text_task(config.get("task", "masked_lm"), data)
     )
+
+
+def load_record(record: Record, cache_dir: Path) -> tuple[nn.Module, Task]:
+    """The trained model of a record, in eval mode, and the task that it was trained for."""
+    data = _open_data(record.config["domain"], _frozen(record.config["data"]), cache_dir)
+    return record.load_weights(build_model(record.config, data)).eval(), task_of(record.config, data)
 
 
 def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progress | None = None) -> Record:
@@ -330,10 +344,11 @@ def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progr
 
 
 def _default_processes() -> int:
-    return 1 if torch.accelerator.is_available() else _cores()
+    return 1 if torch.accelerator.is_available() else cores()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -373,7 +388,7 @@ def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Pa
     before them what others need."""
     context = multiprocessing.get_context("spawn")
     reports, stop = context.Queue(), context.Event()
-    threads = max(1, _cores() // processes)
+    threads = max(1, cores() // processes)
     waiting, running = dict(missing), {}  # key -> configuration; future -> key
     progress = {key: _bar_progress(bar, label(config)) for key, config in missing.items()}
     needs = {key: {config_hash(other) for other in _needed(config)} for key, config in missing.items()}
