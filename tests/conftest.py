@@ -5,8 +5,11 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fail at once, not wait for a network
 
-from ones_lib import FeedForwardWeights
+from ones_lib import Distillation, FeedForwardWeights
 from ones_lib.data.text import text_data
+from ones_lib.records import Records
+from ones_lib.study import Study
+from ones_lib.training import Training
 
 torch.set_num_threads(1)
 
@@ -48,3 +51,24 @@ def text_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text_cache")
     text_data(cache_dir=folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_record(tmp_path_factory):
+    """The record of an MoE that was trained for a few steps, and the cache with its data."""
+    folder = tmp_path_factory.mktemp("tiny")
+    recipe = Training(steps=4, batch_size=16)
+    study = Study(
+        domain="image",
+        data={"name": "glyphs", "image_size": 16, "num_classes": 4, "train_per_class": 20, "val_per_class": 5},
+        model={"name": "widenet_tiny_patch16_224", "patch_size": 4, "num_experts": 4, "renormalize": True}
+        | {"embed_dim": 8, "depth": 2, "num_heads": 2, "d_ff": 12},
+        teaching=recipe,
+        learning=recipe,
+        distillation=Distillation(),
+        records=Records(folder / "records"),
+        cache_dir=folder / "cache",
+        processes=1,
+    )
+    (record,) = study.run([study.moe(0)])
+    return record, study.cache_dir

@@ -1,0 +1,141 @@
+"""The experts of an MoE by layer: of a model in memory, of a record, or of safetensors files, of which only what is asked for
+is read; and what passes through them in a calibration batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ones_lib.ffn import FeedForwardWeights
+from ones_lib.moe import LayerActivations, collect_activations
+from ones_lib.records import Record
+from ones_lib.study import load_record
+from ones_lib.training import Training
+
+# How the tensors of an expert layer are named: by this library ("up" [E, h, d], "down" [E, d, h], ...), by transformers in
+# memory (all experts in one tensor, gate above up), and in its files, Mixtral's and others' (a tensor an expert).
+_OURS = re.compile(r"(?P<layer>.+)\.(?P<part>(?:up|gate|down)(?:_bias)?)")
+_STACKED = re.compile(r"(?P<layer>.+\.experts)\.(?P<part>gate_up_proj|down_proj)")
+_SEPARATE = re.compile(r"(?P<layer>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.(?P<kind>weight|bias)")
+_PARTS = {"up_proj": "up", "gate_proj": "gate", "down_proj": "down", "w3": "up", "w1": "gate", "w2": "down"}
+CALIBRATION_BATCH = 64  # examples: with their tokens at every depth enough for a measure, and small for a large model
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class ExpertBanks(Mapping[str, FeedForwardWeights]):
+    """Expert layers by name, each read when it is asked for. Made by :func:`open_experts`."""
+
+    def __init__(self, source: str, shapes: Mapping[str, list[int]], read: Callable[[str], Tensor]) -> None:
+        self.source, self._shapes, self._read = source, shapes, read
+        self._tensors: dict[str, dict] = {}  # layer -> part -> name, or part -> expert -> name
+        for name, shape in shapes.items():
+            self._place(name, shape)
+        self._tensors = {layer: parts for layer, parts in self._tensors.items() if {"up", "down"} <= set(parts)}
+        if not self._tensors:
+            raise ValueError(
+                f"{source}: expected layers of 2 experts or more, with tensors named like <layer>.up [E, h, d],"
+                " <layer>.experts.0.up_proj.weight, <layer>.experts.0.w3.weight or <layer>.experts.gate_up_proj,"
+                f" found none among {len(shapes)} tensors, such as {list(shapes)[:3]}"
+            )
+
+    def _place(self, name: str, shape: list[int]) -> None:
+        if (found := _OURS.fullmatch(name)) and shape[0] > 1 and len(shape) == (2 if "bias" in found["part"] else 3):
+            self._tensors.setdefault(found["layer"], {})[found["part"]] = name
+        elif (found := _STACKED.fullmatch(name)) and len(shape) == 3 and f"{name}_bias" not in self._shapes:
+            # With a bias they are GPT-OSS's, transposed and interleaved, which would be read wrongly.
+            parts = ("gate", "up") if found["part"] == "gate_up_proj" else ("down",)
+            self._tensors.setdefault(found["layer"], {}).update(dict.fromkeys(parts, name))
+        elif (found := _SEPARATE.fullmatch(name)) and found["part"] in _PARTS:
+            part = _PARTS[found["part"]] + ("_bias" if found["kind"] == "bias" else "")
+            self._tensors.setdefault(found["layer"], {}).setdefault(part, {})[int(found["expert"])] = name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __getitem__(self, layer: str) -> FeedForwardWeights:
+        return FeedForwardWeights(**{part: self._part(layer, part, at) for part, at in self._tensors[layer].items()})
+
+    def _part(self, layer: str, part: str, at: str | dict[int, str]) -> Tensor:
+        if isinstance(at, str):
+            tensor = self._tensor(at)
+            if _STACKED.fullmatch(at) and part != "down":
+                return tensor.chunk(2, dim=1)[("gate", "up").index(part)]
+            return tensor
+        count = max(e for experts in self._tensors[layer].values() for e in experts) + 1
+        if missing := sorted(set(range(count)) - set(at)):
+            raise ValueError(
+                f"{self.source}: {layer}: expected {part} of experts 0 to {count - 1}, found none of {missing[:5]}"
+                " (of a model in several files, give the folder)"
+            )
+        return torch.stack([self._tensor(at[e]) for e in range(count)])
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self._read(name)
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{self.source}: {name}: expected weights that are not quantised, found {tensor.dtype}")
+        return tensor
+
+
+def open_experts(source: nn.Module | Record | str | Path) -> ExpertBanks:
+    """The expert layers of a model in memory, a record, a safetensors file, or a folder of them (one model in several files).
+
+    Layers are named as in the model. Of files only the names and shapes are read here, and a layer's experts when it is
+    asked for; a model's are its own tensors, detached.
+
+    Raises:
+        FileNotFoundError: no such file, or no safetensors file in the folder.
+        ValueError: not a safetensors file, no layer of experts in it; later, a layer of which experts are missing, or
+            weights that are quantised.
+    """
+    if isinstance(source, nn.Module):
+        tensors = dict(source.named_parameters())
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        return ExpertBanks(type(source).__name__, shapes, lambda name: tensors[name].detach())
+
+    path = source.folder / "weights.safetensors" if isinstance(source, Record) else Path(source).expanduser()
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise FileNotFoundError(f"{path}: expected a safetensors file or a folder of them, found none")
+    shapes, where = {}, {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  it is no dictionary
+                    shapes[name], where[name] = tensors.get_slice(name).get_shape(), file
+        except SafetensorError as error:
+            raise ValueError(f"{file}: expected a safetensors file, found something else ({error})") from error
+
+    def read(name: str) -> Tensor:
+        with safe_open(where[name], "pt") as tensors:
+            return tensors.get_tensor(name)
+
+    return ExpertBanks(str(path), shapes, read)
+
+
+def record_activations(record: Record, cache_dir: Path, max_tokens: int = 4096) -> dict[str, LayerActivations]:
+    """Activations by layer of a record's model on one batch of its own training data, always the same one.
+
+    Layers have the names that :func:`open_experts` gives them. In float64, so that what is made of them does not depend on
+    the number of threads.
+    """
+    model, task = load_record(record, cache_dir)
+    training = Training(**record.config["training"])
+    training = replace(training, mixup=0.0, batch_size=min(training.batch_size, CALIBRATION_BATCH))
+    with torch.random.fork_rng():
+        set_seed(0)  # of a batch's masks
+        batch = next(iter(task.batches(training, seed=0, start=0, device=next(model.parameters()).device)))
+    batch = batch._replace(
+        **{k: v.double() for k, v in batch._asdict().items() if torch.is_tensor(v) and v.is_floating_point()}
+    )
+    model.double()
+    return collect_activations(model, lambda: task.forward(model, batch), max_tokens)

@@ -1,0 +1,129 @@
+"""Experts out of models, records and files, in every layout; and that no more is read than asked for."""
+
+import pytest
+import torch
+from conftest import random_bank
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+
+from ones_lib import experts
+from ones_lib.experts import ExpertBanks, open_experts, record_activations
+from ones_lib.records import model_tensors
+from ones_lib.study import load_record
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def assert_same(found, expected):
+    assert dict(found.tensors()).keys() == dict(expected.tensors()).keys()
+    for name, tensor in expected.tensors():
+        assert torch.equal(getattr(found, name), tensor), name
+
+
+def test_a_records_experts_are_those_of_its_model(tiny_record, tmp_path):
+    record, cache_dir = tiny_record
+    model, _ = load_record(record, cache_dir)
+    save_file({n: t.clone() for n, t in model_tensors(model).items()}, tmp_path / "copy.safetensors")
+    for source in (record, model, str(record.folder / "weights.safetensors"), tmp_path):
+        banks = open_experts(source)
+        assert list(banks) == ["blocks.0.mlp"]  # shared across depth
+        assert_same(banks["blocks.0.mlp"], model.blocks[0].mlp.bank().map(torch.Tensor.detach))
+
+
+def test_a_records_activations_are_the_same_every_time(tiny_record):
+    record, cache_dir = tiny_record
+    first, again = (record_activations(record, cache_dir, max_tokens=50)["blocks.0.mlp"] for _ in range(2))
+    assert torch.equal(first.inputs, again.inputs)
+    assert torch.equal(first.outputs, again.outputs)
+    assert first.inputs.shape == (50, 8)
+    assert first.inputs.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtralConfig(**SMALL, intermediate_size=24, num_local_experts=3),
+        Qwen3MoeConfig(**SMALL, head_dim=8, moe_intermediate_size=24, num_experts=3, num_experts_per_tok=2),
+    ],
+    ids=["mixtral", "qwen3_moe"],
+)
+def test_transformers_models_in_memory_and_in_files(config, tmp_path):
+    """One tensor for all experts in memory, one an expert on disk, in several files; and they compute what the model does."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    in_memory, in_files = open_experts(model), open_experts(tmp_path)
+    assert len(in_memory) == len(in_files) == 2
+    for one, two in zip(in_memory.values(), in_files.values(), strict=True):
+        assert one.up.shape == (3, 24, 16)
+        assert_same(two, one)
+
+    layer = model.model.layers[1].mlp
+    x = torch.randn(5, 16)
+    bank = list(in_files.values())[1]
+    for e in range(3):  # the model's own experts, each token sent to expert e alone
+        chosen, gates = torch.full((5, 1), e), torch.ones(5, 1)
+        expected = layer.experts(x, chosen, gates)
+        torch.testing.assert_close(bank.expert(e).apply(x, torch.nn.functional.silu), expected)
+
+
+def test_only_the_layer_asked_for_is_read(tmp_path, monkeypatch):
+    bank = random_bank(3, gated=True)
+    tensors = {"embedding": torch.randn(5, 8)}
+    for layer in range(3):
+        for e in range(3):
+            for part, name in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
+                bias = bank.down_bias if part == "down" else getattr(bank, f"{part}_bias")
+                for kind, tensor in (("weight", getattr(bank, part)), ("bias", bias)):
+                    tensors[f"layers.{layer}.mlp.experts.{e}.{name}.{kind}"] = tensor[e].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    read = []
+    whole = experts.ExpertBanks._tensor
+    monkeypatch.setattr(experts.ExpertBanks, "_tensor", lambda self, name: read.append(name) or whole(self, name))
+    banks = open_experts(tmp_path / "model.safetensors")
+    assert read == []
+    assert list(banks) == [f"layers.{i}.mlp.experts" for i in range(3)]
+    assert_same(banks["layers.1.mlp.experts"], bank)
+    assert read
+    assert all(name.startswith("layers.1.") for name in read)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a safetensors file or a folder of them, found none"):
+        open_experts(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors: expected"):
+        open_experts(tmp_path / "gone.safetensors")
+    (tmp_path / "text.safetensors").write_text("no tensors here")
+    with pytest.raises(ValueError, match=r"text\.safetensors: expected a safetensors file, found something else"):
+        open_experts(tmp_path / "text.safetensors")
+    save_file({"dense.up": torch.ones(1, 4, 2), "dense.down": torch.ones(1, 2, 4)}, tmp_path / "dense.safetensors")
+    with pytest.raises(
+        ValueError, match=r"dense\.safetensors: expected layers of 2 experts or more.*found none among 2"
+    ):
+        open_experts(tmp_path / "dense.safetensors")
+
+
+def test_a_layer_that_lacks_an_expert_or_is_quantised_is_refused(tmp_path):
+    names = [f"l.experts.{e}.{part}.weight" for e in range(3) for part in ("w1", "w2", "w3")]
+    tensors = {n: torch.ones(2, 4) if "w2" in n else torch.ones(4, 2) for n in names}
+    save_file({n: t for n, t in tensors.items() if n != "l.experts.1.w3.weight"}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"l\.experts: expected up of experts 0 to 2, found none of \[1\]"):
+        open_experts(tmp_path / "a.safetensors")["l.experts"]
+    save_file({n: t.to(torch.int8) for n, t in tensors.items()}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=r"w1\.weight: expected weights that are not quantised, found torch\.int8"):
+        open_experts(tmp_path / "b.safetensors")["l.experts"]
+
+
+def test_an_interleaved_layout_is_not_taken_for_another():
+    """GPT-OSS's names are those of other models, with biases beside them."""
+    names = {"l.experts.gate_up_proj": [2, 4, 12], "l.experts.down_proj": [2, 6, 4]}
+    biases = {f"{name}_bias": shape[:1] + shape[2:] for name, shape in names.items()}
+    with pytest.raises(ValueError, match="found none among 4 tensors"):
+        ExpertBanks("gpt-oss", names | biases, torch.zeros)
