@@ -4,6 +4,7 @@ import json
 import math
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +12,12 @@ import pytest
 from ones_lib import figures
 
 mpl.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
 
 
 def retention_rows(**changes):
@@ -150,3 +157,150 @@ def test_pdf_embeds_its_fonts_as_text(tmp_path):
     content = (tmp_path / "f.pdf").read_bytes()
     assert b"/FontFile2" in content
     assert b"/Type3" not in content
+
+
+def spectra_table(seeds=(0, 1), experts=3, matrices=("up", "down"), full=4):
+    rows = []
+    for data in ("glyphs", "docstrings"):
+        for seed in seeds:
+            for matrix in matrices:
+                for expert in range(experts):
+                    values = [10.0 / (rank + expert + seed) for rank in range(1, full + 1)]
+                    energy = np.cumsum(np.square(values)) / np.sum(np.square(values))
+                    for rank, (value, part) in enumerate(zip(values, energy, strict=True), start=1):
+                        row = {
+                            "data": data,
+                            "seed": seed,
+                            "layer": "l",
+                            "matrix": matrix,
+                            "expert": expert,
+                            "rank": rank,
+                        }
+                        rows.append({**row, "singular_value": value, "energy": part, "gaussian": 1.0})
+    return pd.DataFrame(rows)
+
+
+def test_spectra_draw_mean_and_range_and_the_noise_beside():
+    table = spectra_table()
+    fig = figures.spectra_by_data(table)
+    assert [ax.get_title() for ax in fig.axes[:4]] == [
+        "glyphs: up",
+        "glyphs: down",
+        "docstrings: up",
+        "docstrings: down",
+    ]
+    part = table[(table["data"] == "docstrings") & (table["matrix"] == "up")].groupby("rank")
+    values, noise = fig.axes[2].get_lines()[:2]
+    np.testing.assert_allclose(values.get_ydata(), part["singular_value"].mean())
+    np.testing.assert_allclose(noise.get_ydata(), 1)
+    kept, noise = fig.axes[6].get_lines()[:2]
+    np.testing.assert_allclose(kept.get_ydata(), 100 * part["energy"].mean())
+    np.testing.assert_allclose(noise.get_ydata(), [25, 50, 75, 100])  # four equal singular values
+    band = fig.axes[2].collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (table["singular_value"].min(), table["singular_value"].max())
+    assert "mean over experts, 2 seeds; bands: lowest to highest" in texts(fig)
+
+
+@pytest.mark.parametrize(("scale", "factor"), [("linear", 1), ("log", 1), ("energy", 100)])
+def test_expert_spectra_have_a_line_each_and_the_gathered_one_moves(scale, factor):
+    table = spectra_table(seeds=[0], matrices=["up"]).query("data == 'glyphs'")
+    column = "energy" if scale == "energy" else "singular_value"
+
+    def with_gathered(size):
+        one = table[table["expert"] == 0].assign(expert="gathered")
+        return pd.concat([table, one.assign(singular_value=size * one["singular_value"])])
+
+    fig = figures.expert_spectra(with_gathered(0.5), scale, rank=2)
+    lines = {line.get_label(): line for line in fig.axes[0].get_lines()}
+    for expert, part in table.groupby("expert"):
+        np.testing.assert_allclose(lines[f"expert {expert}"].get_ydata(), factor * part[column])
+    again = figures.expert_spectra(with_gathered(0.25), scale, rank=3, on=fig)
+    assert again is fig
+    moved = {line.get_label(): line for line in figures.moving_artists(fig)}
+    expected = with_gathered(0.25).query("expert == 'gathered'")
+    np.testing.assert_allclose(moved["gathered"].get_ydata(), factor * expected[column])
+    assert any(np.array_equal(line.get_xdata(), [3, 3]) for line in moved.values())
+    assert len(moved) == 2
+    # One that would leave the panel gets a new figure.
+    assert (figures.expert_spectra(with_gathered(1000), scale, rank=3, on=fig) is fig) == (scale == "energy")
+
+
+def overlap_table(experts=3):
+    rows = [
+        {"matrix": "up", "side": side, "rank": 2, "expert": i, "other": j, "overlap": 1.0 if i == j else 0.1 * (i + j)}
+        for side in ("in", "out")
+        for i in range(experts)
+        for j in range(experts)
+    ]
+    return pd.DataFrame(rows).assign(chance=0.25)
+
+
+@pytest.mark.parametrize("numbers", [True, False])
+def test_heat_map_shows_the_table(numbers):
+    fig = figures.overlap_heatmap(overlap_table(), numbers=numbers)
+    for ax in fig.axes[:2]:
+        np.testing.assert_allclose(ax.images[0].get_array(), [[1, 0.1, 0.2], [0.1, 1, 0.3], [0.2, 0.3, 1]])
+        written = [t.get_text() for t in ax.texts]
+        assert (written[:3] == [".10", ".20", ".30"]) == numbers
+        assert "rank 2 (random: 0.25)" in written[-1]
+
+
+def test_output_errors_and_distances_name_what_they_show():
+    rows = [
+        {
+            "data": "glyphs",
+            "seed": seed,
+            "layer": "l",
+            "method": method,
+            "rank": rank,
+            "error": 2.0 + seed,
+            "rescaled": 0.95,
+        }
+        for seed in (0, 1)
+        for method in ("one_expert", "average", "svd", "someones own")
+        for rank in (1, 4)
+    ]
+    fig = figures.output_errors(pd.DataFrame(rows))
+    lines = {line.get_label(): line.get_ydata() for line in fig.axes[0].get_lines()}
+    for name in ("one expert", "averaging", "SVD-KG", "someones own"):
+        np.testing.assert_allclose(lines[name], 2.5)
+    assert "grey: an FFN of zeros" in texts(fig)
+    assert "mean over 2 seeds" in texts(fig)
+
+    rows = [
+        {"data": "glyphs", "seed": 0, "layer": "l", "matrix": "up", "target": target, "distance": d, "cosine": 0.5}
+        | {"method": method, "rank": rank}
+        for target, d in (("expert 0", 1.0), ("expert 1", 3.0), ("router-weighted mean", 5.0))
+        for method, rank in (("average", math.nan), ("svd", 1), ("svd", 4))
+    ]
+    fig = figures.gathered_distances(pd.DataFrame(rows))
+    lines = {line.get_label(): line for line in fig.axes[0].get_lines()}
+    np.testing.assert_allclose(
+        lines["averaging, from the experts"].get_ydata(), [2, 2]
+    )  # the experts' mean, at each end
+    np.testing.assert_allclose(lines["averaging, from the experts"].get_xdata(), [1, 4])
+    np.testing.assert_allclose(lines["SVD-KG, from the router-weighted mean"].get_ydata(), [5, 5])
+
+
+def test_figures_are_a_papers_columns_wide_and_readable_in_print():
+    """What is drawn of small tables: widths, and no text below 6 points."""
+    similarity = pd.DataFrame(
+        {"data": "glyphs", "seed": 0, "layer": "l", "cosine": [0.1, 0.2], "matched": 0.3, "chance": 0.2}
+    )
+    summary = overlap_table().assign(data="glyphs", low=0.1, high=0.3).query("expert == 0 and other == 1")
+    figures.set_style()
+    drawn = [
+        figures.spectra_by_data(spectra_table()),
+        figures.expert_spectra(spectra_table(seeds=[0]).query("data == 'glyphs'"), rank=2),
+        figures.energy_by_expert(spectra_table(seeds=[0]).query("data == 'glyphs'"), rank=2),
+        figures.overlap_heatmap(overlap_table()),
+        figures.overlap_curves(summary),
+        figures.expert_similarity(similarity),
+        figures.retention_by_model(retention_rows().query("budget == 100")),
+        figures.retention_curves(retention_rows(), "budget", "KD steps"),
+    ]
+    for fig in drawn:
+        assert fig.get_size_inches()[0] in (figures.ONE_COLUMN, figures.TWO_COLUMNS)
+        fig.draw_without_rendering()
+        sizes = [text.get_fontsize() for text in fig.findobj(mpl.text.Text) if text.get_text() and text.get_visible()]
+        assert min(sizes) >= 6
