@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'TEXT'
-usage: ./run_all.sh [--profile smoke|demo|paper] [--only NN ...] [-p NAME VALUE]... [--force]
+usage: ./run_all.sh [--profile smoke|demo|paper] [--only NN ...] [-p NAME VALUE]... [--force | --figures]
        ./run_all.sh test [pytest's options]
 
 Makes an environment if the active one lacks something, executes the notebooks with papermill, and writes
@@ -17,10 +17,13 @@ figures/ (the smoke and paper profiles write below runs/). Finished work is foun
   --only NN ...      only these notebooks, by number or name: --only 01 02
   -p NAME VALUE      set a notebook parameter; may be repeated: -p num_experts 8 -p seeds '[0, 1]'
   --force            do finished work again, trainings included
+  --figures          draw every figure again from the records, without training: under a minute
   --help             this text
 
 The environment is the active one if it satisfies pyproject.toml; else conda's in .conda (from environment.yml)
 where there is conda; else a virtual environment in .venv. ONES_PYTHON names the Python that makes .venv.
+The tests open a notebook in Chromium or Chrome; where there is none, they get Debian's or Ubuntu's package if run as
+root (in a container, say), else that test is skipped.
 TEXT
 }
 
@@ -64,6 +67,19 @@ make_venv() {
     .venv/bin/python -m pip install --quiet --progress-bar off --editable '.[test]'
 }
 
+# A browser for the test of the widgets. What can't be had makes that test skip, and say so.
+get_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome chrome; do
+        if command -v "$name" >/dev/null; then return; fi
+    done
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "run_all.sh: installing the package chromium, for the test of the widgets in a browser" >&2
+        (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium) \
+            >/dev/null 2>&1 || echo "run_all.sh: could not install it" >&2
+    fi
+}
+
 purpose=${1:-}
 active=""
 if [ -n "${VIRTUAL_ENV:-}" ]; then active="$VIRTUAL_ENV/bin/python"; elif [ -n "${CONDA_PREFIX:-}" ]; then active="$CONDA_PREFIX/bin/python"; fi
@@ -98,6 +114,7 @@ echo "run_all.sh: using $took" >&2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if [ "$purpose" = test ]; then
     shift
+    get_browser
     exec "$python" -m pytest "$@"
 fi
 exec "$python" -m ones_lib.batch "$@"

@@ -1,13 +1,19 @@
-"""The notebooks through papermill at the smoke profile, and what the batch refuses."""
+"""The notebooks through papermill at the smoke profile and in a browser, and what the batch refuses."""
 
 import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 import yaml
+from playwright.sync_api import sync_playwright
 
 from ones_lib import batch
 from ones_lib.batch import BatchError, check_parameters, declared_parameters, parse_value
@@ -38,7 +44,7 @@ def records_made(root):
 def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     assert batch.main(["--profile", "smoke"]) == 0
     out = capfd.readouterr()
-    assert "[1/3] 01_imagenet.ipynb: done in" in out.out
+    assert "[1/4] 01_imagenet.ipynb: done in" in out.out
     assert "step/s" in out.err  # the progress bar, from inside the notebook
     folder = project / "runs" / "smoke" / "figures"
     results = pd.read_csv(folder / "imagenet_results.csv")
@@ -60,6 +66,12 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
         "nlp_retention_tasks",
         "nlp_budget_masked_lm",
         "nlp_budget_tasks",
+        "expert_spectra",
+        "expert_overlap",
+        "expert_overlap_pairs",
+        "expert_similarity",
+        "gathering_distance",
+        "gathering_output_error",
     ):
         for ending in ("png", "pdf", "csv", "json"):
             assert (folder / f"{name}.{ending}").stat().st_size > 0, (name, ending)
@@ -71,18 +83,27 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
         assert set(part["model"]) == set(results["model"])
         assert set(part["seed"]) == {0, 1}
 
-    # Again: nothing to do. Without the executed notebooks: figures from the records, without training.
+    # Again: nothing to do. Asked for the figures: drawn from the records, byte for byte, without training.
     records, tables = records_made(project), {p: p.read_bytes() for p in folder.glob("*.csv")}
     assert batch.main(["--profile", "smoke"]) == 0
-    assert capfd.readouterr().out.count("finished before") == 3
+    assert capfd.readouterr().out.count("finished before") == 4
     shutil.rmtree(folder)
-    for name in ("01_imagenet", "03_nlp"):
-        (project / "runs" / "smoke" / f"{name}.ipynb").unlink()
-    assert batch.main(["--profile", "smoke", "--only", "01", "03"]) == 0
+    assert batch.main(["--profile", "smoke", "--figures"]) == 0
     assert "finished before" not in capfd.readouterr().out
     assert records_made(project) == records
-    for path in folder.glob("*.csv"):
-        assert path.read_bytes() == tables[path]
+    assert {p: p.read_bytes() for p in folder.glob("*.csv")} == tables
+    assert batch.main(["--profile", "smoke"]) == 0  # what was only drawn again need not be made again
+    assert capfd.readouterr().out.count("finished before") == 4
+
+
+def test_figures_alone_train_nothing(project, capfd):
+    few = ["--profile", "smoke", "--only", "01", "-p", "seeds", "[9]", "-p", "figures_dir", "runs/other"]
+    before = records_made(project)
+    assert batch.main([*few, "--figures"]) == 1
+    error = capfd.readouterr().err
+    assert "ValueError: records: expected all 2 in" in error
+    assert "found 0; the first that is missing: moe, seed 9" in error
+    assert records_made(project) == before
 
 
 def test_force_trains_again(project):
@@ -101,6 +122,7 @@ def test_force_trains_again(project):
         "teacher_steps",
         "5",
     ]
+    few += ["-p", "processes", "1"]
     assert batch.main(few) == 0
     before = records_made(project)
     assert batch.main([*few, "--force"]) == 0
@@ -110,11 +132,80 @@ def test_force_trains_again(project):
 
 
 def test_a_failing_notebook_ends_the_batch_naming_cell_and_error(project, capfd):
-    assert batch.main(["--profile", "smoke", "--only", "01", "02", "-p", "top_k", "99"]) == 1
+    assert batch.main(["--profile", "smoke", "--only", "01", "02", "-p", "top_k", "99", "-p", "processes", "1"]) == 1
     error = capfd.readouterr().err
     assert "01_imagenet.ipynb failed in cell" in error
     assert "ValueError: top_k: expected an integer from 1 to num_experts=4, found 99" in error
     assert (project / "runs" / "smoke" / "01_imagenet.failed.ipynb").exists()
+
+
+@pytest.fixture
+def page():
+    """A page of a headless Chromium, and what its console says of errors."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser_path = next((found for name in names if (found := shutil.which(name))), None)
+    if browser_path is None:
+        pytest.skip(f"needs a browser, found none of {', '.join(names)}: on Debian, apt-get install chromium")
+    switches = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
+    switches += ["disable-background-networking", "disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=[f"--{s}" for s in switches])
+        opened, errors = browser.new_page(), []
+        opened.on("pageerror", lambda error: errors.append(str(error)))
+        opened.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        yield opened, errors
+        browser.close()
+
+
+@pytest.fixture
+def voila(project):
+    """The address at which Voila serves the executed notebook of the experts."""
+    assert batch.main(["--profile", "smoke", "--only", "04"]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    notebook = project / "runs" / "smoke" / "04_expert_spectra.ipynb"
+    arguments = ["voila", str(notebook), "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
+    with (project / "voila.log").open("w") as log:
+        server = subprocess.Popen([sys.executable, "-m", *arguments], stdout=log, stderr=log, cwd=project)
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and server.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def test_widgets_in_a_browser(page, voila):
+    """The arrow keys move the rank slider: numbers and pictures change, by choice of the method too, and nothing fails."""
+    page, errors = page
+    page.goto(voila, timeout=80_000, wait_until="commit")
+    page.wait_for_selector(".ones-numbers", timeout=80_000)
+    page.wait_for_selector("[data-state=ready]")
+    shown = "() => [document.querySelector('.ones-numbers').innerText, ...[...document.images].map(i => i.src)]"
+
+    def after(action):
+        """What is shown before and after an action that changes the numbers."""
+        before = page.evaluate(shown)
+        action()
+        page.wait_for_function(f"before => ({shown})()[0] !== before", arg=before[0], timeout=10_000)
+        page.wait_for_selector("[data-state=ready]")
+        return before, page.evaluate(shown)
+
+    page.locator(".noUi-handle").focus()
+    before, moved = after(lambda: page.keyboard.press("ArrowRight"))
+    rank = [int(re.search(r"energy kept at rank (\d+)", text)[1]) for text, *_ in (before, moved)]
+    assert rank[1] == rank[0] + 1
+    assert sum(one != two for one, two in zip(before[1:], moved[1:], strict=True)) == 4  # the linked views
+    _, averaged = after(lambda: page.get_by_label("gathering").select_option("averaging"))
+    assert "averaging: output error" in averaged[0]
+    # Voila asks a server elsewhere for two style sheets of icons, and is not answered here.
+    assert [e for e in errors if "Failed to load resource: net::ERR_" not in e] == []
 
 
 @pytest.mark.parametrize(
