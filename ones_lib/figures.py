@@ -547,6 +547,48 @@ def output_errors(table: pd.DataFrame, rank: int | None = None, on: Figure | Non
     return fig
 
 
+def gathering_ablation(table: pd.DataFrame, num_experts: int) -> Figure:
+    """What scale and rank are worth: the layer's output error, accuracy right after gathering and after distillation.
+
+    ``table`` has ``method, scale, rank, budget, seed, accuracy, layer_error``, one row a student; without scale: a control.
+    Lines are means over seeds, bands reach from the lowest to the highest.
+    """
+    largest = table["budget"].max()
+    panels = [
+        ("layer_error", 0, "relative output error", "layer, right after gathering"),
+        ("accuracy", 0, METRICS["accuracy"], "model, right after gathering"),
+        ("accuracy", largest, METRICS["accuracy"], f"model, after {largest:g} steps of KD"),
+    ]
+    fig, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS, 2.7))
+    for ax, (column, budget, label, title) in zip(axes, panels, strict=True):
+        part = table[table["budget"] == budget]
+        for (method, rank), values in part.groupby(["method", "rank"], sort=False, dropna=False):
+            name = NAMES.get(method, method).replace("\n", " ") + ("" if math.isnan(rank) else f", K = {rank:g}")
+            if values["scale"].isna().all():
+                if values[column].notna().all():
+                    ax.axhline(values[column].mean(), color=PALETTE[method], linestyle="--", linewidth=1, label=name)
+                continue
+            shade = (
+                {}
+                if math.isnan(rank)
+                else {"linestyle": _RANK_DASHES[sorted(part["rank"].dropna().unique()).index(rank) % 3]}
+            )
+            colour, marker = PALETTE.get(method, _OTHER), MARKERS.get(method, ".")
+            _mean_and_range(ax, values, "scale", column, color=colour, marker=marker, markersize=3, label=name, **shade)
+        scales = sorted(part["scale"].dropna().unique())
+        ax.set(xlabel="scale of the gathered matrices", ylabel=label, title=title, xscale="log")
+        ax.set_xticks(scales, [f"{s:.3g}" for s in scales])
+        ax.minorticks_off()
+    axes[0].set_yscale("log")
+    axes[0].axhline(1, color="0.45", linewidth=0.8, zorder=1.6)
+    _plain_log(axes[0])
+    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    text = f"{num_experts} experts; lines: mean over {table['seed'].nunique()} seeds, bands: lowest to highest; grey: zeros"
+    fig.supxlabel(text, fontsize=7)
+    return fig
+
+
+_RANK_DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
 ERRORS = {"error": "as gathered", "rescaled": "output rescaled by the best number"}
 _OTHER = _COLOURS[6]  # a method that someone registered
 _NOISE = {"color": "0.45", "linestyle": ":"}

@@ -202,6 +202,22 @@ class Study:
                 result += [Entry(method, "distilled", self.student(method, seed, budget), axis) for method in methods]
         return result
 
+    def variant_entries(self, variants: Iterable[tuple[str, Mapping]], budgets: Iterable[int]) -> list[Entry]:
+        """Students by variants of methods (columns ``scale, rank``) and budgets of KD (``budget``), and what they are measured by.
+
+        ``variants`` are methods with options; a control has none.
+        """
+        variants, budgets = list(variants), list(budgets)
+        result = self._references()
+        for seed in self.seeds:
+            result.append(Entry("moe", "trained", self.moe(seed)))
+            for method, options in variants:
+                for budget in budgets:
+                    axes = {"scale": options.get("scale"), "rank": options.get("rank"), "budget": budget}
+                    stage = "distilled" if budget else "gathered"
+                    result.append(Entry(method, stage, self.student(method, seed, budget, **options), axes))
+        return result
+
     def expert_entries(self, methods: Iterable[str], counts: Iterable[int], budget: int) -> list[Entry]:
         """Teachers with each number of experts (column ``num_experts``) and their students after ``budget`` steps of KD."""
         result = self._references()

@@ -282,6 +282,29 @@ def test_output_errors_and_distances_name_what_they_show():
     np.testing.assert_allclose(lines["SVD-KG, from the router-weighted mean"].get_ydata(), [5, 5])
 
 
+def test_ablation_draws_each_variant_over_scale_and_controls_level():
+    rows = [
+        {"method": method, "rank": rank, "scale": scale, "budget": budget, "seed": seed, "layer_error": 8 * scale}
+        | {"accuracy": 40 * scale + seed + budget}
+        for method, rank in (("topk", math.nan), ("svd", 2), ("svd", 4))
+        for scale in (0.25, 1.0)
+        for budget in (0, 10)
+        for seed in (0, 1)
+    ]
+    control = {"method": "zero_ffn", "rank": math.nan, "scale": math.nan, "layer_error": math.nan, "seed": 0}
+    rows += [{**control, "budget": budget, "accuracy": 30.0 + budget} for budget in (0, 10)]
+    fig = figures.gathering_ablation(pd.DataFrame(rows), num_experts=4)
+    lines = [{line.get_label(): line.get_ydata() for line in ax.get_lines()} for ax in fig.axes]
+    for name in ("Top-KG", "SVD-KG, K = 2", "SVD-KG, K = 4"):
+        np.testing.assert_allclose(lines[0][name], [2, 8])
+        np.testing.assert_allclose(lines[1][name], [10.5, 40.5])
+        np.testing.assert_allclose(lines[2][name], [20.5, 50.5])
+    assert "zero FFN" not in lines[0]
+    np.testing.assert_allclose(lines[1]["zero FFN"], 30)
+    np.testing.assert_allclose(lines[2]["zero FFN"], 40)
+    assert fig.axes[2].get_title() == "model, after 10 steps of KD"
+
+
 def test_figures_are_a_papers_columns_wide_and_readable_in_print():
     """What is drawn of small tables: widths, and no text below 6 points."""
     similarity = pd.DataFrame(
