@@ -1,4 +1,6 @@
-"""Notebooks in batch, through papermill: ``python -m ones_lib.batch``; ``run_all.sh`` calls it.
+"""Notebooks in batch, through papermill, from the project's root: ``python ones_lib/batch.py``; ``run_all.sh`` calls it.
+
+It imports nothing else of the library, so that it starts at once.
 
 Each notebook is executed to ``runs/<profile>/<notebook>.ipynb``. One that has been executed with the same cells, parameters
 and library, and whose figures are still there, is not executed again.
@@ -24,9 +26,6 @@ import nbformat
 import papermill
 import yaml
 from papermill.exceptions import PapermillExecutionError
-
-from ones_lib.records import project_root
-from ones_lib.study import cores
 
 PROFILES = ("smoke", "demo", "paper")
 HOW = ("allow_training", "processes", "redo_before")  # parameters that decide how work is done, not what comes of it
@@ -129,7 +128,7 @@ def run(profile: str, only: Sequence[str], overrides: Mapping[str, Any], force: 
 
     With ``figures`` all are executed, several at a time, and nothing is trained.
     """
-    root = project_root()
+    root = Path.cwd()
     notebooks = choose_notebooks(root / "notebooks", only)
     every = {n: declared_parameters(n) for n in sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
     profile_file = root / "notebooks" / "profiles" / f"{profile}.yaml"
@@ -165,7 +164,7 @@ def run(profile: str, only: Sequence[str], overrides: Mapping[str, Any], force: 
     # Training fills the cores from inside a notebook; drawing does not, so notebooks share them, a thread each.
     if figures:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ThreadPoolExecutor(cores() if figures else 1) as pool:
+    with ThreadPoolExecutor(os.cpu_count() if figures else 1) as pool:
         work = [pool.submit(execute_one, number, notebook) for number, notebook in enumerate(notebooks, start=1)]
         try:
             for done in as_completed(work):

@@ -588,6 +588,37 @@ def gathering_ablation(table: pd.DataFrame, num_experts: int) -> Figure:
     return fig
 
 
+DISPATCHES = {"moe": "this library's MoE", "moe_plain": "loop over experts", "moe_gshard": "one-hot products (GShard)"}
+
+
+def inference_speed(table: pd.DataFrame) -> Figure:
+    """How many times as long an MoE takes as its dense student, by batch size; a panel each model and device.
+
+    ``table`` is of :func:`ones_lib.speed.measure_speed`. Bars reach from the lower quartile of the MoE's times over the dense
+    model's upper one to the reverse; dotted: the ratio of the arithmetic.
+    """
+    keys = list(dict.fromkeys(zip(table["model"], table["device"], table["threads"], strict=True)))
+    fig, axes = _row_of_panels(len(keys), height=2.6)
+    for ax, (model, device, threads) in zip(axes, keys, strict=True):
+        part = table[(table["model"] == model) & (table["device"] == device)].set_index(["variant", "batch_size"])
+        dense = part.loc["dense"]
+        for (variant, name), colour in zip(DISPATCHES.items(), (_COLOURS[0], _COLOURS[1], _COLOURS[3]), strict=True):
+            moe = part.loc[variant]
+            ratio = moe["median_ms"] / dense["median_ms"]
+            ends = [ratio - moe["low_ms"] / dense["high_ms"], moe["high_ms"] / dense["low_ms"] - ratio]
+            ax.errorbar(ratio.index, ratio, yerr=ends, color=colour, marker="o", capsize=2, linewidth=1, label=name)
+        limit = part.loc["moe", "flops"] / dense["flops"]
+        ax.plot(limit.index, limit, color="black", linestyle=":", linewidth=1, label="arithmetic of the experts used")
+        ax.set(xscale="log", ylim=(0, None), xlabel="batch size", title=f"{model}\n{device}, {threads} thread(s)")
+        ax.set_xticks(limit.index, [str(b) for b in limit.index])
+        ax.minorticks_off()
+        ax.axhline(1, color="0.45", linewidth=0.8, zorder=1.6)
+    axes[0].set_ylabel("MoE time / student time")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4 if len(keys) > 1 else 2)
+    fig.supxlabel("medians; bars: from quartile to quartile of both; grey: as fast as the student", fontsize=7)
+    return fig
+
+
 _RANK_DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
 ERRORS = {"error": "as gathered", "rescaled": "output rescaled by the best number"}
 _OTHER = _COLOURS[6]  # a method that someone registered

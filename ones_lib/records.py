@@ -19,7 +19,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -92,6 +92,20 @@ class Records:
         """Every finished record of a kind, such as ``moe``."""
         return [Record(result.parent) for result in sorted(self.root.glob(f"{kind}-*/result.json"))]
 
+    def table(self, config: Mapping, compute: Callable[[], pd.DataFrame] | None) -> tuple[pd.DataFrame, str]:
+        """A table that is made once, such as of timings, and then found, and its record's name. None: it must be there."""
+        record = self.find(config)
+        if record is None and compute is None:
+            raise ValueError(f"records: expected {self.folder(config)}, found none; it is made by a run that may train")
+        if record is None:
+            history, partial, final = compute(), self.begin(config), self.folder(config)
+            history.to_csv(partial / "history.csv", index=False)
+            finished = datetime.now(UTC).isoformat(timespec="seconds")
+            write_text(partial / "result.json", json.dumps({**provenance(), "finished": finished}, indent=1))
+            self._put(partial, final)
+            record = Record(final)
+        return record.history, record.folder.name
+
     def begin(self, config: Mapping) -> Path:
         """The folder to work in; what an interrupted run left there is still there."""
         partial = self.folder(config).with_suffix(".partial")
@@ -115,10 +129,14 @@ class Records:
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         write_text(partial / "result.json", json.dumps({**result, **provenance(), "finished": finished}, indent=1))
         (partial / "checkpoint.safetensors").unlink(missing_ok=True)
+        self._put(partial, final)
+        return Record(final)
+
+    @staticmethod
+    def _put(partial: Path, final: Path) -> None:
         if final.exists():  # asked to be made again
             shutil.rmtree(final)
         os.replace(partial, final)
-        return Record(final)
 
 
 def project_root() -> Path:

@@ -360,11 +360,10 @@ def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progr
 
 
 def _default_processes() -> int:
-    return 1 if torch.accelerator.is_available() else cores()
+    return 1 if torch.accelerator.is_available() else _cores()
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
+def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -404,7 +403,7 @@ def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Pa
     before them what others need."""
     context = multiprocessing.get_context("spawn")
     reports, stop = context.Queue(), context.Event()
-    threads = max(1, cores() // processes)
+    threads = max(1, _cores() // processes)
     waiting, running = dict(missing), {}  # key -> configuration; future -> key
     progress = {key: _bar_progress(bar, label(config)) for key, config in missing.items()}
     needs = {key: {config_hash(other) for other in _needed(config)} for key, config in missing.items()}

@@ -305,6 +305,30 @@ def test_ablation_draws_each_variant_over_scale_and_controls_level():
     assert fig.axes[2].get_title() == "model, after 10 steps of KD"
 
 
+def test_speed_is_a_ratio_with_the_ends_of_both_quartiles():
+    times = {
+        "dense": (2.0, 1.0, 4.0),
+        "moe": (6.0, 4.0, 8.0),
+        "moe_plain": (8.0, 8.0, 8.0),
+        "moe_gshard": (9.0, 9.0, 9.0),
+    }
+    rows = [
+        {"model": "m", "variant": variant, "batch_size": batch, "device": "CPU", "threads": 2}
+        | dict(zip(("median_ms", "low_ms", "high_ms"), values, strict=True))
+        | {"flops": 100 if variant == "dense" else 150}
+        for variant, values in times.items()
+        for batch in (1, 8)
+    ]
+    (ax,) = figures.inference_speed(pd.DataFrame(rows)).axes
+    handles, labels = ax.get_legend_handles_labels()
+    drawn = dict(zip(labels, handles, strict=True))
+    np.testing.assert_allclose(drawn["this library's MoE"][0].get_ydata().astype(float), [3, 3])
+    np.testing.assert_allclose(drawn["one-hot products (GShard)"][0].get_ydata().astype(float), [4.5, 4.5])
+    bar = drawn["this library's MoE"][2][0].get_segments()[0][:, 1]
+    np.testing.assert_allclose(bar, [4 / 4, 8 / 1])
+    np.testing.assert_allclose(drawn["arithmetic of the experts used"].get_ydata(), [1.5, 1.5])
+
+
 def test_figures_are_a_papers_columns_wide_and_readable_in_print():
     """What is drawn of small tables: widths, and no text below 6 points."""
     similarity = pd.DataFrame(

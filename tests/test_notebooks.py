@@ -44,7 +44,7 @@ def records_made(root):
 def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     assert batch.main(["--profile", "smoke"]) == 0
     out = capfd.readouterr()
-    assert "[1/5] 01_imagenet.ipynb: done in" in out.out
+    assert "[1/6] 01_imagenet.ipynb: done in" in out.out
     assert "step/s" in out.err  # the progress bar, from inside the notebook
     folder = project / "runs" / "smoke" / "figures"
     results = pd.read_csv(folder / "imagenet_results.csv")
@@ -73,6 +73,7 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
         "gathering_distance",
         "gathering_output_error",
         "gathering_ablation",
+        "inference_speed",
     ):
         for ending in ("png", "pdf", "csv", "json"):
             assert (folder / f"{name}.{ending}").stat().st_size > 0, (name, ending)
@@ -93,14 +94,14 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     # Again: nothing to do. Asked for the figures: drawn from the records, byte for byte, without training.
     records, tables = records_made(project), {p: p.read_bytes() for p in folder.glob("*.csv")}
     assert batch.main(["--profile", "smoke"]) == 0
-    assert capfd.readouterr().out.count("finished before") == 5
+    assert capfd.readouterr().out.count("finished before") == 6
     shutil.rmtree(folder)
     assert batch.main(["--profile", "smoke", "--figures"]) == 0
     assert "finished before" not in capfd.readouterr().out
     assert records_made(project) == records
     assert {p: p.read_bytes() for p in folder.glob("*.csv")} == tables
     assert batch.main(["--profile", "smoke"]) == 0  # what was only drawn again need not be made again
-    assert capfd.readouterr().out.count("finished before") == 5
+    assert capfd.readouterr().out.count("finished before") == 6
 
 
 def test_figures_alone_train_nothing(project, capfd):
