@@ -57,10 +57,9 @@ def dispatch_one_hot(
     return torch.einsum("gsec,egcd->gsd", combine, output).reshape(num_tokens, d).to(x.dtype)
 
 
-def measure_speed(
-    name: str, moe: nn.Module, batch_sizes: list[int], seconds: float, device: torch.device
-) -> pd.DataFrame:
-    """Time of a forward pass of an image MoE and of its dense student at each batch size, in evaluation, one row a variant.
+def measure_speed(name: str, moe: nn.Module, batch_sizes: list[int], seconds: float) -> pd.DataFrame:
+    """Time of a forward pass of an image MoE and of its dense student at each batch size, in evaluation, on the accelerator if
+    there is one; one row a variant.
 
     Columns ``model, variant, batch_size, median_ms, low_ms, high_ms`` (quartiles of ``measured`` times), ``parameters, flops,
     device, threads``. Variants: ``dense``; ``moe`` as this library runs it; ``moe_plain``, a loop over experts; ``moe_gshard``, see
@@ -71,6 +70,7 @@ def measure_speed(
         moe: a model of :mod:`ones_lib.vision`; weights do not matter, but for how evenly the router spreads tokens.
         seconds: at least that long for each measurement, and at least 5 times.
     """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     moe, dense = moe.eval().to(device), moe.dense_twin().eval().to(device)
     layers, tokens = moe.moe_layers(), moe.patch_embed.num_patches + moe.num_prefix_tokens
     channels, size = moe.patch_embed.proj.in_channels, moe.patch_embed.img_size

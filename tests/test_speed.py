@@ -17,10 +17,9 @@ from ones_lib.vision import WideNet
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("skew", [0.0, 5.0])
 @pytest.mark.parametrize("group_size", [10, 30])
-def test_one_hot_dispatch_is_the_plain_one_group_by_group(form, top_k, skew, group_size):
-    if form["gated"]:
-        pytest.skip("WideNet's experts have no gate")
-    bank = random_bank(5, dtype=torch.float64, **form)
+@pytest.mark.parametrize("biases", [True, False])
+def test_one_hot_dispatch_is_the_plain_one_group_by_group(biases, top_k, skew, group_size):
+    bank = random_bank(5, dtype=torch.float64, biases=biases)
     routing = random_routing(30, 5, top_k, skew=skew)
     x = torch.randn(30, 8, dtype=torch.float64)
     gates = routing.gates.double()
@@ -46,7 +45,7 @@ def test_a_measurement_has_every_variant_and_counts_what_must_be_done(share_dept
         "widenet_tiny_patch16_224", img_size=16, in_chans=1, num_classes=5, share_depth=share_depth, **sizes
     )
     assert isinstance(moe, WideNet)
-    table = measure_speed("tiny", moe, [1, 2], seconds=0.01, device=torch.device("cpu"))
+    table = measure_speed("tiny", moe, [1, 2], seconds=0.01)
     assert list(table["variant"]) == ["dense", "moe", "moe_plain", "moe_gshard"] * 2
     assert (table["low_ms"] <= table["median_ms"]).all()
     assert (table["median_ms"] <= table["high_ms"]).all()
