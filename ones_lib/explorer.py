@@ -231,6 +231,8 @@ class Explorer:
 
     def _draw_rank(self) -> None:
         """What the rank decides."""
+        if self.factored is None:
+            raise ValueError("model: expected one to be open, found none; give the path of a file")
         method, rank, matrix, shown = self.method.value, self.rank.value, self.matrix.value, self.experts.value
         gathered = self.factored.gather(method, rank if method in spectra.RANKED else None)
         overlap = spectra.overlap(self.factored, matrix, rank)

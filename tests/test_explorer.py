@@ -120,6 +120,14 @@ def test_a_bad_path_is_said_and_changes_nothing(explored):
     assert (explored.source.value, explored.numbers.value) == ("tiny", numbers)
 
 
+def test_with_nothing_to_show_it_asks_for_a_file(weights_file):
+    explored = Explorer({})
+    explored.rank.value = 2
+    assert "model: expected one to be open, found none; give the path of a file" in status(explored)
+    explored.path.value = str(weights_file[0])
+    assert "effective rank" in explored.numbers.value
+
+
 def test_a_record_whose_data_are_gone_still_shows_its_weights(tiny_record, tmp_path, monkeypatch):
     record, cache_dir = tiny_record
 
