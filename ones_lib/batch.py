@@ -161,10 +161,13 @@ def run(profile: str, only: Sequence[str], overrides: Mapping[str, Any], force: 
             ) from error
         print(f"{head}: done in {time.monotonic() - started:.0f} s, see {shown}", flush=True)
 
+    if not figures:  # in this thread, where an interrupt ends the notebook at once
+        for number, notebook in enumerate(notebooks, start=1):
+            execute_one(number, notebook)
+        return
     # Training fills the cores from inside a notebook; drawing does not, so notebooks share them, a thread each.
-    if figures:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ThreadPoolExecutor(os.cpu_count() if figures else 1) as pool:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         work = [pool.submit(execute_one, number, notebook) for number, notebook in enumerate(notebooks, start=1)]
         try:
             for done in as_completed(work):

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def test_figures_alone_train_nothing(project, capfd):
     assert "ValueError: records: expected all 2 in" in error
     assert "found 0; the first that is missing: moe, seed 9" in error
     assert records_made(project) == before
+
+
+def test_an_interrupt_reaches_a_notebook_that_trains(project, monkeypatch, capsys):
+    """Only the main thread gets it: a notebook that trains must be executed there."""
+
+    def interrupted(*_):
+        assert threading.current_thread() is threading.main_thread()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch, "execute", interrupted)
+    assert batch.main(["--profile", "smoke", "--only", "01", "-p", "seeds", "[11]"]) == 130
+    assert "interrupted; run it again to go on where it stopped" in capsys.readouterr().err
 
 
 def test_force_trains_again(project):
