@@ -109,17 +109,12 @@ def open_experts(source: nn.Module | Record | str | Path) -> ExpertBanks:
     shapes, where = {}, {}
     for file in files:
         try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  it is no dictionary
-                    shapes[name], where[name] = tensors.get_slice(name).get_shape(), file
+            tensors = safe_open(file, "pt")
         except SafetensorError as error:
             raise ValueError(f"{file}: expected a safetensors file, found something else ({error})") from error
-
-    def read(name: str) -> Tensor:
-        with safe_open(where[name], "pt") as tensors:
-            return tensors.get_tensor(name)
-
-    return ExpertBanks(str(path), shapes, read)
+        for name in tensors.keys():  # noqa: SIM118  it is no dictionary
+            shapes[name], where[name] = tensors.get_slice(name).get_shape(), tensors
+    return ExpertBanks(str(path), shapes, lambda name: where[name].get_tensor(name))
 
 
 def record_activations(record: Record, cache_dir: Path, max_tokens: int = 4096) -> dict[str, LayerActivations]:

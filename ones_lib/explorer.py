@@ -174,14 +174,16 @@ class Explorer:
 
     def _open_path(self) -> None:
         if path := self.path.value.strip():
-            open_experts(path)  # before anything changes: it may be no such file
+            banks = open_experts(path)  # before anything changes: it may be no such file
             self.sources[path] = Path(path)
             self._set(self.source, options=list(self.sources), value=path)
-            self._open(path)
+            self._show(self.sources[path], banks)
 
     def _open(self, name: str) -> None:
-        source = self.sources[name]
-        banks, activations, self._why_not = open_experts(source), {}, "it needs a model from the records"
+        self._show(self.sources[name], open_experts(self.sources[name]))
+
+    def _show(self, source: Source, banks: ExpertBanks) -> None:
+        activations, self._why_not = {}, "it needs a model from the records"
         if isinstance(source, Record):
             self._say("⏳ running the model on a batch …", "busy")
             try:

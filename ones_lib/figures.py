@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -324,18 +325,15 @@ def spectra_by_data(table: pd.DataFrame) -> Figure:
     ``table`` has :func:`ones_lib.spectra.spectrum`'s columns and ``data``, for several seeds, layers or both. Lines are means over
     experts, seeds and layers, bands reach from the lowest to the highest.
     """
-    keys = list(dict.fromkeys(zip(table["data"], table["matrix"], strict=True)))
-    fig, axes = plt.subplots(2, len(keys), figsize=(TWO_COLUMNS, 3.6), sharex="col", squeeze=False)
-    for column, (data, matrix) in zip(axes.T, keys, strict=True):
-        part = table[(table["data"] == data) & (table["matrix"] == matrix)]
-        for ax, scale in zip(column, ("log", "energy"), strict=True):
-            for values, label, style in (
-                (part, "experts", {"color": _COLOURS[0]}),
-                (part.assign(singular_value=part["gaussian"], energy=_gaussian_energy(part)), "Gaussian", _NOISE),
-            ):
-                if scale == "energy":
-                    values = values.assign(singular_value=100 * values["energy"])
-                _mean_and_range(ax, values, "rank", "singular_value", label=label, **style)
+    groups = list(table.groupby(["data", "matrix"], sort=False))
+    fig, axes = plt.subplots(2, len(groups), figsize=(TWO_COLUMNS, 3.6), sharex="col", squeeze=False)
+    for column, ((data, matrix), part) in zip(axes.T, groups, strict=True):
+        for values, style in (
+            (part, {"label": "experts", "color": _COLOURS[0]}),
+            (_as_gaussian(part), {"label": "Gaussian", **_NOISE}),
+        ):
+            _mean_and_range(column[0], values, "rank", "singular_value", **style)
+            _mean_and_range(column[1], values.assign(energy=100 * values["energy"]), "rank", "energy", **style)
         column[0].set(title=f"{data}: {matrix}", yscale="log")
         _plain_log(column[0])
         column[1].set(xlabel="rank K", ylim=(0, 103))
@@ -343,8 +341,7 @@ def spectra_by_data(table: pd.DataFrame) -> Figure:
     axes[0, 0].set_ylabel("singular value")
     axes[1, 0].set_ylabel("energy kept (%)")
     axes[0, 0].legend(loc="lower left")
-    varied = _varied(table)
-    fig.supxlabel(f"lines: mean over experts{varied}; bands: lowest to highest", fontsize=7)
+    fig.supxlabel(f"lines: mean over experts{_varied(table)}; bands: lowest to highest", fontsize=7)
     return fig
 
 
@@ -364,11 +361,10 @@ def energy_by_expert(table: pd.DataFrame, rank: int, on: Figure | None = None) -
             ax.set(ylim=(0, 100), xlim=(-0.7, len(experts) - 0.3), xlabel="expert")
             ax.grid(axis="x", visible=False)
         ax.bar(range(len(experts)), energy, color=colours, gid=MOVES)
-        for bar in ax.patches:
-            bar.set_gid(MOVES)
         ax.axhline(energy.mean(), color="0.3", linestyle="--", linewidth=0.8, gid=MOVES)
         _moving_title(ax, f"{MATRIX_NAMES[matrix]}, rank {rank} (dashed: mean)")
-    axes[0].set_ylabel("energy kept (%)")
+    if on is None:
+        axes[0].set_ylabel("energy kept (%)")
     return fig
 
 
@@ -409,10 +405,9 @@ def overlap_curves(table: pd.DataFrame) -> Figure:
     ``table`` is an :func:`ones_lib.spectra.overlap_summary`. Lines are means over pairs, seeds and layers, bands reach from the 5th
     to the 95th percentile; dotted: random subspaces.
     """
-    keys = list(dict.fromkeys(zip(table["data"], table["matrix"], strict=True)))
-    fig, axes = plt.subplots(1, len(keys), figsize=(TWO_COLUMNS, 2.3), sharey=True, squeeze=False)
-    for ax, (data, matrix) in zip(axes[0], keys, strict=True):
-        part = table[(table["data"] == data) & (table["matrix"] == matrix)]
+    groups = list(table.groupby(["data", "matrix"], sort=False))
+    fig, axes = plt.subplots(1, len(groups), figsize=(TWO_COLUMNS, 2.3), sharey=True, squeeze=False)
+    for ax, ((data, matrix), part) in zip(axes[0], groups, strict=True):
         for side, colour in zip(SIDE_NAMES, _COLOURS, strict=False):
             line = part[part["side"] == side]
             ax.plot(line["rank"], line["overlap"], color=colour, label=SIDE_NAMES[side])
@@ -467,19 +462,17 @@ def gathered_distances(table: pd.DataFrame) -> Figure:
     are means, bands reach from the lowest to the highest.
     """
     table = table.assign(target=table["target"].str.replace(r"^expert \d+$", "experts", regex=True))
-    keys = list(dict.fromkeys(zip(table["data"], table["matrix"], strict=True)))
+    groups = list(table.groupby(["data", "matrix"], sort=False))
     targets, methods = (list(dict.fromkeys(table[column])) for column in ("target", "method"))
-    fig, axes = plt.subplots(2, len(keys), figsize=(TWO_COLUMNS, 3.8), sharex="col", sharey="row", squeeze=False)
-    for column, (data, matrix) in zip(axes.T, keys, strict=True):
-        part = table[(table["data"] == data) & (table["matrix"] == matrix)]
+    fig, axes = plt.subplots(2, len(groups), figsize=(TWO_COLUMNS, 3.8), sharex="col", sharey="row", squeeze=False)
+    for column, ((data, matrix), part) in zip(axes.T, groups, strict=True):
         for ax, value in zip(column, ("distance", "cosine"), strict=True):
             for method in methods:
                 for target, dashes in zip(targets, ("-", (0, (3, 2))), strict=False):
                     values = _at_every_rank(part[(part["method"] == method) & (part["target"] == target)], part["rank"])
-                    label = f"{NAMES.get(method, method)}, from the {target}"
-                    _mean_and_range(
-                        ax, values, "rank", value, color=PALETTE.get(method, _OTHER), linestyle=dashes, label=label
-                    )
+                    style = _method_style(method)
+                    style |= {"marker": "", "linestyle": dashes, "label": f"{style['label']}, from the {target}"}
+                    _mean_and_range(ax, values, "rank", value, **style)
         column[0].set_title(f"{data}: {matrix}")
         column[0].axhline(1, color="0.45", linewidth=0.8, zorder=1.6)
         column[1].set(xlabel="SVD-KG's K", ylim=(0, 1.03))
@@ -513,20 +506,8 @@ def output_errors(table: pd.DataFrame, rank: int | None = None, on: Figure | Non
         part = table[table["data"] == data]
         for ax, value in zip(row, ("error", "rescaled"), strict=True):
             for method, values in part.groupby("method", sort=False):
-                style = {
-                    "linestyle": "-" if method in METHODS else "--",
-                    "marker": MARKERS.get(method, "."),
-                    "markersize": 3,
-                }
-                _mean_and_range(
-                    ax,
-                    values,
-                    "rank",
-                    value,
-                    color=PALETTE.get(method, _OTHER),
-                    label=NAMES.get(method, method),
-                    **style,
-                )
+                dashes = "-" if method in METHODS else "--"
+                _mean_and_range(ax, values, "rank", value, linestyle=dashes, **_method_style(method))
             ax.axhline(1, color="0.45", linewidth=0.8, zorder=1.6)
             ax.set(title=f"{data}: {ERRORS[value]}" if data else ERRORS[value])
             _mark_rank(ax, rank)
@@ -560,21 +541,18 @@ def gathering_ablation(table: pd.DataFrame, num_experts: int) -> Figure:
         ("accuracy", largest, METRICS["accuracy"], f"model, after {largest:g} steps of KD"),
     ]
     fig, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS, 2.7))
+    dashes = dict(zip(sorted(table["rank"].dropna().unique()), cycle(_RANK_DASHES), strict=False))
     for ax, (column, budget, label, title) in zip(axes, panels, strict=True):
         part = table[table["budget"] == budget]
         for (method, rank), values in part.groupby(["method", "rank"], sort=False, dropna=False):
-            name = NAMES.get(method, method).replace("\n", " ") + ("" if math.isnan(rank) else f", K = {rank:g}")
-            if values["scale"].isna().all():
-                if values[column].notna().all():
-                    ax.axhline(values[column].mean(), color=PALETTE[method], linestyle="--", linewidth=1, label=name)
-                continue
-            shade = (
-                {}
-                if math.isnan(rank)
-                else {"linestyle": _RANK_DASHES[sorted(part["rank"].dropna().unique()).index(rank) % 3]}
-            )
-            colour, marker = PALETTE.get(method, _OTHER), MARKERS.get(method, ".")
-            _mean_and_range(ax, values, "scale", column, color=colour, marker=marker, markersize=3, label=name, **shade)
+            style = _method_style(method)
+            if not math.isnan(rank):
+                style |= {"linestyle": dashes[rank], "label": f"{style['label']}, K = {rank:g}"}
+            if values["scale"].notna().any():
+                _mean_and_range(ax, values, "scale", column, **style)
+            elif values[column].notna().all():  # a control; it has no layer of its own to measure
+                level = {"linestyle": "--", "linewidth": 1, "label": style["label"]}
+                ax.axhline(values[column].mean(), color=style["color"], **level)
         scales = sorted(part["scale"].dropna().unique())
         ax.set(xlabel="scale of the gathered matrices", ylabel=label, title=title, xscale="log")
         ax.set_xticks(scales, [f"{s:.3g}" for s in scales])
@@ -626,6 +604,13 @@ _NOISE = {"color": "0.45", "linestyle": ":"}
 _PART = Normalize(0, 1)
 
 
+def _method_style(method: str) -> dict:
+    """Colour, marker and label of a gathering method or control, someone's own included."""
+    label = NAMES.get(method, method).replace("\n", " ")
+    marker = MARKERS.get(method, ".")
+    return {"color": PALETTE.get(method, _OTHER), "marker": marker, "markersize": 3, "label": label}
+
+
 def _cleared(fig: Figure) -> tuple[Figure, list[Axes]]:
     """A figure without what depends on the rank, and its axes."""
     for artist in moving_artists(fig):
@@ -665,17 +650,16 @@ def _spectrum(ax: Axes, part: pd.DataFrame, scale: str, **style) -> None:
 
 
 def _gaussian(ax: Axes, part: pd.DataFrame, scale: str) -> None:
-    noise = part.assign(singular_value=part["gaussian"], energy=_gaussian_energy(part))
-    mean = noise.groupby("rank", as_index=False)[["singular_value", "energy"]].mean()
+    mean = _as_gaussian(part).groupby("rank", as_index=False)[["singular_value", "energy"]].mean()
     _spectrum(ax, mean, scale, label="Gaussian", **_NOISE)
 
 
-def _gaussian_energy(part: pd.DataFrame) -> pd.Series:
-    """Energy that a Gaussian matrix's leading triplets keep; ``part`` has rows of whole spectra."""
+def _as_gaussian(part: pd.DataFrame) -> pd.DataFrame:
+    """Spectra of the Gaussian matrices beside whole spectra of experts, and the energy that they keep."""
     keys = [c for c in ("seed", "layer", "expert") if c in part]
     squares = part["gaussian"] ** 2
     groups = squares.groupby([part[k] for k in keys])
-    return groups.cumsum() / groups.transform("sum")
+    return part.assign(singular_value=part["gaussian"], energy=groups.cumsum() / groups.transform("sum"))
 
 
 def _mean_and_range(ax: Axes, part: pd.DataFrame, x: str, y: str, **style) -> None:

@@ -122,13 +122,13 @@ def dispatch(bank: FeedForwardWeights, x: Tensor, routing: Routing, activation: 
     token, slot = order % num_tokens, expert * places + position
 
     buffer = x.new_zeros(num_experts * places, x.shape[1]).index_copy(0, slot, x[token])
-    hidden = _batched_linear(buffer.view(num_experts, places, -1), bank.up, bank.up_bias)
-    output = _batched_linear(activation(hidden), bank.down, bank.down_bias).flatten(0, 1)[slot]
+    hidden = batched_linear(buffer.view(num_experts, places, -1), bank.up, bank.up_bias)
+    output = batched_linear(activation(hidden), bank.down, bank.down_bias).flatten(0, 1)[slot]
     gates = routing.gates.T.flatten()[order, None]
     return torch.zeros_like(x).index_add(0, token, (gates * output).to(x.dtype))
 
 
-def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[E, C, in] -> [E, C, out] with one weight [E, out, in] an expert."""
     return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
 
@@ -224,7 +224,7 @@ class LayerActivations:
 
     def expert_weights(self) -> Tensor:
         """[E]: part of all gates that each expert got; sums to 1."""
-        return self.gates.mean(dim=0) / self.gates.mean(dim=0).sum()
+        return self.gates.sum(dim=0) / self.gates.sum()
 
 
 def collect_activations(

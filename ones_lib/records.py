@@ -100,10 +100,7 @@ class Records:
         if record is None:
             history, partial, final = compute(), self.begin(config), self.folder(config)
             history.to_csv(partial / "history.csv", index=False)
-            finished = datetime.now(UTC).isoformat(timespec="seconds")
-            write_text(partial / "result.json", json.dumps({**provenance(), "finished": finished}, indent=1))
-            self._put(partial, final)
-            record = Record(final)
+            record = self._put(partial, final, {})
         return record.history, record.folder.name
 
     def begin(self, config: Mapping) -> Path:
@@ -126,17 +123,18 @@ class Records:
         save_tensors(partial / "weights.safetensors", model_tensors(model))
         save_tensors(partial / "predictions.safetensors", predictions)
         history.to_csv(partial / "history.csv", index=False)
+        return self._put(partial, final, result)
+
+    @staticmethod
+    def _put(partial: Path, final: Path, result: Mapping) -> Record:
+        """Write the result, with where and when, and move what is whole into its place."""
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         write_text(partial / "result.json", json.dumps({**result, **provenance(), "finished": finished}, indent=1))
         (partial / "checkpoint.safetensors").unlink(missing_ok=True)
-        self._put(partial, final)
-        return Record(final)
-
-    @staticmethod
-    def _put(partial: Path, final: Path) -> None:
         if final.exists():  # asked to be made again
             shutil.rmtree(final)
         os.replace(partial, final)
+        return Record(final)
 
 
 def project_root() -> Path:

@@ -16,7 +16,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.moe import Routing, dispatch, dispatch_plain
+from ones_lib.moe import Routing, batched_linear, dispatch, dispatch_plain
 
 LEAST_RUNS = 5
 
@@ -49,11 +49,8 @@ def dispatch_one_hot(
     combine = torch.einsum("gsk,gske,gskc->gsec", gates, chosen.to(gates), place.to(gates))
     mask = (combine != 0).to(x)
     buffer = torch.einsum("gsec,gsd->egcd", mask, x.view(groups, group_size, d)).flatten(1, 2)  # [E, G*C, d]
-    hidden = torch.bmm(buffer, bank.up.mT)
-    hidden = activation(hidden if bank.up_bias is None else hidden + bank.up_bias[:, None])
-    output = torch.bmm(hidden, bank.down.mT)
-    output = output if bank.down_bias is None else output + bank.down_bias[:, None]
-    output = output.view(num_experts, groups, capacity, d)
+    hidden = activation(batched_linear(buffer, bank.up, bank.up_bias))
+    output = batched_linear(hidden, bank.down, bank.down_bias).view(num_experts, groups, capacity, d)
     return torch.einsum("gsec,egcd->gsd", combine, output).reshape(num_tokens, d).to(x.dtype)
 
 
@@ -103,13 +100,13 @@ def measure_speed(name: str, moe: nn.Module, batch_sizes: list[int], seconds: fl
             low, median, high = torch.quantile(1000 * torch.tensor(times, dtype=torch.float64), quartiles).tolist()
             rows.append(
                 {
-                    **{"model": name, "variant": variant, "batch_size": batch_size},
-                    **{
-                        "median_ms": median,
-                        "low_ms": low,
-                        "high_ms": high,
-                        "measured": len(times),
-                    },
+                    "model": name,
+                    "variant": variant,
+                    "batch_size": batch_size,
+                    "median_ms": median,
+                    "low_ms": low,
+                    "high_ms": high,
+                    "measured": len(times),
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "flops": flops if variant == "dense" else moe_flops,
                     "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type.upper(),
