@@ -1,11 +1,18 @@
-"""Knowledge distillation from the whole MoE (Hinton et al., arXiv 1503.02531; OneS, arXiv 2201.10890)."""
+"""Knowledge distillation from the whole MoE (Hinton et al., arXiv 1503.02531; OneS, arXiv 2201.10890), and what it can draw from
+the experts beyond the MoE's logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from ones_lib.moe import Router
 
 
 def soft_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -17,23 +24,119 @@ def soft_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Soft KD: ``(1 - alpha) * task_loss + alpha * soft_kl``.
+    """Soft KD: ``(1 - alpha) * task_loss + alpha * soft_kl``; and three ways to learn more from the experts, off by default.
 
     Args:
         temperature: T, positive.
         alpha: weight of the teacher, 0 (no KD) to 1 (teacher only).
+        hidden_weight: of the hidden states' relative squared error, :func:`hidden_error`, added to the loss; 0 is none.
+        depth_weights: of each depth's hidden states in it; None weighs them alike.
+        augmentations: M. The KL is then the mean of the MoE's own and of M more passes in which every token's experts are
+            drawn by the router's probabilities: knowledge augmentation (Kim et al., "Every Expert Matters", arXiv 2502.12947).
+        router_rate: more than 0 makes the router student-aware (the same paper): all experts are active, and before each of
+            the student's steps the teacher's routers make one towards a lower sum of the teacher's task loss and its KL to the
+            student; by this part of their norm, along the gradient. The paper's idea; size and loss of the step are ours.
     """
 
     temperature: float = 2.0
     alpha: float = 0.7
+    hidden_weight: float = 0.0
+    depth_weights: Sequence[float] | None = None
+    augmentations: int = 0
+    router_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected a positive number, found {self.temperature}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected a number from 0 to 1, found {self.alpha}")
+        for name in ("hidden_weight", "augmentations", "router_rate"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a number of at least 0, found {getattr(self, name)}")
+        if self.depth_weights is not None and (not self.depth_weights or min(self.depth_weights) < 0):
+            raise ValueError(f"depth_weights: expected numbers of at least 0, found {self.depth_weights}")
 
-    def loss(self, task_loss: Tensor, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """The combined loss of one batch; gradients flow into ``task_loss`` and ``student_logits`` alone."""
-        kl = soft_kl(student_logits, teacher_logits.detach(), self.temperature)
+    def loss(self, task_loss: Tensor, student_logits: Tensor, *teacher_logits: Tensor) -> Tensor:
+        """Task loss and KL of one batch, the KL as the mean over the teacher's passes; gradients flow into ``task_loss`` and
+        ``student_logits`` alone."""
+        kl = sum(soft_kl(student_logits, z.detach(), self.temperature) for z in teacher_logits) / len(teacher_logits)
         return (1 - self.alpha) * task_loss + self.alpha * kl
+
+    def hidden_loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """What the hidden states of every depth add to the loss."""
+        return self.hidden_weight * hidden_error(student, teacher, self.depth_weights)
+
+
+def hidden_error(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[float] | None = None
+) -> Tensor:
+    """Mean over depths of ``|s - t|^2 / |t|^2``, hidden states of student and teacher of equal shape; ``weights`` by depth."""
+    weights = [1.0] * len(teacher) if weights is None else weights
+    if not len(student) == len(teacher) == len(weights):
+        found = f"{len(student)}, {len(teacher)} and {len(weights)}"
+        raise ValueError(
+            f"depth_weights: expected student, teacher and weights of the same number of depths, found {found}"
+        )
+    errors = [
+        (s - t).square().sum() / t.square().sum() for s, t in zip(student, (t.detach() for t in teacher), strict=True)
+    ]
+    return sum(w * error for w, error in zip(weights, errors, strict=True)) / len(errors)
+
+
+class HiddenStates:
+    """Watches a model's residual stream: ``last`` is what its last forward pass had after every depth."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.last: list[Tensor] = []
+        readers = model.hidden_state_readers()
+        self._first = readers[0]
+        self._hooks = [module.register_forward_pre_hook(self._see) for module in readers]
+
+    def _see(self, module: nn.Module, inputs: tuple) -> None:
+        if module is self._first:
+            self.last = []
+        self.last.append(inputs[0])
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def routers(teacher: nn.Module) -> list[Router]:
+    """The teacher's top-k routers.
+
+    Raises:
+        ValueError: there is none, as in Soft MoE.
+    """
+    found = [module for module in teacher.modules() if isinstance(module, Router)]
+    if not found:
+        raise ValueError("augmentations, router_rate: expected a teacher whose experts are chosen by a top-k router")
+    return found
+
+
+@contextmanager
+def sampled_experts(teacher: nn.Module) -> Iterator[None]:
+    """While open, every token's experts are drawn by the router's probabilities."""
+    chosen = routers(teacher)
+    for router in chosen:
+        router.sampling = True
+    try:
+        yield
+    finally:
+        for router in chosen:
+            router.sampling = False
+
+
+def adapt_routers(teacher: nn.Module, loss: Callable[[], Tensor], rate: float) -> None:
+    """One step of the teacher's routers down the gradient of ``loss()``, ``rate`` times as long as their weights' norm."""
+    weights = [router.weight for router in routers(teacher)]
+    for weight in weights:
+        weight.requires_grad_(True)
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(loss(), weights)
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.requires_grad_(False)
+        gradient = reduce(gradient, "mean")  # over processes: they have one teacher
+        norm = gradient.norm()
+        if norm > 0:
+            weight.sub_(rate * weight.norm() * gradient / norm)

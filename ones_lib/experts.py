@@ -5,19 +5,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ones_lib.calibration import LayerActivations, collect_activations
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.moe import LayerActivations, collect_activations
 from ones_lib.records import Record
-from ones_lib.study import load_record
-from ones_lib.training import Training
+from ones_lib.study import calibration_batches, load_record, recipe_of
 
 # How the tensors of an expert layer are named: by this library ("up" [E, h, d], "down" [E, d, h], ...), by transformers in
 # memory (all experts in one tensor, gate above up), and in its files, Mixtral's and others' (a tensor an expert).
@@ -124,13 +121,9 @@ def record_activations(record: Record, cache_dir: Path, max_tokens: int = 4096) 
     the number of threads.
     """
     model, task = load_record(record, cache_dir)
-    training = Training(**record.config["training"])
-    training = replace(training, mixup=0.0, batch_size=min(training.batch_size, CALIBRATION_BATCH))
-    with torch.random.fork_rng():
-        set_seed(0)  # of a batch's masks
-        batch = next(iter(task.batches(training, seed=0, start=0, device=next(model.parameters()).device)))
+    recipe = recipe_of(record.config)
+    (batch,) = calibration_batches(task, recipe, min(CALIBRATION_BATCH, recipe["batch_size"]))
     batch = batch._replace(
         **{k: v.double() for k, v in batch._asdict().items() if torch.is_tensor(v) and v.is_floating_point()}
     )
-    model.double()
-    return collect_activations(model, lambda: task.forward(model, batch), max_tokens)
+    return collect_activations(model.double(), task.forward, [batch], max_tokens)

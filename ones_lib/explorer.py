@@ -28,7 +28,7 @@ from torch import nn
 from ones_lib import figures, spectra
 from ones_lib.experts import ExpertBanks, open_experts, record_activations
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.gathering import gathering_methods
+from ones_lib.gathering import gathering_methods, uses_calibration
 from ones_lib.records import Record, Records, project_root
 from ones_lib.spectra import FactoredBank
 
@@ -36,6 +36,11 @@ Source = Record | Path | str | nn.Module
 DPI = 110
 SMALL = 3e8  # multiplications of all experts' decompositions, below which a curve over ranks takes no noticeable time
 VIEWS = ("spectra", "energy", "overlap", "output_error")
+
+
+def _methods() -> list[str]:
+    """Gatherings that the weights alone decide: the others take too long to follow a slider."""
+    return [method for method in gathering_methods() if not uses_calibration(method)]
 
 
 def moe_records(records: Records, first: Sequence[str] = ()) -> dict[str, Record]:
@@ -103,7 +108,7 @@ class Explorer:
             description="experts", rows=6, tooltip="which experts the views show; Ctrl or Shift for several", **wide
         )
         self.method = widgets.Dropdown(
-            options=[(figures.NAMES.get(m, m), m) for m in gathering_methods()],
+            options=[(figures.NAMES.get(m, m), m) for m in _methods()],
             description="gathering",
             value="svd",
             tooltip="how the experts become one FFN",
@@ -267,7 +272,7 @@ class Explorer:
             self.tables["output_error"] = seen.sort_values(["method", "rank"])
             self._pictures["output_error"].fig = None
         elif known is None:
-            methods, ranks = ["one_expert", *gathering_methods()], spectra.rank_grid(self.factored.full_rank)
+            methods, ranks = ["one_expert", *_methods()], spectra.rank_grid(self.factored.full_rank)
             self.tables["output_error"] = spectra.output_errors(self.factored, layer, methods, ranks)
         return error
 

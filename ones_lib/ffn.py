@@ -120,16 +120,18 @@ class FeedForwardWeights:
     def d_model(self) -> int:
         return self.up.shape[-1]
 
-    def apply(self, x: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu) -> Tensor:
-        """Output of one FFN on tokens ``x`` [..., d], with the architecture's activation (GELU by default)."""
+    def hidden(self, x: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu) -> Tensor:
+        """Hidden activations [..., h] of one FFN on tokens ``x`` [..., d]."""
         if self.is_bank:
-            raise ValueError(f"apply: expected one FFN, found a bank of {self.num_experts}; choose with .expert(i)")
+            raise ValueError(f"expected one FFN, found a bank of {self.num_experts}; choose with .expert(i)")
         hidden = F.linear(x, self.up, self.up_bias)
         if self.gate is None:
-            hidden = activation(hidden)
-        else:
-            hidden = activation(F.linear(x, self.gate, self.gate_bias)) * hidden
-        return F.linear(hidden, self.down, self.down_bias)
+            return activation(hidden)
+        return activation(F.linear(x, self.gate, self.gate_bias)) * hidden
+
+    def apply(self, x: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu) -> Tensor:
+        """Output of one FFN on tokens ``x`` [..., d], with the architecture's activation (GELU by default)."""
+        return F.linear(self.hidden(x, activation), self.down, self.down_bias)
 
 
 def match_neurons(reference: FeedForwardWeights, other: FeedForwardWeights) -> Tensor:
@@ -142,6 +144,10 @@ def match_neurons(reference: FeedForwardWeights, other: FeedForwardWeights) -> T
     if reference.is_bank or other.is_bank or reference.up.shape != other.up.shape:
         shapes = f"up {list(reference.up.shape)} and {list(other.up.shape)}"
         raise ValueError(f"match_neurons: expected two single FFNs of equal shape, found {shapes}")
-    products = reference.neurons() @ other.neurons().T  # [h, h]
-    _, order = linear_sum_assignment(products.detach().double().cpu().numpy(), maximize=True)
-    return torch.from_numpy(order).to(other.up.device)
+    return best_order(reference.neurons() @ other.neurons().T)
+
+
+def best_order(likeness: Tensor) -> Tensor:
+    """Order [h] of the columns in which the diagonal of ``likeness`` [h, h] has the largest sum."""
+    _, order = linear_sum_assignment(likeness.detach().double().cpu().numpy(), maximize=True)
+    return torch.from_numpy(order).to(likeness.device)

@@ -1,9 +1,31 @@
 """Knowledge gathering: pure functions from a bank of E experts to one feed-forward network.
 
 The four methods of "One Student Knows All Experts Know" (Xue et al., arXiv 2201.10890, section on knowledge
-gathering): ``sum``, ``average``, ``topk`` (Top-KG) and ``svd`` (SVD-KG). Every method takes ``scale``, which multiplies
-the gathered matrices and those biases that are gathered the same way as the matrices; 1 is the paper's form. It matters
-because an MoE's output is weighted by router gates that sum to at most 1, which a gathered matrix knows nothing of.
+gathering): ``sum``, ``average``, ``topk`` (Top-KG) and ``svd`` (SVD-KG), in the paper's form by default. Those that look at
+data are in :mod:`ones_lib.calibrated_gathering`.
+
+**Scale.** An MoE's output is weighted by its router's gates, of which a gathered matrix knows nothing. Every method takes
+``scale``; 1 is the paper's form. A number multiplies the gathered matrices and those biases that are gathered the same way; a
+pair of numbers is one for what leads into the hidden neurons (up, gate) and one for what leads out (down). Words stand for
+numbers that follow from the router, and from data:
+
+- ``"router"``. The layer computes ``y = sum_i g_i(x) FFN_i(x)`` over the chosen experts. Let s be what a token's gates sum to
+  on average: 1 where they are renormalised; between k/E (a router that does not care) and 1 (one that is sure) where they are
+  the k largest of E probabilities; less by the part that is dropped where there is a capacity in evaluation too. A balanced
+  router gives every expert the mean gate s/E, and with gates that do not depend on the token the layer is the mean field
+  ``s/E sum_i FFN_i(x)``. What each method must be multiplied with to be that mean field where it can be:
+
+  - Top-KG keeps neurons as they are, and their outputs add up as in the mean field: up times 1, down times s/E.
+  - Averaging keeps the size of a weight that the experts share: up times 1, down times s.
+  - Summation and SVD-KG add up E matrices, both times into the hidden neurons and out of them: up times 1/E, down times s/E.
+    (Had the experts nothing in common, a sum of E independent rows would be sqrt(E) times as long as one, not E times, so
+    1/sqrt(E) would keep the hidden neurons' inputs in size; but then no single matrix stands for the experts.)
+
+  Biases of the output are the experts' mean times s. So E equal experts give the layer's function back: by summation and
+  averaging exactly, by SVD-KG at full rank, by Top-KG with all neurons. s is measured on ``calibration``; without it, it is 1.
+- ``"scalar"``: as ``"router"``, but the output is multiplied by the one number that is best on ``calibration`` in least
+  squares, instead of s.
+- ``"vector"``: the same with one number for each of the d outputs.
 
 A new method is a function under :func:`register`::
 
@@ -17,19 +39,37 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ones_lib.ffn import FeedForwardWeights
 
+if TYPE_CHECKING:
+    from ones_lib.calibration import LayerActivations
+
 GatheringMethod = Callable[..., FeedForwardWeights]
+Scale = float | tuple[float, float]
 Factors = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r], V^T [r, n] of a matrix [m, n], r = min(m, n)
 _METHODS: dict[str, GatheringMethod] = {}
 
+#: What follows from a balanced router for a method's matrices, E -> factors of (up and gate, down), up to the gates' sum.
+ROUTER_SCALES: dict[str, Callable[[int], tuple[float, float]]] = {
+    "sum": lambda num_experts: (1 / num_experts, 1 / num_experts),
+    "average": lambda num_experts: (1.0, 1.0),
+    "topk": lambda num_experts: (1.0, 1 / num_experts),
+    "svd": lambda num_experts: (1 / num_experts, 1 / num_experts),
+}
+#: Words for ``scale``, and whether they need a calibration.
+SCALE_WORDS = {"router": False, "scalar": True, "vector": True}
+
 
 def register(name: str) -> Callable[[GatheringMethod], GatheringMethod]:
-    """Decorator: make a function ``(bank, *, **options) -> FeedForwardWeights`` known to :func:`gather` by ``name``."""
+    """Decorator: make a function ``(bank, *, **options) -> FeedForwardWeights`` known to :func:`gather` by ``name``.
+
+    If it has an option ``calibration``, it is given the activations that :func:`gather` gets; without a default it needs them.
+    """
 
     def decorate(method: GatheringMethod) -> GatheringMethod:
         if name in _METHODS:
@@ -45,40 +85,126 @@ def gathering_methods() -> list[str]:
     return list(_METHODS)
 
 
+def uses_calibration(method: str, scale: Scale | str = 1.0) -> bool:
+    """Whether activations make a difference to a method at a scale."""
+    return "calibration" in _options(method) or isinstance(scale, str)
+
+
+def needs_calibration(method: str, scale: Scale | str = 1.0) -> bool:
+    """Whether a method at a scale cannot do without activations."""
+    option = _options(method).get("calibration")
+    return (option is not None and option.default is option.empty) or SCALE_WORDS.get(scale, False)
+
+
+def _options(method: str) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(_METHODS[method]).parameters
+    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
 def gather(
-    bank: FeedForwardWeights | Sequence[FeedForwardWeights], method: str = "svd", **options
+    bank: FeedForwardWeights | Sequence[FeedForwardWeights],
+    method: str = "svd",
+    calibration: LayerActivations | None = None,
+    **options,
 ) -> FeedForwardWeights:
     """Gather a bank of E experts into one FFN.
 
     Args:
         bank: experts stacked on axis 0, or a sequence of single FFNs of equal shape.
         method: a name from :func:`gathering_methods`.
-        options: the method's own, see its docstring (``scale`` for all, ``rank`` for svd, ``k`` and ``importance``
+        calibration: what passed through the layer on data, see :func:`ones_lib.calibration.collect_activations`; the paper's
+            methods use it for the words that stand for a scale alone.
+        options: the method's own, see its docstring (``scale`` for the paper's, ``rank`` for svd, ``k`` and ``importance``
             for topk).
 
     Returns:
         One FFN in the bank's dtype, on its device. Computed in float32 (float64 stays float64), without gradient.
 
     Raises:
-        ValueError: unknown method, no experts, experts of different shapes, NaN or infinity, an option out of range.
+        ValueError: unknown method, no experts, experts of different shapes, NaN or infinity, an option out of range, a
+            calibration that is missing or of another layer.
         TypeError: an option that the method does not have.
     """
     if method not in _METHODS:
         raise ValueError(f"method: expected one of {gathering_methods()}, found {method!r}")
-    function = _METHODS[method]
-    known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    known = [name for name in _options(method) if name != "calibration"]
     for name in options:
         if name not in known:
             raise TypeError(f"{name}: gathering method {method!r} has no such option, expected one of {known}")
-    if not math.isfinite(options.get("scale", 1.0)):
-        raise ValueError(f"scale: expected a finite number, found {options['scale']!r}")
+    scale = options.get("scale", 1.0)
+    _check_scale(scale, method)
     if not isinstance(bank, FeedForwardWeights):
         bank = FeedForwardWeights.stack(bank)
     check_bank(bank)
     dtype = bank.up.dtype
     compute_dtype = torch.promote_types(dtype, torch.float32)
+    if calibration is None:
+        if needs_calibration(method, scale):
+            raise ValueError(
+                f"calibration: expected activations of the layer (ones_lib.collect_activations), which {method!r}"
+                f"{f' at scale {scale!r}' if isinstance(scale, str) else ''} needs, found None"
+            )
+    else:
+        found = (calibration.gates.shape[1], calibration.inputs.shape[1])
+        if found != (bank.num_experts, bank.d_model):
+            raise ValueError(
+                f"calibration: expected activations of {bank.num_experts} experts and width {bank.d_model} like the bank's,"
+                f" found {found[0]} and {found[1]}"
+            )
+        calibration = calibration.map(lambda t: t.detach().to(bank.up.device, compute_dtype))
+        if not all(torch.isfinite(t).all() for t in (calibration.inputs, calibration.gates, calibration.outputs)):
+            raise ValueError("calibration: expected finite activations, found NaN or infinity")
+    if "calibration" in _options(method):
+        options["calibration"] = calibration
     with torch.no_grad():
-        return function(bank.map(lambda t: t.detach().to(compute_dtype)), **options).map(lambda t: t.to(dtype))
+        bank = bank.map(lambda t: t.detach().to(compute_dtype))
+        if isinstance(scale, str):
+            options["scale"] = ROUTER_SCALES[method](bank.num_experts)
+        ffn = _METHODS[method](bank, **options)
+        if isinstance(scale, str):
+            ffn = _scale_output(ffn, scale, calibration)
+        return ffn.map(lambda t: t.to(dtype))
+
+
+def _check_scale(scale: Scale | str, method: str) -> None:
+    if isinstance(scale, str):
+        if scale not in SCALE_WORDS or method not in ROUTER_SCALES:
+            raise ValueError(
+                f"scale: expected a number, a pair of numbers, or for {list(ROUTER_SCALES)} one of {list(SCALE_WORDS)},"
+                f" found {scale!r} for {method!r}"
+            )
+    elif not all(math.isfinite(number) for number in _pair(scale)):
+        raise ValueError(f"scale: expected a finite number, found {scale!r}")
+
+
+def _pair(scale: Scale) -> tuple[float, float]:
+    """Factors of what leads into the hidden neurons, and out of them."""
+    if not isinstance(scale, Sequence):
+        return scale, scale
+    if len(scale) != 2:
+        raise ValueError(f"scale: expected a number or a pair of numbers, found {scale!r}")
+    return tuple(scale)
+
+
+def _scale_output(ffn: FeedForwardWeights, scale: str, calibration: LayerActivations | None) -> FeedForwardWeights:
+    """The FFN with its output multiplied by the gates' sum, or by what is best in least squares."""
+    if scale == "router":
+        return scaled_output(ffn, 1.0 if calibration is None else calibration.gate_sum())
+    products = squares = 0.0
+    for chunk in calibration.chunks():
+        output, weights = ffn.apply(chunk.inputs, chunk.activation).double(), chunk.token_weights().double()[:, None]
+        products = products + (weights * output * chunk.outputs.double()).sum(dim=0)  # [d]
+        squares = squares + (weights * output.square()).sum(dim=0)
+    if scale == "scalar":
+        products, squares = products.sum(), squares.sum()
+    return scaled_output(ffn, torch.where(squares > 0, products / squares, 1.0).to(ffn.up))
+
+
+def scaled_output(ffn: FeedForwardWeights, factor: float | Tensor) -> FeedForwardWeights:
+    """The FFN whose output is multiplied by a number, or by one for each of its d elements."""
+    rows = factor[:, None] if torch.is_tensor(factor) and factor.ndim else factor
+    parts = {"down": lambda t: rows * t, "down_bias": lambda t: factor * t}
+    return FeedForwardWeights(**{name: parts.get(name, lambda t: t)(tensor) for name, tensor in ffn.tensors()})
 
 
 def check_bank(bank: FeedForwardWeights) -> None:
@@ -95,16 +221,21 @@ def check_bank(bank: FeedForwardWeights) -> None:
             raise ValueError(f"{name} of expert {expert}: expected finite weights, found {count} NaN or infinite")
 
 
+def _scaled(name: str, tensor: Tensor, scale: Scale) -> Tensor:
+    into, out = _pair(scale)
+    return (out if name.startswith("down") else into) * tensor
+
+
 @register("sum")
-def summation(bank: FeedForwardWeights, *, scale: float = 1.0) -> FeedForwardWeights:
+def summation(bank: FeedForwardWeights, *, scale: Scale | str = 1.0) -> FeedForwardWeights:
     """Summation: ``W = scale * sum_i W_i``, biases likewise."""
-    return bank.map(lambda tensor: scale * tensor.sum(dim=0))
+    return FeedForwardWeights(**{name: _scaled(name, tensor.sum(dim=0), scale) for name, tensor in bank.tensors()})
 
 
 @register("average")
-def averaging(bank: FeedForwardWeights, *, scale: float = 1.0) -> FeedForwardWeights:
+def averaging(bank: FeedForwardWeights, *, scale: Scale | str = 1.0) -> FeedForwardWeights:
     """Averaging: ``W = scale * (1/E) sum_i W_i``, biases likewise."""
-    return bank.map(lambda tensor: scale * tensor.mean(dim=0))
+    return FeedForwardWeights(**{name: _scaled(name, tensor.mean(dim=0), scale) for name, tensor in bank.tensors()})
 
 
 def _in_norm(bank: FeedForwardWeights) -> Tensor:
@@ -129,7 +260,7 @@ IMPORTANCES: dict[str, Callable[[FeedForwardWeights], Tensor]] = {
 
 @register("topk")
 def top_kg(
-    bank: FeedForwardWeights, *, k: int | None = None, importance: str | Tensor = "l2", scale: float = 1.0
+    bank: FeedForwardWeights, *, k: int | None = None, importance: str | Tensor = "l2", scale: Scale | str = 1.0
 ) -> FeedForwardWeights:
     """Top-KG: the K most important hidden neurons of every expert, concatenated; a neuron's weights stay together.
 
@@ -159,7 +290,7 @@ def top_kg(
                 f"importance: expected finite values of shape {[num_experts, h]}, found {list(scores.shape)}"
                 + ("" if torch.isfinite(scores).all() else " with NaN or infinity")
             )
-    share = h // num_experts if k is None else _in_range("k", k, default=h, high=h)
+    share = h // num_experts if k is None else integer_in_range("k", k, default=h, high=h)
     rest = h - num_experts * share if k is None else 0
 
     # Stable sorts, so that ties are the same on every device.
@@ -169,12 +300,18 @@ def top_kg(
     chosen.view(-1)[left_over.argsort(descending=True, stable=True)[:rest]] = True
 
     expert, neuron = chosen.nonzero(as_tuple=True)
+    ffn = take_neurons(bank, expert, neuron)
+    return FeedForwardWeights(**{n: t if n == "down_bias" else _scaled(n, t, scale) for n, t in ffn.tensors()})
+
+
+def take_neurons(bank: FeedForwardWeights, expert: Tensor, neuron: Tensor) -> FeedForwardWeights:
+    """The FFN of hidden neurons ``neuron`` [n] of experts ``expert`` [n], all with their weights; output bias: the mean."""
     return FeedForwardWeights(
-        up=scale * bank.up[expert, neuron],
-        down=scale * bank.down[expert, :, neuron].T,
-        gate=None if bank.gate is None else scale * bank.gate[expert, neuron],
-        up_bias=None if bank.up_bias is None else scale * bank.up_bias[expert, neuron],
-        gate_bias=None if bank.gate_bias is None else scale * bank.gate_bias[expert, neuron],
+        up=bank.up[expert, neuron],
+        down=bank.down[expert, :, neuron].T,
+        gate=None if bank.gate is None else bank.gate[expert, neuron],
+        up_bias=None if bank.up_bias is None else bank.up_bias[expert, neuron],
+        gate_bias=None if bank.gate_bias is None else bank.gate_bias[expert, neuron],
         down_bias=None if bank.down_bias is None else bank.down_bias.mean(dim=0),
     )
 
@@ -184,7 +321,7 @@ def svd_kg(
     bank: FeedForwardWeights,
     *,
     rank: int | None = None,
-    scale: float = 1.0,
+    scale: Scale | str = 1.0,
     factors: Mapping[str, Iterable[Factors]] | None = None,
 ) -> FeedForwardWeights:
     """SVD-KG: ``W = scale * sum_i trunc_K(W_i)``, each expert's matrix cut to its K leading singular triplets.
@@ -200,19 +337,19 @@ def svd_kg(
         factors: by matrix, the experts' ``(U, S, V^T)``, where they are known already.
     """
     full_rank = min(bank.d_ff, bank.d_model)
-    rank = _in_range("rank", rank, default=max(1, full_rank // bank.num_experts), high=full_rank)
+    rank = integer_in_range("rank", rank, default=max(1, full_rank // bank.num_experts), high=full_rank)
 
     def gathered(name: str, tensor: Tensor) -> Tensor:
         if tensor.ndim == 2:
             return tensor.mean(dim=0)
         # One expert at a time: the factors of a large bank need not fit at once.
         found = (torch.linalg.svd(w, full_matrices=False) for w in tensor) if factors is None else factors[name]
-        return scale * sum((u[:, :rank] * s[:rank]) @ vh[:rank] for u, s, vh in found)
+        return _scaled(name, sum((u[:, :rank] * s[:rank]) @ vh[:rank] for u, s, vh in found), scale)
 
     return FeedForwardWeights(**{name: gathered(name, tensor) for name, tensor in bank.tensors()})
 
 
-def _in_range(name: str, value: int | None, *, default: int, high: int) -> int:
+def integer_in_range(name: str, value: int | None, *, default: int, high: int) -> int:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ones_lib.calibrated_gathering import relative_adam
+from ones_lib.calibration import Calibration
+from ones_lib.distillation import HiddenStates, hidden_error
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.gathering import check_bank, gather, gathering_methods
+from ones_lib.gathering import Scale, check_bank, gather, gathering_methods, needs_calibration, uses_calibration
 from ones_lib.moe import MoEFeedForward
 
 #: Controls that a gathering must be worth more than: (experts, freshly initialised FFN, generator) -> the student's FFN.
@@ -28,6 +31,21 @@ CONTROLS: dict[str, Callable[[FeedForwardWeights, FeedForwardWeights, torch.Gene
         int(torch.randint(bank.num_experts, (), generator=generator))
     ),
 }
+
+
+#: The layer-wise fit, and then all layers fitted together.
+JOINT_FIT = "joint_fit"
+CHECKED = 16  # batches on which a joint fit is compared with its start
+
+
+def integration_methods() -> list[str]:
+    """What :func:`integrate` knows: the gathering methods, :data:`JOINT_FIT`, and the controls."""
+    return [*gathering_methods(), JOINT_FIT, *CONTROLS]
+
+
+def calibrated(method: str, scale: Scale | str = 1.0) -> bool:
+    """Whether data make a difference to a method of :func:`integrate` at a scale."""
+    return method == JOINT_FIT or (method not in CONTROLS and uses_calibration(method, scale))
 
 
 @dataclass(frozen=True)
@@ -53,34 +71,47 @@ class IntegrationReport:
 
 
 def integrate(
-    teacher: nn.Module, method: str = "svd", *, seed: int = 0, **options
+    teacher: nn.Module, method: str = "svd", *, seed: int = 0, calibration: Calibration | None = None, **options
 ) -> tuple[nn.Module, IntegrationReport]:
     """The dense student of an MoE teacher, before distillation, and a report of where each weight came from.
 
     Args:
-        teacher: a model with :class:`MoEFeedForward` layers and a method ``dense_twin(d_ff)``, such as ``WideNet``.
-        method: a gathering method or one of the controls ``shared_kd``, ``zero_ffn``, ``one_expert``.
-        seed: of the controls' random choices.
+        teacher: a model in eval mode with :class:`MoEFeedForward` layers and a method ``dense_twin(d_ff)``, such as ``WideNet``.
+        method: a gathering method; ``joint_fit``, which is ``fit`` and then :func:`fit_jointly` for ``steps`` steps (default
+            600); or one of the controls ``shared_kd``, ``zero_ffn``, ``one_expert``.
+        seed: of the controls' random choices, and of what a fit draws.
+        calibration: data for the methods that look at data.
         options: the gathering method's.
 
     Raises:
-        ValueError: no MoE layer in the teacher, unknown method, or what :func:`ones_lib.gathering.gather` refuses.
+        ValueError: no MoE layer in the teacher, unknown method, a calibration that is missing, or what
+            :func:`ones_lib.gathering.gather` refuses.
+        TypeError: an option that the method does not have.
     """
-    if method not in [*gathering_methods(), *CONTROLS]:
-        raise ValueError(f"method: expected one of {[*gathering_methods(), *CONTROLS]}, found {method!r}")
+    if method not in integration_methods():
+        raise ValueError(f"method: expected one of {integration_methods()}, found {method!r}")
     layers = {name: m for name, m in teacher.named_modules() if isinstance(m, MoEFeedForward) and m.num_experts > 1}
     if not layers:
         raise ValueError(
             f"teacher: expected at least one MoE layer with 2 experts or more, found none in {type(teacher).__name__}"
         )
+    own = {"steps"} if method == JOINT_FIT else set()
+    if (method in CONTROLS or method == JOINT_FIT) and (unknown := set(options) - own):
+        what = f"takes no options but {own}" if own else "takes no options"
+        raise TypeError(f"{unknown.pop()}: {'method' if own else 'control'} {method!r} {what}")
+    scale = options.get("scale", 1.0)
+    # Gates that are not renormalised sum to a number that only data tell.
+    open_sum = scale == "router" and not all(getattr(m.router, "renormalize", True) for m in layers.values())
+    if calibration is None and (
+        method == JOINT_FIT or open_sum or (method not in CONTROLS and needs_calibration(method, scale))
+    ):
+        raise ValueError(f"calibration: expected data, which {method!r} needs here, found None")
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         like = next(iter(layers.values())).up  # for dtype and device
         if method in CONTROLS:
-            if options:
-                raise TypeError(f"{next(iter(options))}: control {method!r} takes no options")
             student = teacher.dense_twin().to(like)
             gathered = {}
             for name, layer in layers.items():
@@ -88,7 +119,15 @@ def integrate(
                 fresh = student.get_submodule(name).bank().expert(0)
                 gathered[name] = CONTROLS[method](layer.bank(), fresh, generator)
         else:
-            gathered = {name: gather(layer.bank(), method, **options) for name, layer in layers.items()}
+            found = {}
+            if calibration is not None and calibrated(method, scale):
+                found = calibration.activations(teacher)
+            by_layer = "fit" if method == JOINT_FIT else method
+            options_of_layer = {} if method == JOINT_FIT else options
+            gathered = {
+                name: gather(layer.bank(), by_layer, calibration=found.get(name), **options_of_layer)
+                for name, layer in layers.items()
+            }
             student = teacher.dense_twin(d_ff=next(iter(gathered.values())).d_ff).to(like)
 
         rows, source = [], dict(teacher.named_parameters()) | dict(teacher.named_buffers())
@@ -105,4 +144,65 @@ def integrate(
                 action = "copied"
             shape = None if action == "dropped" else tuple(target[name].shape)
             rows.append({"parameter": name, "action": action, "shape": shape, "source_shape": tuple(tensor.shape)})
+    if method == JOINT_FIT:
+        fit_jointly(student, teacher, calibration, seed=seed, **options)
     return student, IntegrationReport(method, rows)
+
+
+def fit_jointly(
+    student: nn.Module,
+    teacher: nn.Module,
+    calibration: Calibration,
+    steps: int = 600,
+    learning_rate: float = 0.1,
+    seed: int = 0,
+) -> None:
+    """Regress all feed-forward layers of a student together onto the teacher's residual stream, by :func:`hidden_error`, in place.
+
+    A fit layer by layer looks at each with the teacher's inputs. In the student each gets what those before it made of
+    them, and what a layer leaves wrong, a later one may mend. Nothing but the feed-forward layers moves; no labels and no
+    logits are used. Adam, one batch of the calibration a step, ``learning_rate`` relative to the weights as in
+    :func:`ones_lib.calibrated_gathering.fit`; the start is kept where that is no better on the first batches.
+    """
+    if not steps >= 1 or not learning_rate > 0:
+        raise ValueError(f"steps, learning_rate: expected positive numbers, found {steps} and {learning_rate}")
+    ffns = [module for module in student.modules() if isinstance(module, MoEFeedForward)]
+    training = student.training
+    trained = {parameter: parameter.requires_grad for parameter in student.parameters()}
+    student.eval().requires_grad_(False)
+    watched, target = HiddenStates(student), HiddenStates(teacher)
+
+    def error(batch) -> Tensor:
+        with torch.no_grad():
+            calibration.forward(teacher, batch)
+        calibration.forward(student, batch)
+        return hidden_error(watched.last, target.last)
+
+    def mean_error() -> float:
+        with torch.no_grad():
+            return sum(error(batch).item() for batch in calibration.batches[:CHECKED])
+
+    try:
+        for ffn in ffns:
+            ffn.requires_grad_(True)
+        before, start = mean_error(), [ffn.bank().map(lambda t: t.detach().clone()) for ffn in ffns]
+        optimizers = [relative_adam(ffn.bank(), steps, learning_rate) for ffn in ffns]
+        order = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            batch = calibration.batches[int(torch.randint(len(calibration.batches), (), generator=order))]
+            with torch.enable_grad():
+                error(batch).backward()
+            for optimizer, schedule in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+        if not mean_error() < before:
+            for ffn, bank in zip(ffns, start, strict=True):
+                for name, tensor in bank.tensors():
+                    getattr(ffn, name).data.copy_(tensor)
+    finally:
+        watched.close()
+        target.close()
+        student.train(training)
+        for parameter, was in trained.items():
+            parameter.requires_grad_(was)

@@ -1,4 +1,4 @@
-"""Mixture-of-experts feed-forward layer: noisy top-k router, balance loss, capacity, and two dispatch paths.
+"""Mixture-of-experts feed-forward layers: noisy top-k router, balance loss, capacity, two dispatch paths; and Soft MoE.
 
 After WideNet ("Go Wider Instead of Deeper", Xue et al., AAAI 2022, arXiv 2107.11817) and the GShard/V-MoE routers that it
 builds on. N is the number of tokens, E of experts, k of experts a token, h = d_ff, d = d_model.
@@ -42,8 +42,11 @@ class Router(nn.Module):
 
     In training, logits get Gaussian noise of standard deviation 1/E and experts a capacity of
     ``ceil(capacity_factor * k * N / E)`` assignments (None: no limit); in evaluation there is neither noise nor limit.
-    Gates are not renormalised over the chosen k, as in WideNet, unless ``renormalize``.
+    Gates are not renormalised over the chosen k, as in WideNet, unless ``renormalize``. While ``sampling`` is set, the k
+    experts of a token are drawn by their probabilities, without replacement, in the place of the k most probable.
     """
+
+    sampling = False
 
     def __init__(
         self,
@@ -76,7 +79,11 @@ class Router(nn.Module):
         if self.training:
             logits = logits + torch.randn_like(logits) / num_experts
         probabilities = logits.softmax(dim=-1)
-        gates, experts = probabilities.topk(self.top_k, dim=-1)
+        if self.sampling:
+            experts = torch.multinomial(probabilities.detach(), self.top_k)
+            gates = probabilities.gather(1, experts)
+        else:
+            gates, experts = probabilities.topk(self.top_k, dim=-1)
         if self.renormalize:
             gates = gates / gates.sum(dim=-1, keepdim=True)
         capacity = None
@@ -208,67 +215,79 @@ class MoEFeedForward(nn.Module):
         y = self.dropout(y)
         return y.view_as(x) if mask is None else torch.zeros_like(x).masked_scatter(mask[..., None], y)
 
+    def token_gates(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Every expert's gate [..., E] for tokens ``x`` [..., d]; zero for those not chosen, and where ``mask`` [...] is False."""
+        tokens = x.reshape(-1, x.shape[-1])
+        routing = self.router(tokens)
+        gates = routing.gates.new_zeros(len(tokens), self.num_experts).scatter_(1, routing.experts, routing.gates)
+        gates = gates.view(*x.shape[:-1], -1)
+        return gates if mask is None else gates * mask[..., None]
+
     def _activate(self, hidden: Tensor) -> Tensor:
         return self.dropout(self.activation(hidden))
 
 
-@dataclass(frozen=True)
-class LayerActivations:
-    """What passed through an MoE layer: tokens ``inputs`` [N, d], their ``gates`` [N, E] (zero for experts not chosen), and
-    the layer's ``outputs`` [N, d] without noise, capacity and dropout; ``activation`` is its experts'."""
+class SoftRouter(nn.Module):
+    """Soft MoE's router (Puigcerver et al., arXiv 2308.00951, sections 2.1 and 2.3): each of E*p slots is a mixture of the
+    sequence's tokens, and each token's output one of the slots' outputs.
 
-    inputs: Tensor
-    gates: Tensor
-    outputs: Tensor
-    activation: Callable[[Tensor], Tensor]
-
-    def expert_weights(self) -> Tensor:
-        """[E]: part of all gates that each expert got; sums to 1."""
-        return self.gates.sum(dim=0) / self.gates.sum()
-
-
-def collect_activations(
-    model: nn.Module, forward: Callable[[], object], max_tokens: int = 4096, seed: int = 0
-) -> dict[str, LayerActivations]:
-    """Activations of every MoE layer by its name in ``model`` while ``forward()`` runs the model, which must be in eval mode.
-
-    A layer shared across depth is passed through several times, and all of them count. Of more than ``max_tokens`` tokens
-    a random draw is kept.
+    Logits are the cosines of tokens and slots times a learned scale.
     """
-    if model.training:
-        raise ValueError("model: expected a model in eval mode, found one in training mode: its routers add noise")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, MoEFeedForward) and m.router is not None}
-    seen: dict[str, list[tuple[Tensor, Routing]]] = {name: [] for name in layers}
-    hooks = [
-        layer.router.register_forward_hook(
-            lambda _, inputs, routing, name=name: seen[name].append((inputs[0].detach(), routing))
-        )
-        for name, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
 
-    result, generator = {}, torch.Generator().manual_seed(seed)
-    for name, layer in layers.items():
-        x = torch.cat([inputs for inputs, _ in seen[name]])
-        kept = torch.randperm(len(x), generator=generator)[:max_tokens].to(x.device)
-        experts, chosen = (
-            torch.cat([getattr(routing, part).detach() for _, routing in seen[name]])[kept]
-            for part in ("experts", "gates")
-        )
-        gates = chosen.new_zeros(len(kept), layer.num_experts).scatter_(1, experts, chosen)
-        with torch.no_grad():
-            y = dispatch_plain(layer.bank(), x[kept], Routing(experts, chosen, gates), layer.activation)
-        result[name] = LayerActivations(x[kept], gates, y, layer.activation)
-    return result
+    def __init__(self, d_model: int, num_experts: int, slots_per_expert: int, device=None, dtype=None) -> None:
+        super().__init__()
+        shape = (num_experts * slots_per_expert, d_model)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        nn.init.ones_(self.scale)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sequences ``x`` [B, L, d] -> dispatch weights [B, L, E*p], which sum to 1 over tokens, and combine weights of the same
+        shape, which sum to 1 over slots. Where ``mask`` [B, L] is False, a token is part of no slot."""
+        logits = F.linear(F.normalize(x, dim=-1), self.scale * F.normalize(self.weight, dim=-1))
+        combine = logits.softmax(dim=2)
+        if mask is not None:
+            logits = logits.masked_fill(~mask[..., None], torch.finfo(logits.dtype).min)
+        return logits.softmax(dim=1), combine
+
+
+class SoftMoEFeedForward(MoEFeedForward):
+    """Soft MoE (Puigcerver et al., arXiv 2308.00951): every expert works on ``slots_per_expert`` mixtures of all tokens of a
+    sequence. Nothing is dropped and nothing has to be balanced. Input [B, L, d]; weights are those of :class:`MoEFeedForward`.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, num_experts: int, slots_per_expert: int, **kwargs) -> None:
+        if slots_per_expert < 1:
+            raise ValueError(f"slots_per_expert: expected an integer of at least 1, found {slots_per_expert}")
+        super().__init__(d_model, d_ff, num_experts, top_k=1, **kwargs)
+        self.router = SoftRouter(d_model, num_experts, slots_per_expert).to(self.up)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        spread, combine = self.router(x, mask)
+        slots = spread.mT @ x  # [B, E*p, d]
+        buffer = slots.unflatten(1, (self.num_experts, -1)).transpose(0, 1)  # [E, B, p, d]
+        hidden = self._activate(batched_linear(buffer.flatten(1, 2), self.up, self.up_bias))
+        output = batched_linear(hidden, self.down, self.down_bias).view(buffer.shape).transpose(0, 1).flatten(1, 2)
+        y = self.dropout(combine @ output)
+        return y if mask is None else y * mask[..., None]
+
+    def token_gates(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How much of each expert's slots is in a token's output [B, L, E]; sums to 1."""
+        _, combine = self.router(x, mask)
+        gates = combine.unflatten(2, (self.num_experts, -1)).sum(dim=3)
+        return gates if mask is None else gates * mask[..., None]
 
 
 class MoEModel:
     """What models with :class:`MoEFeedForward` layers have in common, to be inherited beside ``nn.Module``."""
+
+    def hidden_state_readers(self) -> list[nn.Module]:
+        """By depth, the module whose first argument is the residual stream after that depth's block."""
+        raise NotImplementedError
 
     def moe_layers(self) -> list[MoEFeedForward]:
         """The distinct feed-forward layers: one if shared across depth."""

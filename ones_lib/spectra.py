@@ -19,9 +19,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights, match_neurons
 from ones_lib.gathering import Factors, check_bank, gather, svd_kg
-from ones_lib.moe import LayerActivations
 
 MATRICES = ("up", "gate", "down")
 SIDES = ("in", "out")  # of a matrix: the space it reads from (right singular vectors) and the one it writes to (left)
@@ -214,7 +214,7 @@ def gathered_distances(
 
     ``distance`` is the Frobenius norm of the difference over the target's norm: 0 for the target itself, 1 for a matrix of
     zeros. Targets are ``expert 0`` and so on and, with ``expert_weights`` [E] (such as
-    :meth:`ones_lib.moe.LayerActivations.expert_weights`), their mean with these weights. The gathered FFN's hidden neurons
+    :meth:`ones_lib.calibration.LayerActivations.expert_weights`), their mean with these weights. The gathered FFN's hidden neurons
     are first put in the order in which they are most like the target's: Top-KG's stand in no order of any expert.
     """
     bank = factored.bank

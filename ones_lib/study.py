@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -24,18 +25,20 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
+from ones_lib.calibration import Calibration
 from ones_lib.data import ImageData, image_data
 from ones_lib.data.text import TextData, text_data
 from ones_lib.distillation import Distillation
-from ones_lib.gathering import gathering_methods
-from ones_lib.integration import CONTROLS, integrate
+from ones_lib.integration import calibrated, integrate, integration_methods
 from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.records import Record, Records, config_hash
 from ones_lib.text_tasks import finetuning_model, pretraining_model, text_task
 from ones_lib.training import Progress, Task, Training, fit
+from ones_lib.upcycling import upcycle
 from ones_lib.vision import ImageClassification, classification_model
 
 Config = dict
@@ -65,6 +68,7 @@ class Study:
         teaching: recipe of the MoE teacher and of the dense baseline.
         learning: recipe of the student's KD; its ``steps`` are the largest budget.
         distillation: the KD loss.
+        calibration_examples: of the training data, for the gatherings that look at data.
         seeds: of initialisation and training; teacher, baselines and students of one seed belong together.
         records: where records are kept, and found.
         cache_dir: where drawn data are kept.
@@ -81,6 +85,7 @@ class Study:
     teaching: Training
     learning: Training
     distillation: Distillation
+    calibration_examples: int = 4096
     seeds: Iterable[int] = (0, 1, 2)
     records: Records = field(default_factory=lambda: Records("runs/records"))
     cache_dir: Path = Path("runs/cache")
@@ -103,6 +108,19 @@ class Study:
         arguments = {**self.model, **model}
         return {"kind": "moe", **self._common(seed), "model": arguments, "training": asdict(self.teaching)}
 
+    def upcycled(self, seed: int, steps: int, **upcycling) -> Config:
+        """An MoE that starts from the trained dense baseline, trained for ``steps`` more; ``upcycling`` are arguments of
+        :func:`ones_lib.upcycling.upcycle`."""
+        training = asdict(replace(self.teaching, steps=steps)) if steps else None
+        upcycling = {"num_experts": self.model["num_experts"], "top_k": self.model["top_k"], **upcycling}
+        return {
+            "kind": "moe",
+            **self._common(seed),
+            "start": self.dense(seed),
+            "upcycling": upcycling,
+            "training": training,
+        }
+
     def dense(self, seed: int, extra_steps: int = 0) -> Config:
         """The dense baseline: the MoE's definition with one expert, from scratch, no teacher.
 
@@ -117,23 +135,35 @@ class Study:
         return {**self.dense(seed), "kind": "dense_kd", **self._taught_by(self.moe(seed))}
 
     def student(
-        self, method: str, seed: int, budget: int | None = None, teacher: Config | None = None, **options
+        self,
+        method: str,
+        seed: int,
+        budget: int | None = None,
+        teacher: Config | None = None,
+        distillation: Distillation | None = None,
+        **options,
     ) -> Config:
         """The student made by a gathering method or control and distilled for ``budget`` steps.
 
         Args:
+            method: one of :func:`ones_lib.integration.integration_methods`.
             budget: steps of KD; 0 is the student right after gathering; None the largest budget.
             teacher: configuration of another teacher than ``moe(seed)``.
+            distillation: another KD loss than the study's.
             options: the gathering method's.
         """
-        if method not in [*gathering_methods(), *CONTROLS]:
-            raise ValueError(f"method: expected one of {[*gathering_methods(), *CONTROLS]}, found {method!r}")
+        if method not in integration_methods():
+            raise ValueError(f"method: expected one of {integration_methods()}, found {method!r}")
         teacher = self.moe(seed) if teacher is None else teacher
         config = {"kind": "student", **self._common(seed), "method": method, "options": options}
+        on_data = calibrated(method, options.get("scale", 1.0))
         if budget == 0:
-            return {**config, "teacher": teacher, "training": None}
+            data = {"calibration_examples": self.calibration_examples} if on_data else {}
+            return {**config, **data, "teacher": teacher, "training": None}
+        if on_data:  # gathered once for all budgets: a fit takes seconds
+            config["start"] = self.student(method, seed, 0, teacher, **options)
         training = self.learning if budget is None else replace(self.learning, steps=budget)
-        return {**config, "training": asdict(training), **self._taught_by(teacher)}
+        return {**config, "training": asdict(training), **self._taught_by(teacher, distillation)}
 
     def finetuned(self, task: str, start: Config, teacher: Config | None = None) -> Config:
         """The pre-trained or distilled model ``start`` fine-tuned on a task, with KD from ``teacher`` if there is one."""
@@ -178,8 +208,11 @@ class Study:
     def _common(self, seed: int) -> Config:
         return {"domain": self.domain, "seed": seed, "data": self.data}
 
-    def _taught_by(self, teacher: Config) -> Config:
-        return {"teacher": teacher, "distillation": asdict(self.distillation)}
+    def _taught_by(self, teacher: Config, distillation: Distillation | None = None) -> Config:
+        loss = asdict(distillation or self.distillation)
+        # What a loss does not use is no part of its configuration, which is then that of records made before there was more.
+        used = {k: v for k, v in loss.items() if k in ("temperature", "alpha") or v != getattr(Distillation, k)}
+        return {"teacher": teacher, "distillation": used}
 
     def entries(self, methods: Iterable[str]) -> list[Entry]:
         """The main table: teacher, the dense baselines, and the students of all ``methods`` before and after KD."""
@@ -294,6 +327,8 @@ def build_model(config: Config, data: Data) -> nn.Module:
         teacher = build_model(config["teacher"], data)
         k = config["options"].get("k")
         return teacher.dense_twin(d_ff=k and k * teacher.moe_layers()[0].num_experts)
+    if "upcycling" in config:
+        return upcycle(build_model(config["start"], data), seed=config["seed"], **config["upcycling"])
     if config["kind"] == "finetuned":
         return finetuning_model(build_model(config["start"], data), config["task"], config["seed"])
     build = classification_model if config["domain"] == "image" else pretraining_model
@@ -307,6 +342,27 @@ def task_of(config: Config, data: Data) -> Task:
     return (
         ImageClassification(data) if config["domain"] == "image" else text_task(config.get("task", "masked_lm"), data)
     )
+
+
+def calibration_batches(
+    task: Task, recipe: Mapping, examples: int, batch_size: int = 64, device: torch.device | None = None
+) -> list:
+    """Batches of a task's training data, always the same ones; ``recipe`` are the arguments of the :class:`Training` that they
+    are drawn as for, but for mixup. ``batch_size`` is not above the recipe's."""
+    batch_size = min(batch_size, recipe["batch_size"])
+    training = replace(Training(**recipe), mixup=0.0, batch_size=batch_size, steps=math.ceil(examples / batch_size))
+    with torch.random.fork_rng():
+        set_seed(0)  # of the batches' masks
+        return list(task.batches(training, seed=0, start=0, device=device or torch.device("cpu")))
+
+
+def recipe_of(config: Config) -> Mapping:
+    """The training recipe of a model, or of what it was made of."""
+    return config["training"] or recipe_of(config["start"])
+
+
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def load_record(record: Record, cache_dir: Path) -> tuple[nn.Module, Task]:
@@ -326,9 +382,23 @@ def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progr
 
     if "teacher" in config:
         teacher = load(config["teacher"])
-    if config["kind"] == "student":
-        model, report = integrate(teacher, config["method"], seed=config["seed"], **config["options"])
+    if config["kind"] == "student" and "start" in config:
+        model = load(config["start"])
+    elif config["kind"] == "student":
+        calibration = None
+        if "calibration_examples" in config:
+            teacher.to(_device())
+            batches = calibration_batches(
+                task, recipe_of(config["teacher"]), config["calibration_examples"], device=_device()
+            )
+            calibration = Calibration(task.forward, batches)
+        made = time.perf_counter()
+        options = {"seed": config["seed"], "calibration": calibration, **config["options"]}
+        model, report = integrate(teacher.eval(), config["method"], **options)
+        result["gathering_seconds"] = time.perf_counter() - made
         result["integration"] = report.table().to_dict("records")
+    elif "upcycling" in config:
+        model = upcycle(load(config["start"]), seed=config["seed"], **config["upcycling"])
     elif config["kind"] == "finetuned":
         model = finetuning_model(load(config["start"]), config["task"], config["seed"])
     else:

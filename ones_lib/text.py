@@ -136,6 +136,10 @@ class WideNetTextPreTrainedModel(MoEModel, PreTrainedModel):
         config.intermediate_size = d_ff or config.intermediate_size
         return type(self)(config)
 
+    def hidden_state_readers(self) -> list[nn.Module]:
+        encoder = getattr(self, self.base_model_prefix, self)
+        return [*encoder.attention_norms[1:], encoder.final_norm]
+
 
 class WideNetTextModel(WideNetTextPreTrainedModel):
     """The encoder: token ids [B, L] -> hidden states [B, L, d]."""

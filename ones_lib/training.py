@@ -25,7 +25,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ones_lib.distillation import Distillation
+from ones_lib.distillation import Distillation, HiddenStates, adapt_routers, routers, sampled_experts
 from ones_lib.records import model_tensors, save_tensors
 
 #: (step, steps, loss, accuracy): called now and then during training.
@@ -157,10 +157,14 @@ def fit(
     ema = ModelEmaV3(model, decay=training.ema_decay) if training.ema_decay else None
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
+        lessons = _Lessons(model, teacher, task, distillation)
 
     start, rows = 0, []
+    modules = {"model": model, "ema": ema and ema.module}
+    if teacher is not None and distillation.router_rate:
+        modules["teacher"] = teacher  # its routers move
     if checkpoint is not None and checkpoint.exists():
-        start, rows = _load_checkpoint(checkpoint, model, optimizer, ema)
+        start, rows = _load_checkpoint(checkpoint, modules, optimizer)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     batches = iter(task.batches(training, seed, start, device, accelerator.process_index, accelerator.num_processes))
     evaluation_steps = {round(training.steps * (i + 1) / training.evaluations) for i in range(training.evaluations)}
@@ -198,9 +202,7 @@ def fit(
             logits = task.forward(wrapped, batch)
             loss = task.loss(logits, batch)
             if teacher is not None:
-                with torch.inference_mode():
-                    teacher_logits = task.forward(teacher, batch)
-                loss = distillation.loss(loss, logits, teacher_logits)
+                loss = lessons.loss(loss, logits, batch)
             total = loss + training.balance_weight * model.balance_loss()
         accelerator.backward(total)
         accelerator.clip_grad_norm_(parameters, training.clip_norm)
@@ -213,7 +215,9 @@ def fit(
         if step % REPORT_EVERY == 0 or step in evaluation_steps or saving:
             report(step)
         if saving and accelerator.is_main_process:
-            _save_checkpoint(checkpoint, model, optimizer, ema, step, rows)
+            _save_checkpoint(checkpoint, modules, optimizer, step, rows)
+    if teacher is not None:
+        lessons.close()
     return _kept(model, ema).eval(), pd.DataFrame(rows)
 
 
@@ -221,23 +225,65 @@ def _kept(model: nn.Module, ema: ModelEmaV3 | None) -> nn.Module:
     return model if ema is None else ema.module
 
 
+class _Lessons:
+    """What a student learns from its teacher in a step, as a :class:`Distillation` asks for it."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, task: Task, distillation: Distillation) -> None:
+        self.teacher, self.task, self.distillation = teacher, task, distillation
+        self.watched = [HiddenStates(m) for m in (student, teacher)] if distillation.hidden_weight else []
+        if distillation.augmentations or distillation.router_rate:
+            routers(teacher)  # a teacher without any is found before training
+        if distillation.router_rate:
+            for router in routers(teacher):
+                router.top_k = router.weight.shape[0]
+
+    def loss(self, task_loss: Tensor, logits: Tensor, batch) -> Tensor:
+        """The loss of the student, whose ``logits`` its last forward pass gave."""
+        with torch.no_grad():
+            passes, hidden = self._teach(logits.detach(), batch)
+        loss = self.distillation.loss(task_loss, logits, *passes)
+        return loss + self.distillation.hidden_loss(self.watched[0].last, hidden) if self.watched else loss
+
+    def _teach(self, student_logits: Tensor, batch) -> tuple[list[Tensor], list[Tensor]]:
+        """The teacher's logits, pass by pass, and its hidden states."""
+        teacher, distillation = self.teacher, self.distillation
+        if distillation.router_rate:
+
+            def loss() -> Tensor:
+                logits = self.task.forward(teacher, batch)
+                return distillation.loss(self.task.loss(logits, batch), logits, student_logits)
+
+            adapt_routers(teacher, loss, distillation.router_rate)
+        passes = [self.task.forward(teacher, batch)]
+        hidden = self.watched[1].last if self.watched else []
+        if distillation.augmentations:
+            with sampled_experts(teacher):
+                passes += [self.task.forward(teacher, batch) for _ in range(distillation.augmentations)]
+        return passes, hidden
+
+    def close(self) -> None:
+        for states in self.watched:
+            states.close()
+
+
 def _save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None, step: int, rows: list[dict]
+    path: Path, modules: dict[str, nn.Module | None], optimizer: torch.optim.Optimizer, step: int, rows: list[dict]
 ) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
+    tensors = {}
+    for prefix, module in modules.items():
+        if module is not None:
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in model_tensors(module).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-    if ema is not None:
-        tensors |= {f"ema.{name}": tensor for name, tensor in model_tensors(ema.module).items()}
     save_tensors(path, tensors, {"step": str(step), "history": json.dumps(rows)})
 
 
 def _load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: ModelEmaV3 | None
+    path: Path, modules: dict[str, nn.Module | None], optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[dict]]:
     state: dict[int, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file, torch.no_grad():
-        for prefix, module in {"model": model, "ema": ema and ema.module}.items():
+        for prefix, module in modules.items():
             for name, tensor in model_tensors(module).items() if module is not None else ():
                 tensor.copy_(file.get_tensor(f"{prefix}.{name}"))
         for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)

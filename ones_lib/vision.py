@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from ones_lib.data import ImageData, evaluation_keys, training_keys
 from ones_lib.data.images import worker_count
-from ones_lib.moe import MoEFeedForward, MoEModel
+from ones_lib.moe import MoEFeedForward, MoEModel, SoftMoEFeedForward
 from ones_lib.training import Training
 
 
@@ -36,6 +36,7 @@ class WideNet(MoEModel, VisionTransformer):
         capacity_factor: see :class:`ones_lib.moe.Router`.
         renormalize: gates of the chosen experts sum to 1.
         share_depth: False gives every depth its own attention and experts.
+        slots_per_expert: more than 0 makes the layers Soft MoE's, with this many slots; top_k and capacity then mean nothing.
         kwargs: timm's ``VisionTransformer``'s.
     """
 
@@ -47,6 +48,7 @@ class WideNet(MoEModel, VisionTransformer):
         capacity_factor: float | None = 1.2,
         renormalize: bool = False,
         share_depth: bool = True,
+        slots_per_expert: int = 0,
         **kwargs,
     ) -> None:
         moe = {
@@ -58,10 +60,13 @@ class WideNet(MoEModel, VisionTransformer):
         }
 
         def expert_layer(in_features: int, hidden_features: int, norm_layer=None, **rest) -> nn.Module:
-            return MoEFeedForward(in_features, **moe, **rest)  # d_ff replaces timm's ratio of widths, hidden_features
+            # d_ff replaces timm's ratio of widths, hidden_features.
+            if slots_per_expert and num_experts > 1:
+                return SoftMoEFeedForward(in_features, d_ff, num_experts, slots_per_expert, **rest)
+            return MoEFeedForward(in_features, **moe, **rest)
 
         super().__init__(**kwargs, mlp_layer=expert_layer)
-        self._arguments = {**moe, "share_depth": share_depth, **kwargs}
+        self._arguments = {**moe, "share_depth": share_depth, "slots_per_expert": slots_per_expert, **kwargs}
         if share_depth:
             for block in self.blocks[1:]:
                 block.attn, block.mlp = self.blocks[0].attn, self.blocks[0].mlp
@@ -70,6 +75,9 @@ class WideNet(MoEModel, VisionTransformer):
         """A freshly initialised dense model (one expert, no router) of this architecture, ``d_ff`` wide if given."""
         arguments = {**self._arguments, "num_experts": 1}
         return WideNet(**(arguments if d_ff is None else {**arguments, "d_ff": d_ff}))
+
+    def hidden_state_readers(self) -> list[nn.Module]:
+        return [*(block.norm1 for block in self.blocks[1:]), self.norm]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         self.clear_balance_losses()

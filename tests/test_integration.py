@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from conftest import equal_bank
 from test_vision import TINY
 
-from ones_lib import Distillation, gather, integrate
-from ones_lib.distillation import soft_kl
+from ones_lib import Calibration, Distillation, gather, gathering_methods, integrate
+from ones_lib.distillation import HiddenStates, adapt_routers, hidden_error, routers, sampled_experts, soft_kl
+from ones_lib.integration import calibrated, fit_jointly, integration_methods
 from ones_lib.vision import WideNet
 
 ALL = ["sum", "average", "topk", "svd", "shared_kd", "zero_ffn", "one_expert"]
@@ -101,6 +102,92 @@ def test_topk_with_k_makes_a_wider_student():
     assert student(torch.randn(2, 3, 16, 16)).shape == (2, 7)
 
 
+# --- on data ----------------------------------------------------------------------------------------------------------
+
+
+def calibration(batches=4, max_tokens=10_000):
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randn(8, 3, 16, 16, generator=generator) for _ in range(batches)]
+    return Calibration(lambda model, batch: model(batch), images, max_tokens)
+
+
+def test_every_method_makes_a_student_of_every_teacher():
+    teachers = [teacher(), teacher(share_depth=False), teacher(slots_per_expert=2)]
+    for moe in teachers:
+        for method in integration_methods():
+            data = calibration(batches=1) if calibrated(method) else None
+            options = {"steps": 2} if method in ("fit", "joint_fit") else {}
+            student, report = integrate(moe, method, calibration=data, **options)
+            assert student.eval()(torch.randn(2, 3, 16, 16)).isfinite().all()
+            assert len(report.table().query("action == 'copied'")) > 10
+
+
+def test_layers_are_gathered_on_their_own_activations():
+    moe = teacher(share_depth=False)
+    found = calibration().activations(moe)
+    assert list(found) == ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]
+    student, _ = integrate(moe, "readout", calibration=calibration())
+    for name, layer in zip(found, moe.moe_layers(), strict=True):
+        expected = gather(layer.bank(), "readout", calibration=found[name])
+        for part, tensor in expected.tensors():
+            torch.testing.assert_close(getattr(student.get_submodule(name), part)[0], tensor)
+
+
+def test_scale_by_a_router_whose_gates_are_open_needs_data():
+    """Where gates are renormalised they sum to 1; else what they sum to is measured."""
+    assert integrate(teacher(renormalize=True), "sum", scale="router")
+    with pytest.raises(ValueError, match="calibration: expected data, which 'sum' needs here, found None"):
+        integrate(teacher(), "sum", scale="router")
+    moe = teacher()
+    student, _ = integrate(moe, "average", scale="router", calibration=calibration())
+    gate_sum = calibration().activations(moe)["blocks.0.mlp"].gate_sum()
+    assert 0.5 < gate_sum < 1
+    torch.testing.assert_close(student.moe_layers()[0].down, gate_sum * moe.moe_layers()[0].down.mean(0, keepdim=True))
+
+
+def stream_error(student, moe):
+    watched, target = HiddenStates(student.eval()), HiddenStates(moe)
+    images = torch.cat(calibration().batches)
+    with torch.no_grad():
+        student(images), moe(images)
+        watched.close(), target.close()
+        return hidden_error(watched.last, target.last).item()
+
+
+@pytest.mark.parametrize("share_depth", [True, False])
+def test_the_joint_fit_is_nearer_to_the_teachers_stream_and_moves_nothing_else(share_depth):
+    moe = teacher(share_depth=share_depth)
+    layerwise, _ = integrate(moe, "fit", calibration=calibration())
+    joint, _ = integrate(moe, "joint_fit", calibration=calibration(), steps=100)
+    assert stream_error(joint, moe) < stream_error(layerwise, moe)
+    before = dict(layerwise.named_parameters())
+    for name, parameter in joint.named_parameters():
+        assert parameter.requires_grad
+        assert torch.equal(parameter, before[name]) == (".mlp." not in name), name
+    again, _ = integrate(moe, "joint_fit", calibration=calibration(), steps=100)
+    assert all(torch.equal(p, q) for p, q in zip(joint.parameters(), again.parameters(), strict=True))
+    assert not any(m._forward_pre_hooks or m._forward_hooks for model in (moe, joint) for m in model.modules())
+
+
+def test_a_joint_fit_that_gets_worse_is_undone():
+    moe = teacher()
+    layerwise, _ = integrate(moe, "fit", calibration=calibration())
+    student, _ = integrate(moe, "fit", calibration=calibration())
+    fit_jointly(student, moe, calibration(), steps=2, learning_rate=50.0)
+    assert all(torch.equal(p, q) for p, q in zip(student.parameters(), layerwise.parameters(), strict=True))
+
+
+def test_equal_experts_need_no_fit():
+    moe = teacher(renormalize=True)
+    with torch.no_grad():
+        for name, tensor in equal_bank(4, d_ff=10, d_model=12).tensors():
+            getattr(moe.moe_layers()[0], name).copy_(tensor)
+    images = torch.randn(4, 3, 16, 16)
+    for method in gathering_methods()[4:]:
+        student, _ = integrate(moe, method, calibration=calibration())
+        torch.testing.assert_close(student.eval()(images), moe(images), atol=1e-4, rtol=1e-4)
+
+
 def test_report_says_what_happened():
     text = str(integrate(teacher(), "svd")[1])
     assert "svd: " in text
@@ -114,6 +201,27 @@ def test_report_says_what_happened():
         (lambda: integrate(teacher(), "best"), "method: expected one of .*zero_ffn.*found 'best'"),
         (lambda: integrate(teacher(num_experts=1, top_k=1), "svd"), "teacher: expected at least one MoE layer"),
         (lambda: integrate(teacher(), "zero_ffn", rank=2), "rank: control 'zero_ffn' takes no options"),
+        (lambda: integrate(teacher(), "fit"), "calibration: expected data, which 'fit' needs here, found None"),
+        (lambda: integrate(teacher(), "joint_fit"), "calibration: expected data, which 'joint_fit' needs"),
+        (
+            lambda: integrate(teacher(), "joint_fit", calibration=calibration(), rank=2),
+            "rank: method 'joint_fit' takes no options but {'steps'}",
+        ),
+        (
+            lambda: integrate(teacher(), "joint_fit", calibration=calibration(), steps=0),
+            "steps, learning_rate: expected positive numbers, found 0",
+        ),
+        (
+            lambda: integrate(teacher().train(), "fit", calibration=calibration()),
+            "model: expected a model in eval mode",
+        ),
+        (lambda: routers(teacher(slots_per_expert=2)), "expected a teacher whose experts are chosen by a top-k router"),
+        (lambda: Distillation(augmentations=-1), "augmentations: expected a number of at least 0, found -1"),
+        (lambda: Distillation(depth_weights=(1.0, -1.0)), "depth_weights: expected numbers of at least 0"),
+        (
+            lambda: hidden_error([torch.ones(2)] * 2, [torch.ones(2)] * 2, [1.0]),
+            "depth_weights: expected student, teacher and weights of the same number of depths, found 2, 2 and 1",
+        ),
         (lambda: Distillation(temperature=0), "temperature: expected a positive number, found 0"),
         (lambda: Distillation(alpha=1.5), "alpha: expected a number from 0 to 1, found 1.5"),
     ],
@@ -158,3 +266,64 @@ def test_gradients_at_high_temperature_match_those_of_logit_matching():
     student.requires_grad_()
     soft_kl(student, other, 200.0).backward()
     torch.testing.assert_close(student.grad, (student.detach() - other) / 5 / 4, atol=2e-3, rtol=0.05)
+
+
+def test_kl_is_the_mean_over_the_teachers_passes():
+    student, one, two, labels = torch.randn(6, 5), torch.randn(6, 5), torch.randn(6, 5), torch.randint(5, (6,))
+    task = F.cross_entropy(student, labels)
+    expected = 0.5 * task + 0.25 * (soft_kl(student, one, 2.0) + soft_kl(student, two, 2.0))
+    torch.testing.assert_close(Distillation(2.0, 0.5).loss(task, student, one, two), expected)
+
+
+def test_hidden_error_by_hand():
+    """Depth 1: one of four elements is off by 2 of |t|^2 = 16; depth 2: student zero, error 1."""
+    target = [torch.full((2, 2), 2.0), torch.tensor([3.0, 4.0])]
+    student = [torch.tensor([[2.0, 2.0], [2.0, 4.0]]), torch.zeros(2)]
+    assert hidden_error(student, target).item() == pytest.approx((4 / 16 + 1) / 2)
+    assert hidden_error(student, target, [2.0, 0.5]).item() == pytest.approx((2 * 4 / 16 + 0.5) / 2)
+
+
+@pytest.mark.parametrize("share_depth", [True, False])
+def test_hidden_states_are_the_stream_after_every_block(share_depth):
+    moe, images = teacher(share_depth=share_depth), torch.randn(2, 3, 16, 16)
+    states = HiddenStates(moe)
+    moe(torch.zeros(2, 3, 16, 16))  # of the last pass alone
+    moe(images)
+    states.close()
+    moe(torch.zeros(2, 3, 16, 16))
+    x = moe._pos_embed(moe.patch_embed(images))
+    for block, seen in zip(moe.blocks, states.last, strict=True):
+        x = block(x)
+        torch.testing.assert_close(seen, x)
+
+
+def test_sampled_experts_are_drawn_inside_the_context_alone():
+    moe, images = teacher(), torch.randn(2, 3, 16, 16)
+    plain = moe(images)
+    with sampled_experts(moe):
+        drawn = [moe(images) for _ in range(2)]
+    assert not torch.equal(drawn[0], plain)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(moe(images), plain)
+
+
+def test_adapted_routers_lower_the_loss_and_move_alone():
+    moe, images, target = teacher(), torch.randn(8, 3, 16, 16), torch.randn(8, 7)
+    with torch.no_grad():
+        moe.head.weight.normal_()
+    moe.requires_grad_(False)
+    for router in routers(moe):
+        router.top_k = 4
+    before = {name: p.clone() for name, p in moe.named_parameters()}
+
+    def loss():
+        return soft_kl(moe(images), target, 1.0)
+
+    losses = [loss().item()]
+    for _ in range(20):
+        adapt_routers(moe, loss, 0.02)
+        losses.append(loss().item())
+    assert losses[-1] < losses[0]
+    moved = {name for name, p in moe.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"blocks.0.mlp.router.weight"}
+    assert not any(p.requires_grad for p in moe.parameters())

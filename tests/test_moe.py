@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import equal_bank, random_bank
 
-from ones_lib.moe import MoEFeedForward, Router, Routing, dispatch, dispatch_plain
+from ones_lib.moe import MoEFeedForward, Router, Routing, SoftMoEFeedForward, dispatch, dispatch_plain
 
 
 def routing_of(experts, gates, num_experts, capacity=None):
@@ -165,3 +165,90 @@ def test_autocast_and_bfloat16_run_and_agree():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         MoEFeedForward(**{"d_model": 8, "d_ff": 12, **arguments})
+
+
+def test_token_gates_are_the_routing_written_out():
+    layer, x = MoEFeedForward(8, 12, num_experts=5).eval(), torch.randn(2, 6, 8)
+    gates, routing = layer.token_gates(x), layer.router(x.flatten(0, 1))
+    for n in range(12):
+        for e in range(5):
+            place = (routing.experts[n] == e).nonzero()
+            expected = routing.gates[n, place[0, 0]] if len(place) else torch.tensor(0.0)
+            torch.testing.assert_close(gates.flatten(0, 1)[n, e], expected)
+    mask = torch.arange(6).expand(2, 6) < 4
+    assert torch.equal(layer.token_gates(x, mask), gates * mask[..., None])
+
+
+def test_sampling_draws_experts_by_their_probabilities_without_replacement():
+    torch.manual_seed(0)
+    router = Router(8, 4, top_k=1).eval()
+    x = (20 * torch.randn(1, 8)).expand(20_000, 8)
+    probabilities = router(x).probabilities[0]
+    router.sampling = True
+    drawn = torch.bincount(router(x).experts.flatten(), minlength=4) / 20_000
+    torch.testing.assert_close(drawn, probabilities, atol=0.015, rtol=0)
+    router.top_k = 3
+    routing = router(x)
+    assert (routing.experts.sort(dim=1).values.diff(dim=1) > 0).all()  # three different ones
+    torch.testing.assert_close(routing.gates, routing.probabilities.gather(1, routing.experts))
+
+
+# --- Soft MoE ---------------------------------------------------------------------------------------------------------
+
+
+def soft_layer(num_experts=3, slots=2):
+    torch.manual_seed(0)
+    layer = SoftMoEFeedForward(8, 12, num_experts, slots).double()
+    with torch.no_grad():
+        layer.router.scale.fill_(4.0)
+        for bias in (layer.up_bias, layer.down_bias):
+            bias.normal_()
+    return layer
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_soft_moe_equals_a_plain_loop(masked):
+    """Over sequences, slots and tokens, as the paper's equations read (section 2.1), with cosines as logits (2.3)."""
+    layer, x = soft_layer(), torch.randn(2, 5, 8, dtype=torch.float64)
+    lengths = [5, 3] if masked else [5, 5]
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None] if masked else None
+    y = layer(x, mask)
+    for b, length in enumerate(lengths):
+        tokens = x[b, :length]
+        phi = layer.router.weight
+        logits = 4.0 * F.normalize(tokens, dim=1) @ F.normalize(phi, dim=1).T  # [L, 6]
+        into = logits.exp() / logits.exp().sum(dim=0)  # over tokens
+        out = logits.exp() / logits.exp().sum(dim=1, keepdim=True)  # over slots
+        expected = torch.zeros(length, 8, dtype=torch.float64)
+        for slot in range(6):
+            mixture = sum(into[t, slot] * tokens[t] for t in range(length))
+            result = layer.bank().expert(slot // 2).apply(mixture)
+            for t in range(length):
+                expected[t] += out[t, slot] * result
+        torch.testing.assert_close(y[b, :length], expected)
+        assert (y[b, length:] == 0).all()
+
+
+def test_soft_moes_weights_sum_to_one_where_they_must():
+    layer, x = soft_layer(), torch.randn(2, 5, 8, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([5, 3])[:, None]
+    spread, combine = layer.router(x, mask)
+    torch.testing.assert_close(spread.sum(dim=1), torch.ones(2, 6, dtype=torch.float64))
+    torch.testing.assert_close(combine.sum(dim=2), torch.ones(2, 5, dtype=torch.float64))
+    assert (spread[1, 3:] == 0).all()
+    gates = layer.token_gates(x)
+    torch.testing.assert_close(gates.sum(dim=2), torch.ones(2, 5, dtype=torch.float64))
+    torch.testing.assert_close(gates[..., 1], layer.router(x)[1][..., 2:4].sum(dim=2))
+
+
+def test_soft_moe_drops_nothing_and_teaches_all_its_weights():
+    layer = soft_layer()
+    layer.train()(torch.randn(2, 5, 8, dtype=torch.float64)).square().sum().backward()
+    assert layer.balance_losses == []
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.flatten(1).abs().sum(dim=1).all() if parameter.ndim > 1 else parameter.grad != 0, name
+
+
+def test_soft_moe_needs_slots():
+    with pytest.raises(ValueError, match="slots_per_expert: expected an integer of at least 1, found 0"):
+        SoftMoEFeedForward(8, 12, 3, 0)

@@ -11,8 +11,9 @@ from conftest import equal_bank, random_bank
 from scipy.linalg import subspace_angles
 
 from ones_lib import FeedForwardWeights, gather
+from ones_lib.calibration import LayerActivations, collect_activations
 from ones_lib.ffn import match_neurons
-from ones_lib.moe import LayerActivations, MoEFeedForward, collect_activations
+from ones_lib.moe import MoEFeedForward
 from ones_lib.spectra import (
     MEAN,
     FactoredBank,
@@ -225,7 +226,7 @@ def test_distances_by_hand():
 
 def activations_of(layer, tokens=200, seed=0):
     x = torch.randn(tokens, layer.up.shape[2], generator=torch.Generator().manual_seed(seed), dtype=layer.up.dtype)
-    return collect_activations(torch.nn.ModuleDict({"ffn": layer}).eval(), lambda: layer(x))["ffn"], x
+    return collect_activations(torch.nn.ModuleDict({"ffn": layer}).eval(), lambda model, x: layer(x), [x])["ffn"], x
 
 
 def moe_layer(bank=None, renormalize=True, **kwargs):
@@ -241,9 +242,8 @@ def moe_layer(bank=None, renormalize=True, **kwargs):
 def test_activations_are_what_the_layer_computes():
     layer = moe_layer(random_bank(4, dtype=torch.float64))
     seen, x = activations_of(layer)
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))  # of a random draw, here of all
-    torch.testing.assert_close(seen.inputs, x[order])
-    torch.testing.assert_close(seen.outputs, layer(x[order]))
+    torch.testing.assert_close(seen.inputs, x)
+    torch.testing.assert_close(seen.outputs, layer(x))
     torch.testing.assert_close(seen.gates.sum(dim=1), torch.ones(200, dtype=torch.float64))
     assert ((seen.gates > 0).sum(dim=1) == 2).all()
     torch.testing.assert_close(seen.expert_weights(), seen.gates.mean(dim=0))
@@ -252,15 +252,19 @@ def test_activations_are_what_the_layer_computes():
 def test_activations_of_a_layer_passed_twice_of_few_tokens_and_of_a_model_in_training():
     layer = moe_layer()
     model, x = torch.nn.ModuleDict({"ffn": layer}).eval(), torch.randn(30, 8, dtype=torch.float64)
-    seen = collect_activations(model, lambda: layer(layer(x)))["ffn"]
+    seen = collect_activations(model, lambda _, x: layer(layer(x)), [x])["ffn"]
     assert len(seen.inputs) == 60
-    few = collect_activations(model, lambda: layer(layer(x)), max_tokens=10)["ffn"]
-    torch.testing.assert_close(few.inputs, seen.inputs[:10])  # the first of the same draw
-    masked = collect_activations(model, lambda: layer(x[None], torch.arange(30)[None] < 7))["ffn"]
-    assert len(masked.inputs) == 7  # padding is no token
-    assert not layer.router._forward_hooks
+    few = collect_activations(model, lambda _, x: layer(layer(x)), [x], max_tokens=10)["ffn"]
+    assert all((row == seen.inputs).all(dim=1).any() for row in few.inputs)
+    assert len(few.inputs) == 10
+    masked = collect_activations(model, lambda _, x: layer(x[None], torch.arange(30)[None] < 7), [x])["ffn"]
+    torch.testing.assert_close(masked.inputs, x[:7])  # padding is no token
+    torch.testing.assert_close(masked.outputs, layer(x[:7]))
+    assert not layer._forward_hooks
     with pytest.raises(ValueError, match="model: expected a model in eval mode"):
-        collect_activations(model.train(), lambda: layer(x))
+        collect_activations(model.train(), lambda _, x: layer(x), [x])
+    with pytest.raises(ValueError, match="batches: expected at least one token"):
+        collect_activations(model.eval(), lambda _, x: layer(x), [])
 
 
 def test_output_error_by_hand():

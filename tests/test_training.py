@@ -66,12 +66,15 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("with_teacher", [False, True])
-def test_resume_gives_the_weights_of_an_uninterrupted_run(task, tmp_path, with_teacher):
-    """With mixup, dropout, router noise, EMA and optimizer state, stopped between two checkpoints."""
+EXPERT_AWARE = Distillation(hidden_weight=0.5, augmentations=1, router_rate=0.01)
+
+
+@pytest.mark.parametrize("loss", [None, Distillation(), EXPERT_AWARE], ids=["alone", "kd", "expert-aware"])
+def test_resume_gives_the_weights_of_an_uninterrupted_run(task, tmp_path, loss):
+    """With mixup, dropout, router noise, EMA, optimizer state and a router that learns, stopped between two checkpoints."""
 
     def kd():
-        return {"teacher": small_model(seed=5), "distillation": Distillation()} if with_teacher else {}
+        return {} if loss is None else {"teacher": small_model(seed=5), "distillation": loss}
 
     whole, whole_history = fit(small_model(), task, RECIPE, seed=3, **kd())
     checkpoint = tmp_path / "checkpoint.safetensors"
@@ -131,6 +134,39 @@ def test_the_teacher_is_frozen_and_in_eval_mode(task):
     fit(small_model(num_experts=1), task, RECIPE, seed=0, teacher=teacher, distillation=Distillation())
     assert not teacher.training
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(teacher).items())
+
+
+@pytest.mark.parametrize("option", [{"hidden_weight": 1.0}, {"augmentations": 2}, {"router_rate": 0.01}], ids=str)
+def test_expert_aware_distillation_changes_what_is_learnt(task, option):
+    """Of the teacher only what may: its routers, where they are student-aware. With evaluations on the way."""
+    recipe = replace(RECIPE, ema_decay=0.0, evaluations=3)
+    results = []
+    for distillation in (Distillation(), Distillation(**option)):
+        teacher = small_model(seed=5)
+        before = weights(teacher)
+        student, _ = fit(small_model(num_experts=1), task, recipe, seed=0, teacher=teacher, distillation=distillation)
+        results.append(weights(student))
+        moved = {name for name, tensor in weights(teacher).items() if not torch.equal(tensor, before[name])}
+        assert moved == ({"blocks.0.mlp.router.weight"} if distillation.router_rate else set())
+        assert not any(m._forward_pre_hooks for model in (student, teacher) for m in model.modules())
+    assert not torch.equal(results[0]["head.weight"], results[1]["head.weight"])
+
+
+def test_matching_hidden_states_brings_them_together(task):
+    from ones_lib.distillation import HiddenStates, hidden_error
+
+    errors = []
+    for weight in (0.0, 30.0):
+        teacher = small_model(seed=5).eval()
+        distillation = Distillation(alpha=0.5, hidden_weight=weight)
+        recipe = Training(steps=40, batch_size=16, learning_rate=5e-3)
+        student, _ = fit(small_model(num_experts=1), task, recipe, seed=0, teacher=teacher, distillation=distillation)
+        states = [HiddenStates(model) for model in (student, teacher)]
+        images = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            student(images), teacher(images)
+        errors.append(hidden_error(states[0].last, states[1].last).item())
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_distillation_pulls_the_student_to_its_teacher(task):
