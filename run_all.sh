@@ -12,7 +12,7 @@ usage: ./run_all.sh [--profile smoke|demo|paper] [--only NN ...] [-p NAME VALUE]
 Makes an environment if the active one lacks something, executes the notebooks with papermill, and writes
 figures/ (the smoke and paper profiles write below runs/). Finished work is found again and not done twice.
 
-  --profile NAME     parameter file notebooks/profiles/NAME.yaml: smoke (about two minutes), demo (about twenty; the
+  --profile NAME     parameter file notebooks/profiles/NAME.yaml: smoke (about two minutes), demo (half an hour; the
                      default) or paper (the papers' models: needs the data and GPUs)
   --only NN ...      only these notebooks, by number or name: --only 01 02
   -p NAME VALUE      set a notebook parameter; may be repeated: -p num_experts 8 -p seeds '[0, 1]'

@@ -272,8 +272,8 @@ def fit(
     Args:
         bank: experts, up [E, h, d].
         calibration: activations of the layer.
-        start: whose hidden units to start from, as ``hidden`` of :func:`readout`; None tries several and takes what has the
-            least error after the read-out.
+        start: whose hidden units to start from, as ``hidden`` of :func:`readout`; None tries averaging, Top-KG and Top-KG by
+            contribution, and takes what has the least error after the read-out.
         steps: of Adam.
         learning_rate: relative to the weights.
         seed: of the draw.
@@ -285,15 +285,16 @@ def fit(
     best = min(ffns, key=lambda ffn: squared_error(ffn, calibration))
 
     generator = torch.Generator().manual_seed(seed)
+    tokens = calibration.inputs, calibration.outputs, calibration.token_weights()
     with torch.enable_grad():
         moving = best.map(lambda t: t.clone().requires_grad_())
         optimizer, schedule = relative_adam(moving, steps, learning_rate)
         for _ in range(steps):
-            drawn = torch.randint(len(calibration.inputs), (_BATCH,), generator=generator).to(bank.up.device)
-            batch = calibration.map(lambda t, drawn=drawn: t[drawn])
-            errors = (moving.apply(batch.inputs, batch.activation) - batch.outputs).square().sum(dim=1)
+            drawn = torch.randint(len(tokens[0]), (_BATCH,), generator=generator).to(bank.up.device)
+            inputs, outputs, weights = (t.index_select(0, drawn) for t in tokens)
+            errors = (moving.apply(inputs, calibration.activation) - outputs).square().sum(dim=1)
             optimizer.zero_grad()
-            (batch.token_weights() * errors).mean().backward()
+            (weights * errors).mean().backward()
             optimizer.step()
             schedule.step()
     fitted = fit_readout(moving.map(torch.detach), calibration, ridge=1e-6)
@@ -308,5 +309,5 @@ def relative_adam(
     groups = [
         {"params": [tensor], "lr": learning_rate * sizes[name.removesuffix("_bias")]} for name, tensor in ffn.tensors()
     ]
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, fused=True)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

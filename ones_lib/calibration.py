@@ -128,7 +128,10 @@ class _Draw:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.generator = size, torch.Generator().manual_seed(seed)
-        self.kept: list[Tensor] = []  # numbers [n], depths [n], inputs [n, d], gates [n, E], outputs [n, d]
+        self.kept: list[
+            list[Tensor]
+        ] = []  # by batch: numbers [n], depths [n], inputs [n, d], gates [n, E], outputs [n, d]
+        self.count, self.limit = 0, torch.inf  # tokens kept; numbers above the limit have no chance any more
         self.squares: dict[int, list[float]] = {}  # of the outputs by depth: their sum, and of how many tokens
 
     def add(self, depth: int, inputs: Tensor, gates: Tensor, outputs: Tensor) -> None:
@@ -136,16 +139,29 @@ class _Draw:
         total[0] += outputs.double().square().sum().item()
         total[1] += len(outputs)
         numbers = torch.rand(len(inputs), generator=self.generator, dtype=torch.float64)
-        new = [numbers, torch.full((len(inputs),), depth), inputs, gates, outputs]
-        self.kept = [torch.cat(pair) for pair in zip(self.kept, new, strict=True)] if self.kept else new
-        if len(self.kept[0]) > self.size:
-            chosen = self.kept[0].topk(self.size, largest=False).indices.sort().values
-            self.kept = [tensor[chosen.to(tensor.device)] for tensor in self.kept]
+        parts = [numbers, torch.full((len(inputs),), depth), inputs, gates, outputs]
+        if self.limit < torch.inf:
+            chance = (numbers <= self.limit).nonzero()[:, 0]
+            parts = [tensor[chance.to(tensor.device)] for tensor in parts]
+        self.kept.append(parts)
+        self.count += len(parts[0])
+        if self.count > 2 * self.size:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Leave the tokens with the least numbers, in the order in which they came."""
+        parts = [torch.cat(batches) for batches in zip(*self.kept, strict=True)]
+        if len(parts[0]) > self.size:
+            least, chosen = parts[0].topk(self.size, largest=False)
+            self.limit, chosen = least.max().item(), chosen.sort().values
+            parts = [tensor[chosen.to(tensor.device)] for tensor in parts]
+        self.kept, self.count = [parts], len(parts[0])
 
     def activations(self, activation: Activation) -> LayerActivations:
-        if not self.kept or not len(self.kept[0]):
+        if not self.count:
             raise ValueError("batches: expected at least one token to pass through every MoE layer, found none")
-        _, depths, inputs, gates, outputs = self.kept
+        self._drop()
+        ((_, depths, inputs, gates, outputs),) = self.kept
         means = torch.tensor([square / max(count, 1) for square, count in self.squares.values()], dtype=torch.float64)
         weights = torch.where(means > 0, 1 / means, 0.0)[depths]
         weights = weights / weights.mean() if weights.sum() > 0 else torch.ones_like(weights)

@@ -114,15 +114,17 @@ def open_experts(source: nn.Module | Record | str | Path) -> ExpertBanks:
     return ExpertBanks(str(path), shapes, lambda name: where[name].get_tensor(name))
 
 
-def record_activations(record: Record, cache_dir: Path, max_tokens: int = 4096) -> dict[str, LayerActivations]:
-    """Activations by layer of a record's model on one batch of its own training data, always the same one.
+def record_activations(
+    record: Record, cache_dir: Path, max_tokens: int = 4096, seed: int = 0
+) -> dict[str, LayerActivations]:
+    """Activations by layer of a record's model on one batch of its own training data, always the same one for a ``seed``.
 
     Layers have the names that :func:`open_experts` gives them. In float64, so that what is made of them does not depend on
     the number of threads.
     """
     model, task = load_record(record, cache_dir)
     recipe = recipe_of(record.config)
-    (batch,) = calibration_batches(task, recipe, min(CALIBRATION_BATCH, recipe["batch_size"]))
+    (batch,) = calibration_batches(task, recipe, min(CALIBRATION_BATCH, recipe["batch_size"]), seed=seed)
     batch = batch._replace(
         **{k: v.double() for k, v in batch._asdict().items() if torch.is_tensor(v) and v.is_floating_point()}
     )

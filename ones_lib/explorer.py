@@ -52,8 +52,9 @@ def moe_records(records: Records, first: Sequence[str] = ()) -> dict[str, Record
     result = {}
     for record in found:
         config, code = record.config, record.folder.name[-4:]
-        count = config["model"].get("num_experts", "?")
-        result[f"{config['data']['name']}, {count} experts, seed {config['seed']} ({code})"] = record
+        made = "upcycling" if "upcycling" in config else "model"
+        count, kind = config[made].get("num_experts", "?"), "upcycled, " if made == "upcycling" else ""
+        result[f"{config['data']['name']}, {kind}{count} experts, seed {config['seed']} ({code})"] = record
     return result
 
 

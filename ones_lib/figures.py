@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch.utils.data import DataLoader
 
 from ones_lib.data import ImageData
@@ -43,6 +42,12 @@ NAMES = {
     "average": "averaging",
     "topk": "Top-KG",
     "svd": "SVD-KG",
+    "matched_average": "matched averaging",
+    "contribution_topk": "Top-KG by contribution",
+    "whitened_svd": "whitened SVD-KG",
+    "readout": "read-out",
+    "fit": "layer-wise fit",
+    "joint_fit": "joint fit",
 }
 METRICS = {
     "accuracy": "accuracy (%)",
@@ -63,12 +68,21 @@ TASK_NAMES = {
     "squad_v2": "SQuAD 2.0",
     "average": "average of the tasks",
 }
-METHODS = ["sum", "average", "topk", "svd"]
+METHODS = ["sum", "average", "topk", "svd"]  # the paper's
+CALIBRATED = [
+    "matched_average",
+    "contribution_topk",
+    "whitened_svd",
+    "readout",
+    "fit",
+    "joint_fit",
+]  # those that look at data
 CONTROLS = ["shared_kd", "zero_ffn", "one_expert"]
 _COLOURS = sns.color_palette("colorblind")
 PALETTE = dict(zip([*METHODS, *CONTROLS, "dense_kd"], [_COLOURS[i] for i in (3, 0, 2, 1, 7, 5, 4, 9)], strict=True))
+PALETTE |= dict(zip(CALIBRATED, ["#5fa8d3", "#6fcf97", "#f2b880", "#1b7f79", "#d63fa5", "#4a0d67"], strict=True))
 PALETTE |= {"moe": "black", "dense": "0.45", "dense_long": "0.45"}
-MARKERS = dict(zip(PALETTE, "oosDv^<PXXX", strict=False))
+MARKERS = dict(zip(PALETTE, "oosDv^<PosDhp*XXX", strict=True))
 MATRIX_NAMES = {"up": "up projection", "gate": "gate projection", "down": "down projection"}
 SIDE_NAMES = {"in": "space read from", "out": "space written to"}
 MOVES = "moves"  # gid of what depends on the rank in the views of one layer: what their argument `on` draws anew
@@ -149,7 +163,7 @@ def scores_by_model(results: pd.DataFrame) -> Figure:
     order = [m for m in NAMES if m in set(results["model"])]
     fig, axes = _panels(len(tasks), order)
     stages = {"trained": ("black", "o"), "gathered": (_COLOURS[7], "s"), "distilled": (_COLOURS[0], "D")}
-    texts = {"trained": "trained from scratch", "gathered": "gathered, before KD", "distilled": "distilled"}
+    texts = {"trained": "trained", "gathered": "gathered, before KD", "distilled": "distilled"}
     for ax, task in zip(axes, tasks, strict=True):
         rows = results if task is None else results[results["task"] == task]
         for stage, (colour, marker) in stages.items():
@@ -233,7 +247,7 @@ def retention_curves(retention: pd.DataFrame, axis: str, axis_label: str, log: b
         models = [m for m in PALETTE if m in set(part["model"])]
         for i, model in enumerate(models):
             line = part[part["model"] == model].sort_values(axis)
-            control = model not in METHODS
+            control = model in (*CONTROLS, "dense_kd")
             # Lines that lie on one another stay apart: each method a little to the side of the one before.
             offset = (i - (len(models) - 1) / 2) * 0.012
             x = line[axis] * (1 + offset) if log else line[axis] + offset * np.ptp(part[axis])
@@ -506,7 +520,7 @@ def output_errors(table: pd.DataFrame, rank: int | None = None, on: Figure | Non
         part = table[table["data"] == data]
         for ax, value in zip(row, ("error", "rescaled"), strict=True):
             for method, values in part.groupby("method", sort=False):
-                dashes = "-" if method in METHODS else "--"
+                dashes = "--" if method in CONTROLS else "-"
                 _mean_and_range(ax, values, "rank", value, linestyle=dashes, **_method_style(method))
             ax.axhline(1, color="0.45", linewidth=0.8, zorder=1.6)
             ax.set(title=f"{data}: {ERRORS[value]}" if data else ERRORS[value])
@@ -528,42 +542,187 @@ def output_errors(table: pd.DataFrame, rank: int | None = None, on: Figure | Non
     return fig
 
 
-def gathering_ablation(table: pd.DataFrame, num_experts: int) -> Figure:
-    """What scale and rank are worth: the layer's output error, accuracy right after gathering and after distillation.
+SCALES = {"router": "router's scale", "scalar": "scale by data", "vector": "scale per output by data"}
 
-    ``table`` has ``method, scale, rank, budget, seed, accuracy, layer_error``, one row a student; without scale: a control.
-    Lines are means over seeds, bands reach from the lowest to the highest.
+
+def variant_label(method: str, scale: float | str | None, rank: float | None) -> str:
+    """A method, its scale and its rank, for people; what is a method's default is left out."""
+    parts = [_method_style(method)["label"]]
+    if not (pd.isna(scale) or scale == 1):
+        parts.append(SCALES.get(scale, f"scale {scale}"))
+    if not pd.isna(rank):
+        parts.append(f"K = {rank:g}")
+    return ", ".join(parts)
+
+
+def gathering_starts(table: pd.DataFrame, references: pd.DataFrame) -> Figure:
+    """Accuracy, of text the loss, of every variant right after gathering, a panel each data set: strokes are seeds, marks their
+    mean. Lines are what was trained.
+
+    ``table`` is a :func:`ones_lib.tables.ablation_table`; ``references`` a :func:`ones_lib.tables.results_table` of MoE and dense.
+    What is far from the others is a number at the panel's edge.
     """
-    largest = table["budget"].max()
-    panels = [
-        ("layer_error", 0, "relative output error", "layer, right after gathering"),
-        ("accuracy", 0, METRICS["accuracy"], "model, right after gathering"),
-        ("accuracy", largest, METRICS["accuracy"], f"model, after {largest:g} steps of KD"),
-    ]
-    fig, axes = plt.subplots(1, 3, figsize=(TWO_COLUMNS, 2.7))
-    dashes = dict(zip(sorted(table["rank"].dropna().unique()), cycle(_RANK_DASHES), strict=False))
-    for ax, (column, budget, label, title) in zip(axes, panels, strict=True):
-        part = table[table["budget"] == budget]
-        for (method, rank), values in part.groupby(["method", "rank"], sort=False, dropna=False):
-            style = _method_style(method)
-            if not math.isnan(rank):
-                style |= {"linestyle": dashes[rank], "label": f"{style['label']}, K = {rank:g}"}
-            if values["scale"].notna().any():
-                _mean_and_range(ax, values, "scale", column, **style)
-            elif values[column].notna().all():  # a control; it has no layer of its own to measure
-                level = {"linestyle": "--", "linewidth": 1, "label": style["label"]}
-                ax.axhline(values[column].mean(), color=style["color"], **level)
-        scales = sorted(part["scale"].dropna().unique())
-        ax.set(xlabel="scale of the gathered matrices", ylabel=label, title=title, xscale="log")
-        ax.set_xticks(scales, [f"{s:.3g}" for s in scales])
-        ax.minorticks_off()
-    axes[0].set_yscale("log")
-    axes[0].axhline(1, color="0.45", linewidth=0.8, zorder=1.6)
-    _plain_log(axes[0])
-    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    text = f"{num_experts} experts; lines: mean over {table['seed'].nunique()} seeds, bands: lowest to highest; grey: zeros"
+    start = table[table["budget"] == 0].assign(label=lambda t: _labels(t))
+    rows = [m for m in NAMES if m in set(start["method"])] + sorted(set(start["method"]) - set(NAMES))
+    start = start.sort_values("method", key=lambda m: m.map(rows.index), kind="stable")
+    order = list(dict.fromkeys(start["label"]))
+    sets = list(dict.fromkeys(table["data"]))
+    size = (TWO_COLUMNS, 0.16 * len(order) + 1.0)
+    fig, axes = plt.subplots(1, len(sets), figsize=size, sharey=True, squeeze=False)
+    for ax, data in zip(axes[0], sets, strict=True):
+        part, metric = start[start["data"] == data], _main_metric(table, data)
+        levels = (
+            references[(references["data"] == data) & (references["metric"] == metric)].groupby("model")["value"].mean()
+        )
+        means = part.groupby("label")[metric].mean()
+        if metric in LOWER_IS_BETTER:  # what is far off would press the others together
+            best, worst = min(means.min(), levels.min()), max(levels.max(), means.median())
+            ax.set_xlim(best - 0.1 * (worst - best), worst + 1.5 * (worst - best))
+        for i, label in enumerate(order):
+            values = part.loc[part["label"] == label]
+            if values.empty:
+                continue
+            style = _method_style(values["method"].iloc[0])
+            if metric in LOWER_IS_BETTER and means[label] > ax.get_xlim()[1]:
+                place = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "center", "fontsize": 7}
+                ax.text(0.98, i, f"{means[label]:.2f} →", color=style["color"], **place)
+                continue
+            ax.plot(values[metric], [i] * len(values), "|", color=style["color"], markersize=6, alpha=0.8)
+            ax.plot(means[label], i, style["marker"], color=style["color"], markersize=4.5)
+        for model in ("moe", "dense"):
+            if model in levels:
+                line = {"color": PALETTE[model], "linestyle": DASHES[model], "linewidth": 0.8, "zorder": 1.6}
+                ax.axvline(levels[model], label=NAMES[model], **line)
+        ax.set(xlabel=METRICS[metric], title=f"{data}: right after gathering")
+    axes[0, 0].set_yticks(range(len(order)), order)
+    axes[0, 0].set_ylim(len(order) - 0.5, -0.5)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    fig.supxlabel(
+        f"strokes: {_seed_counts(table)} seeds, marks: their mean; no training but what a fit does", fontsize=7
+    )
+    return fig
+
+
+def gathering_budgets(table: pd.DataFrame) -> Figure:
+    """Benefit retention against the KD budget, 0 included, a line each method at its default scale and rank, a panel each data
+    set; bands reach from the lowest to the highest seed. Linear between -100% and 100%, logarithmic below.
+
+    ``table`` is a :func:`ones_lib.tables.ablation_table`; methods with one budget alone are left out.
+    """
+    plain = table[(table["scale"].isna() | (table["scale"] == 1)) & table["rank"].isna()]
+    sets = list(dict.fromkeys(plain["data"]))
+    fig, axes = plt.subplots(1, len(sets), figsize=(TWO_COLUMNS, 3.3), squeeze=False)
+    for ax, data in zip(axes[0], sets, strict=True):
+        part = plain[plain["data"] == data]
+        budgets = sorted(part["budget"].unique())
+        full = part.groupby("method")["budget"].nunique()
+        for method in [m for m in PALETTE if full.get(m, 0) == len(budgets)]:
+            values = part[part["method"] == method]
+            values = values.assign(place=values["budget"].map(budgets.index), percent=100 * values["retention"])
+            dashes = "--" if method in CONTROLS else "-"
+            _mean_and_range(
+                ax, values.dropna(subset="percent"), "place", "percent", linestyle=dashes, **_method_style(method)
+            )
+        _retention_marks(ax.axhline)
+        ax.set_xticks(range(len(budgets)), [f"{b:g}" for b in budgets])
+        ax.set_yscale("symlog", linthresh=100, linscale=2)
+        ax.set_yticks([t for t in (-5000, -2000, -1000, -500, -200, -100, -50, 0, 50, 100) if t >= ax.get_ylim()[0]])
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.set(xlabel="KD steps", title=data)
+        ax.set_ylim(top=120)
+    axes[0, 0].set_ylabel("benefit retention (%)")
+    handles = {}
+    for ax in axes[0]:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    fig.legend(handles.values(), handles, loc="outside right center")
+    text = f"0: dense, 100: the MoE; lines: mean over {_seed_counts(table)} seeds, bands: lowest to highest"
     fig.supxlabel(text, fontsize=7)
     return fig
+
+
+def gathering_errors(table: pd.DataFrame, correlations: pd.DataFrame) -> Figure:
+    """The layer's output error right after gathering against what the student is worth then, and after the smallest budget of
+    KD; a row each data set, a mark each variant (mean over seeds).
+
+    ``table`` is a :func:`ones_lib.tables.ablation_table`, ``correlations`` of :func:`ones_lib.tables.error_correlations`.
+    """
+    sets = list(dict.fromkeys(table["data"]))
+    fig, axes = plt.subplots(len(sets), 2, figsize=(TWO_COLUMNS, 0.8 + 2.1 * len(sets)), squeeze=False)
+    for row, data in zip(axes, sets, strict=True):
+        of_set = correlations[correlations["data"] == data]
+        for ax, (_, found) in zip(row, of_set.iterrows(), strict=True):
+            part = table[(table["data"] == data) & (table["budget"] == found["budget"])].assign(
+                label=lambda t: _labels(t)
+            )
+            factor = 100 if found["value"] == "retention" else 1
+            for _, variant in part.groupby("label", sort=False):
+                style = _method_style(variant["method"].iloc[0]) | {"markersize": 4, "linestyle": "none"}
+                y = factor * variant[found["value"]]
+                ax.plot(variant["layer_error"].mean(), y.mean(), **style)
+                ax.vlines(variant["layer_error"].mean(), y.min(), y.max(), color=style["color"], linewidth=0.8)
+            when = "right after gathering" if found["budget"] == 0 else f"after {found['budget']:g} steps of KD"
+            text = "rank correlation {:.2f} ({:.2f} to {:.2f})".format(*found[["correlation", "low", "high"]])
+            text = text.replace("-", "\N{MINUS SIGN}")
+            ax.set(xscale="log", title=f"{data}, {when}\n{text}")
+            ax.set(ylabel="benefit retention (%)" if factor == 100 else METRICS[found["value"]])
+            _plain_log(ax, "x")
+    for ax in axes[-1]:
+        ax.set_xlabel("relative output error of the layer")
+    handles = {}
+    for ax in axes.flat:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    fig.legend(handles.values(), handles, loc="outside right center")
+    fig.supxlabel(
+        f"marks: mean over {_seed_counts(table)} seeds; strokes: lowest to highest; intervals: 95% bootstrap",
+        fontsize=7,
+    )
+    return fig
+
+
+def distillation_gains(results: pd.DataFrame) -> Figure:
+    """What each addition to the loss gains over the first loss, in points of accuracy: strokes are seeds, each against its own
+    student of the first loss, marks their mean.
+
+    ``results`` is a :func:`ones_lib.tables.results_table` of :meth:`ones_lib.study.Study.distillation_entries`.
+    """
+    students = (
+        results[results["stage"] == "distilled"]
+        .set_index(["model", "seed", "loss"])["value"]
+        .unstack("loss", sort=False)
+    )
+    first, *others = students.columns
+    gains = students[others].sub(students[first], axis=0)
+    methods = list(dict.fromkeys(gains.index.get_level_values("model")))
+    fig, ax = plt.subplots(figsize=(ONE_COLUMN, 0.6 + 0.3 * len(others) * max(1, len(methods) / 2)))
+    for i, method in enumerate(methods):
+        style = _method_style(method)
+        for row, loss in enumerate(others):
+            values, at = gains.loc[method, loss], row + (i - (len(methods) - 1) / 2) * 0.3
+            ax.plot(values, [at] * len(values), "|", color=style["color"], markersize=7, alpha=0.8)
+            label = f"from {style['label']}" if row == 0 else None
+            ax.plot(values.mean(), at, style["marker"], color=style["color"], markersize=4.5, label=label)
+    ax.axvline(0, color="0.45", linewidth=0.8, zorder=1.6)
+    ax.set_yticks(range(len(others)), others)
+    ax.set_ylim(len(others) - 0.5, -0.5)
+    ax.set(xlabel=f"gain over {first} alone (points of accuracy)")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    fig.supxlabel(f"strokes: {results['seed'].nunique()} seeds, each against its own; marks: their mean", fontsize=7)
+    return fig
+
+
+def _labels(table: pd.DataFrame) -> list[str]:
+    return [variant_label(*row) for row in table[["method", "scale", "rank"]].itertuples(index=False)]
+
+
+def _main_metric(table: pd.DataFrame, data: str) -> str:
+    """The loss of a data set that has one."""
+    return "loss" if table.loc[table["data"] == data, "loss"].notna().any() else "accuracy"
+
+
+def _seed_counts(table: pd.DataFrame) -> str:
+    counts = table.groupby("data", sort=False)["seed"].nunique()
+    return " and ".join(str(n) for n in dict.fromkeys(counts))
 
 
 DISPATCHES = {"moe": "this library's MoE", "moe_plain": "loop over experts", "moe_gshard": "one-hot products (GShard)"}
@@ -597,7 +756,6 @@ def inference_speed(table: pd.DataFrame) -> Figure:
     return fig
 
 
-_RANK_DASHES = ("-", (0, (4, 1.5)), (0, (1.5, 1)))
 ERRORS = {"error": "as gathered", "rescaled": "output rescaled by the best number"}
 _OTHER = _COLOURS[6]  # a method that someone registered
 _NOISE = {"color": "0.45", "linestyle": ":"}
@@ -673,13 +831,15 @@ def _whole_ranks(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
-def _plain_log(ax: Axes) -> None:
+def _plain_log(ax: Axes, which: str = "y") -> None:
     """Plain numbers along a logarithmic axis, and enough of them where it spans little."""
-    low, high = ax.get_ylim()
-    locator = MaxNLocator(4) if high < 5 * low else LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,))
-    ax.yaxis.set_major_locator(locator)
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("")
+    low, high = ax.get_ylim() if which == "y" else ax.get_xlim()
+    axis = ax.yaxis if which == "y" else ax.xaxis
+    axis.set_major_locator(
+        MaxNLocator(4) if high < 5 * low else LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,))
+    )
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _at_every_rank(part: pd.DataFrame, ranks: pd.Series) -> pd.DataFrame:

@@ -95,16 +95,16 @@ def integrate(
         raise ValueError(
             f"teacher: expected at least one MoE layer with 2 experts or more, found none in {type(teacher).__name__}"
         )
-    own = {"steps"} if method == JOINT_FIT else set()
-    if (method in CONTROLS or method == JOINT_FIT) and (unknown := set(options) - own):
-        what = f"takes no options but {own}" if own else "takes no options"
-        raise TypeError(f"{unknown.pop()}: {'method' if own else 'control'} {method!r} {what}")
+    of_fit, options = (options, {}) if method == JOINT_FIT else ({}, options)
+    if method in CONTROLS and options:
+        raise TypeError(f"{next(iter(options))}: control {method!r} takes no options")
+    if unknown := set(of_fit) - {"steps"}:
+        raise TypeError(f"{unknown.pop()}: method {method!r} takes no option but steps")
     scale = options.get("scale", 1.0)
     # Gates that are not renormalised sum to a number that only data tell.
     open_sum = scale == "router" and not all(getattr(m.router, "renormalize", True) for m in layers.values())
-    if calibration is None and (
-        method == JOINT_FIT or open_sum or (method not in CONTROLS and needs_calibration(method, scale))
-    ):
+    needs = open_sum or method == JOINT_FIT or (method not in CONTROLS and needs_calibration(method, scale))
+    if calibration is None and needs:
         raise ValueError(f"calibration: expected data, which {method!r} needs here, found None")
 
     with torch.random.fork_rng(), torch.no_grad():
@@ -123,11 +123,7 @@ def integrate(
             if calibration is not None and calibrated(method, scale):
                 found = calibration.activations(teacher)
             by_layer = "fit" if method == JOINT_FIT else method
-            options_of_layer = {} if method == JOINT_FIT else options
-            gathered = {
-                name: gather(layer.bank(), by_layer, calibration=found.get(name), **options_of_layer)
-                for name, layer in layers.items()
-            }
+            gathered = {n: gather(m.bank(), by_layer, calibration=found.get(n), **options) for n, m in layers.items()}
             student = teacher.dense_twin(d_ff=next(iter(gathered.values())).d_ff).to(like)
 
         rows, source = [], dict(teacher.named_parameters()) | dict(teacher.named_buffers())
@@ -145,7 +141,7 @@ def integrate(
             shape = None if action == "dropped" else tuple(target[name].shape)
             rows.append({"parameter": name, "action": action, "shape": shape, "source_shape": tuple(tensor.shape)})
     if method == JOINT_FIT:
-        fit_jointly(student, teacher, calibration, seed=seed, **options)
+        fit_jointly(student, teacher, calibration, seed=seed, **of_fit)
     return student, IntegrationReport(method, rows)
 
 

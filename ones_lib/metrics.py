@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 from torchmetrics.functional.text import squad
 
@@ -22,6 +23,32 @@ def benefit_retention(student: float, dense: float, moe: float) -> float:
     NaN where ``moe <= dense``: there is no benefit to keep and retention is undefined.
     """
     return (student - dense) / (moe - dense) if moe > dense else math.nan
+
+
+def rank_correlation(
+    x: np.ndarray, y: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Spearman's rank correlation of the means over seeds of two quantities [variants, seeds], with its interval by a bootstrap
+    over variants and seeds: estimate, low, high. NaN where one of them is the same for all variants."""
+    if x.shape != y.shape or x.ndim != 2:
+        raise ValueError(f"x, y: expected two arrays [variants, seeds], found {list(x.shape)} and {list(y.shape)}")
+    generator, found = np.random.default_rng(seed), []
+    for _ in range(draws):
+        rows, columns = (generator.integers(n, size=n) for n in x.shape)
+        drawn = (values[rows][:, columns].mean(axis=1) for values in (x, y))
+        found.append(_spearman(*drawn))
+    estimate = _spearman(x.mean(axis=1), y.mean(axis=1))
+    if math.isnan(estimate):
+        return estimate, math.nan, math.nan
+    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return estimate, float(low), float(high)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    ranks = [rankdata(values) for values in (x, y)]
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return math.nan
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def retention_interval(

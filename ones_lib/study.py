@@ -17,7 +17,7 @@ import platform
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -33,6 +33,7 @@ from ones_lib.calibration import Calibration
 from ones_lib.data import ImageData, image_data
 from ones_lib.data.text import TextData, text_data
 from ones_lib.distillation import Distillation
+from ones_lib.gathering import ROUTER_SCALES
 from ones_lib.integration import calibrated, integrate, integration_methods
 from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.records import Record, Records, config_hash
@@ -238,15 +239,16 @@ class Study:
     def variant_entries(self, variants: Iterable[tuple[str, Mapping]], budgets: Iterable[int]) -> list[Entry]:
         """Students by variants of methods (columns ``scale, rank``) and budgets of KD (``budget``), and what they are measured by.
 
-        ``variants`` are methods with options; a control has none.
+        ``variants`` are methods with options; those without a scale have none in the table, and the paper's have 1 if not told.
         """
-        variants, budgets = list(variants), list(budgets)
-        result = self._references()
+        variants, budgets, result = list(variants), list(budgets), []
         for seed in self.seeds:
             result.append(Entry("moe", "trained", self.moe(seed)))
+            result.append(Entry("dense", "trained", self.dense(seed)))
             for method, options in variants:
                 for budget in budgets:
-                    axes = {"scale": options.get("scale"), "rank": options.get("rank"), "budget": budget}
+                    scale = options.get("scale", 1.0 if method in ROUTER_SCALES else None)
+                    axes = {"scale": scale, "rank": options.get("rank"), "budget": budget}
                     stage = "distilled" if budget else "gathered"
                     result.append(Entry(method, stage, self.student(method, seed, budget, **options), axes))
         return result
@@ -260,6 +262,41 @@ class Study:
                 result.append(Entry("moe", "trained", teacher, axis))
                 for method in methods:
                     result.append(Entry(method, "distilled", self.student(method, seed, budget, teacher), axis))
+        return result
+
+    def teacher_entries(
+        self, teachers: Callable[[int], Mapping[str, Config]], methods: Iterable[str], budgets: Iterable[int]
+    ) -> list[Entry]:
+        """Other teachers (column ``teacher``; ``teachers(seed)`` gives their configurations by name), their students by methods
+        and budgets of KD (``budget``), and beside each the dense baseline and ``dense_long``, which is trained as long as the
+        teacher, with what it starts from, and the largest budget together."""
+        methods, budgets, result = list(methods), list(budgets), []
+        for seed in self.seeds:
+            for name, teacher in teachers(seed).items():
+                axis = {"teacher": name}
+                result.append(Entry("moe", "trained", teacher, axis))
+                result.append(Entry("dense", "trained", self.dense(seed), axis))
+                more = _steps(teacher) + _steps(teacher.get("start", {})) - self.teaching.steps + max(budgets)
+                result.append(Entry("dense_long", "trained", self.dense(seed, more), axis))
+                for method in methods:
+                    for budget in budgets:
+                        stage = "distilled" if budget else "gathered"
+                        student = self.student(method, seed, budget, teacher)
+                        result.append(Entry(method, stage, student, {**axis, "budget": budget}))
+        return result
+
+    def distillation_entries(
+        self, losses: Mapping[str, Distillation], methods: Iterable[str], budget: int
+    ) -> list[Entry]:
+        """Students of methods after ``budget`` steps by each of several losses (column ``loss``), and what they are measured by."""
+        methods, result = list(methods), []
+        for seed in self.seeds:
+            result.append(Entry("moe", "trained", self.moe(seed)))
+            result.append(Entry("dense", "trained", self.dense(seed)))
+            for method in methods:
+                for name, loss in losses.items():
+                    student = self.student(method, seed, budget, distillation=loss)
+                    result.append(Entry(method, "distilled", student, {"loss": name}))
         return result
 
     def _references(self) -> list[Entry]:
@@ -345,15 +382,20 @@ def task_of(config: Config, data: Data) -> Task:
 
 
 def calibration_batches(
-    task: Task, recipe: Mapping, examples: int, batch_size: int = 64, device: torch.device | None = None
+    task: Task,
+    recipe: Mapping,
+    examples: int,
+    batch_size: int = 64,
+    device: torch.device | None = None,
+    seed: int = 0,
 ) -> list:
-    """Batches of a task's training data, always the same ones; ``recipe`` are the arguments of the :class:`Training` that they
-    are drawn as for, but for mixup. ``batch_size`` is not above the recipe's."""
+    """Batches of a task's training data, always the same ones for a ``seed``; ``recipe`` are the arguments of the
+    :class:`Training` that they are drawn as for, but for mixup. ``batch_size`` is not above the recipe's."""
     batch_size = min(batch_size, recipe["batch_size"])
     training = replace(Training(**recipe), mixup=0.0, batch_size=batch_size, steps=math.ceil(examples / batch_size))
     with torch.random.fork_rng():
-        set_seed(0)  # of the batches' masks
-        return list(task.batches(training, seed=0, start=0, device=device or torch.device("cpu")))
+        set_seed(seed)  # of the batches' masks
+        return list(task.batches(training, seed=seed, start=0, device=device or torch.device("cpu")))
 
 
 def recipe_of(config: Config) -> Mapping:
@@ -444,7 +486,7 @@ def _needed(config: Config) -> list[Config]:
 
 
 def _steps(config: Config) -> int:
-    return config["training"]["steps"] if config["training"] else 0
+    return config["training"]["steps"] if config.get("training") else 0
 
 
 def _frozen(data: Mapping) -> str:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from tqdm import tqdm
 
-from ones_lib.metrics import LOWER_IS_BETTER, benefit_retention, retention_interval
+from ones_lib.calibration import LayerActivations
+from ones_lib.experts import record_activations
+from ones_lib.metrics import LOWER_IS_BETTER, benefit_retention, rank_correlation, retention_interval
 from ones_lib.records import Record, Records
-from ones_lib.study import Entry
+from ones_lib.spectra import output_error
+from ones_lib.study import Entry, Study
 
 AVERAGE = "average"  # the task and the metric that stand for the mean of all tasks' main metrics
 _VALUES = ("data", "model", "stage", "seed", "metric", "value", "retention", "record")
@@ -38,6 +46,69 @@ def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
                 }
             )
     return _with_retention(pd.DataFrame(rows))
+
+
+def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
+    """One row a student of :meth:`ones_lib.study.Study.variant_entries`: ``data, method, scale, rank, budget, seed, accuracy,
+    retention, layer_error, loss, record``.
+
+    ``accuracy`` is in per cent, of text that of masked tokens; ``loss`` in nats, of text alone. Retention is of accuracy, of
+    text of the loss. ``layer_error`` is :func:`layer_error` right after gathering, also in the rows of the distilled.
+    """
+    entries, axes = list(entries), ["model", "scale", "rank", "seed"]
+    table = results_table(entries, study.records)
+    table = table[table["stage"] != "trained"]
+    values = table.pivot_table(index="record", columns="metric", values="value")
+    result = table[table["metric"] == table["metric"].iloc[0]].drop(columns=["metric", "value"])
+    for metric in ("accuracy", "loss"):
+        result[metric] = result["record"].map(values[metric]) if metric in values else np.nan
+    rows = [
+        {**entry.axes, "model": entry.model, "seed": entry.config["seed"], "layer_error": layer_error(record, study)}
+        for entry in tqdm([e for e in entries if e.axes.get("budget") == 0], "layers", unit="student")
+        if (record := study.records.find(entry.config))
+    ]
+    result = result.merge(pd.DataFrame(rows)[[*axes, "layer_error"]], how="left", on=axes)
+    result = result.rename(columns={"model": "method"}).astype({"budget": int})
+    columns = ["data", "method", *axes[1:3], "budget", "seed", "accuracy", "retention", "layer_error", "loss", "record"]
+    return result[columns]
+
+
+def error_correlations(table: pd.DataFrame) -> pd.DataFrame:
+    """Does the layer's output error predict what a student is worth? ``data, value, budget, variants, correlation, low, high``.
+
+    Rank correlation (:func:`ones_lib.metrics.rank_correlation`) over the variants of an :func:`ablation_table` of the error
+    with the accuracy, of text the loss, right after gathering, and with the retention after the smallest budget of KD.
+    """
+    rows = []
+    for data, part in table.groupby("data", sort=False):
+        start = "loss" if part["loss"].notna().any() else "accuracy"
+        for value, budget in ((start, 0), ("retention", min(b for b in part["budget"] if b > 0))):
+            at = part[part["budget"] == budget]
+            at = at.assign(variant=at[["method", "scale", "rank"]].map(str).agg(" ".join, axis=1))
+            x, y = (at.pivot(index="variant", columns="seed", values=v) for v in ("layer_error", value))
+            known = y.notna().any()  # retention may be undefined for a seed
+            x, y = x.loc[:, known], y.loc[:, known]
+            estimate = rank_correlation(x.to_numpy(), y.to_numpy()) if known.any() else (math.nan,) * 3
+            names = ("correlation", "low", "high")
+            rows.append({"data": data, "value": value, "budget": budget, "variants": len(y)})
+            rows[-1] |= dict(zip(names, estimate, strict=True))
+    return pd.DataFrame(rows)
+
+
+def layer_error(student: Record, study: Study) -> float:
+    """Mean over layers of the relative output error (:func:`ones_lib.spectra.output_error`) of a student's feed-forward layers
+    against its teacher's MoE layers, on tokens that no gathering was calibrated on."""
+    activations = _other_activations(study.records.find(student.config["teacher"]), study.cache_dir)
+    model = study.load_model(student)
+    ffns = {name: model.get_submodule(name).bank().expert(0) for name in activations}
+    return float(
+        np.mean([output_error(ffn.map(torch.Tensor.double), activations[n])["error"] for n, ffn in ffns.items()])
+    )
+
+
+@lru_cache(maxsize=4)
+def _other_activations(teacher: Record, cache_dir: Path) -> dict[str, LayerActivations]:
+    return record_activations(teacher, cache_dir, seed=1)
 
 
 def main_metrics(table: pd.DataFrame, metrics: dict[str, str]) -> pd.DataFrame:

@@ -212,7 +212,7 @@ def fit(
             ema.update(model)
         recent.append((loss.detach(), task.accuracy(logits.detach(), batch)))
         saving = checkpoint is not None and step % checkpoint_every == 0 and step < training.steps
-        if step % REPORT_EVERY == 0 or step in evaluation_steps or saving:
+        if step % REPORT_EVERY == 0 or step in evaluation_steps or saving or step == training.steps:
             report(step)
         if saving and accelerator.is_main_process:
             _save_checkpoint(checkpoint, modules, optimizer, step, rows)

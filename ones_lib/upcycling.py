@@ -107,14 +107,10 @@ def upcycle(
 
 def _layer(weights: FeedForwardWeights, like: nn.Module, d_ff: int, **kwargs) -> MoEFeedForward:
     """An expert layer for the weights' width, with the activation and dropout of the module in whose place it comes."""
-    activation, dropout = (
-        (like.activation, like.dropout) if isinstance(like, MoEFeedForward) else (like.act, like.drop1)
-    )
-    bias = weights.up_bias is not None
-    layer = MoEFeedForward(
-        weights.d_model, d_ff, bias=bias, drop=dropout.p, act_layer=lambda: activation, device=weights.up.device,
-        dtype=weights.up.dtype, **kwargs,
-    )  # fmt: skip
+    own = isinstance(like, MoEFeedForward)
+    activation, dropout = (like.activation, like.dropout) if own else (like.act, like.drop1)
+    kwargs |= {"bias": weights.up_bias is not None, "drop": dropout.p, "act_layer": lambda: activation}
+    layer = MoEFeedForward(weights.d_model, d_ff, **kwargs).to(weights.up)
     return layer.train(like.training)
 
 

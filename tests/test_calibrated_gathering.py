@@ -9,6 +9,7 @@ from test_gathering import METHODS, assert_equal, permuted
 
 from ones_lib import FeedForwardWeights, LayerActivations, collect_activations, gather, gathering_methods
 from ones_lib.calibrated_gathering import _whitened_factors, squared_error
+from ones_lib.calibration import _Draw
 from ones_lib.gathering import needs_calibration, uses_calibration
 from ones_lib.moe import MoEFeedForward
 
@@ -355,6 +356,17 @@ def test_a_bounded_draw_is_uniform_over_the_stream():
     assert (kept.diff() > 0).all()  # each once, in their order
     assert kept.mean().item() == pytest.approx(0.5, abs=0.05)
     assert kept.quantile(0.25).item() == pytest.approx(0.25, abs=0.07)
+
+
+def test_the_draw_keeps_the_least_numbers_and_little_else():
+    draw_, generator, size = _Draw(100, seed=3), torch.Generator().manual_seed(3), 100
+    numbers = torch.cat([torch.rand(30, generator=generator, dtype=torch.float64) for _ in range(200)])
+    for i in range(200):
+        x = torch.arange(30 * i, 30 * (i + 1), dtype=torch.float64)[:, None]
+        draw_.add(0, x, torch.ones(30, 2), x)
+        assert draw_.count <= 2 * size + 30
+    kept = draw_.activations(F.gelu).inputs[:, 0].long()
+    assert torch.equal(kept, numbers.argsort()[:size].sort().values)
 
 
 def test_depths_weigh_by_their_relative_error():

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from ones_lib import figures
+from ones_lib.tables import error_correlations
 
 mpl.use("Agg")
 
@@ -75,7 +76,7 @@ def test_accuracy_figure_has_every_model_once():
     fig = figures.scores_by_model(pd.DataFrame(rows))
     labels = [t.get_text() for t in fig.axes[0].get_yticklabels()]
     assert labels == ["MoE (teacher)", "dense, as long as teacher + KD", "dense", "Top-KG"]
-    means = [line.get_xdata() for line in fig.axes[0].get_lines() if line.get_label() == "trained from scratch"]
+    means = [line.get_xdata() for line in fig.axes[0].get_lines() if line.get_label() == "trained"]
     np.testing.assert_allclose(np.concatenate(means), 50.5)
 
 
@@ -282,27 +283,83 @@ def test_output_errors_and_distances_name_what_they_show():
     np.testing.assert_allclose(lines["SVD-KG, from the router-weighted mean"].get_ydata(), [5, 5])
 
 
-def test_ablation_draws_each_variant_over_scale_and_controls_level():
-    rows = [
-        {"method": method, "rank": rank, "scale": scale, "budget": budget, "seed": seed, "layer_error": 8 * scale}
-        | {"accuracy": 40 * scale + seed + budget}
-        for method, rank in (("topk", math.nan), ("svd", 2), ("svd", 4))
-        for scale in (0.25, 1.0)
-        for budget in (0, 10)
-        for seed in (0, 1)
+def ablation_rows():
+    """Two data sets; every variant's numbers follow from its place in the list and the seed."""
+    variants = [
+        ("topk", 1.0, math.nan),
+        ("svd", "router", 4.0),
+        ("joint_fit", None, math.nan),
+        ("zero_ffn", None, math.nan),
     ]
-    control = {"method": "zero_ffn", "rank": math.nan, "scale": math.nan, "layer_error": math.nan, "seed": 0}
-    rows += [{**control, "budget": budget, "accuracy": 30.0 + budget} for budget in (0, 10)]
-    fig = figures.gathering_ablation(pd.DataFrame(rows), num_experts=4)
-    lines = [{line.get_label(): line.get_ydata() for line in ax.get_lines()} for ax in fig.axes]
-    for name in ("Top-KG", "SVD-KG, K = 2", "SVD-KG, K = 4"):
-        np.testing.assert_allclose(lines[0][name], [2, 8])
-        np.testing.assert_allclose(lines[1][name], [10.5, 40.5])
-        np.testing.assert_allclose(lines[2][name], [20.5, 50.5])
-    assert "zero FFN" not in lines[0]
-    np.testing.assert_allclose(lines[1]["zero FFN"], 30)
-    np.testing.assert_allclose(lines[2]["zero FFN"], 40)
-    assert fig.axes[2].get_title() == "model, after 10 steps of KD"
+    rows = []
+    for i, (method, scale, rank) in enumerate(variants):
+        for data in ("glyphs", "docstrings"):
+            for budget in (0, 10):
+                for seed in (0, 1):
+                    row = {"data": data, "method": method, "scale": scale, "rank": rank, "budget": budget, "seed": seed}
+                    row |= {"accuracy": 10.0 * i + seed + budget, "layer_error": 4.0 - i}
+                    row |= {"retention": -0.5 * i + seed, "loss": 5 - i + seed if data == "docstrings" else math.nan}
+                    rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def test_starts_have_a_row_a_variant_and_lines_for_what_was_trained():
+    levels = [
+        {"data": data, "metric": metric, "model": model, "value": value}
+        for data, metric, moe, dense in (("glyphs", "accuracy", 70.0, 50.0), ("docstrings", "loss", 1.0, 3.0))
+        for model, value in (("moe", moe), ("dense", dense))
+    ]
+    fig = figures.gathering_starts(ablation_rows(), pd.DataFrame(levels))
+    image, text = fig.axes
+    labels = [label.get_text() for label in image.get_yticklabels()]
+    assert labels == ["zero FFN", "Top-KG", "SVD-KG, router's scale, K = 4", "joint fit"]
+    marks = [line for line in image.get_lines() if line.get_marker() not in ("|", "None")]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks] == [(30.5, 0), (0.5, 1), (10.5, 2), (20.5, 3)]
+    assert [line.get_xdata()[0] for line in image.get_lines()[-2:]] == [70, 50]
+    assert text.get_xlabel() == "loss (nats; less is better)"
+    assert "strokes: 2 seeds" in texts(fig)
+
+
+def test_budgets_draw_the_means_of_methods_at_their_defaults():
+    table = ablation_rows()
+    fig = figures.gathering_budgets(table)
+    lines = {line.get_label(): line for line in fig.axes[0].get_lines()}
+    assert "SVD-KG" not in lines  # it is there at another scale alone
+    np.testing.assert_allclose(lines["joint fit"].get_ydata(), [-50, -50])
+    np.testing.assert_allclose(lines["Top-KG"].get_ydata(), [50, 50])
+    assert lines["zero FFN"].get_linestyle() == "--"
+    assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["0", "10"]
+
+
+def test_errors_stand_against_what_the_student_is_worth():
+    table = ablation_rows()
+    correlations = error_correlations(table)
+    fig = figures.gathering_errors(table, correlations)
+    start, later, text, _ = fig.axes
+    marks = {line.get_label(): line for line in start.get_lines()}
+    assert (marks["joint fit"].get_xdata()[0], marks["joint fit"].get_ydata()[0]) == (2.0, 20.5)
+    marks = {line.get_label(): line for line in later.get_lines()}
+    assert marks["joint fit"].get_ydata()[0] == -50
+    assert start.get_title().startswith("glyphs, right after gathering\nrank correlation −1.00")
+    assert later.get_title().startswith("glyphs, after 10 steps of KD")
+    assert text.get_ylabel().startswith("loss")
+    assert correlations["correlation"].tolist() == pytest.approx(
+        [-1, 1, 1, 1]
+    )  # error falls, and so does retention here
+    assert correlations["variants"].tolist() == [4] * 4
+
+
+def test_gains_are_against_the_same_seeds_first_loss():
+    values = {("KD", 0): 50.0, ("KD", 1): 60.0, ("more", 0): 51.0, ("more", 1): 63.0}
+    rows = [
+        {"model": "average", "stage": "distilled", "loss": loss, "seed": seed, "value": value}
+        for (loss, seed), value in values.items()
+    ]
+    fig = figures.distillation_gains(pd.DataFrame(rows))
+    (ax,) = fig.axes
+    strokes = next(line for line in ax.get_lines() if line.get_marker() == "|")
+    assert sorted(strokes.get_xdata()) == [1, 3]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["more"]
 
 
 def test_speed_is_a_ratio_with_the_ends_of_both_quartiles():

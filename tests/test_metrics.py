@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ones_lib import benefit_retention
-from ones_lib.metrics import best_no_answer_threshold, retention_interval, squad_scores
+from ones_lib.metrics import best_no_answer_threshold, rank_correlation, retention_interval, squad_scores
 
 
 def test_the_papers_numbers():
@@ -117,3 +117,20 @@ def test_no_answer_threshold_by_hand():
     answered, silent = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
     assert best_no_answer_threshold(answered, silent, torch.tensor([-2.0, 0.5, 3.0])) == 0.5
     assert best_no_answer_threshold(torch.zeros(3), torch.ones(3), torch.tensor([-2.0, 0.5, 3.0])) == -math.inf
+
+
+def test_rank_correlation_is_scipys_and_its_interval_holds_it():
+    from scipy.stats import spearmanr
+
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(20, 3))
+    y = -x + generator.normal(size=(20, 3))
+    estimate, low, high = rank_correlation(x, y)
+    assert estimate == pytest.approx(spearmanr(x.mean(axis=1), y.mean(axis=1)).statistic)
+    assert -1 <= low < estimate < high < 0
+    wide = rank_correlation(x[:6], y[:6])
+    assert wide[2] - wide[1] > high - low  # fewer variants, less certain
+    assert rank_correlation(x[:, :1], np.exp(x[:, :1]))[0] == pytest.approx(1)
+    assert all(math.isnan(v) for v in rank_correlation(x, np.ones_like(x)))
+    with pytest.raises(ValueError, match=r"x, y: expected two arrays \[variants, seeds\], found \[20, 3\] and \[20\]"):
+        rank_correlation(x, y[:, 0])

@@ -45,7 +45,7 @@ def records_made(root):
 def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     assert batch.main(["--profile", "smoke"]) == 0
     out = capfd.readouterr()
-    assert "[1/6] 01_imagenet.ipynb: done in" in out.out
+    assert "[1/7] 01_imagenet.ipynb: done in" in out.out
     assert "step/s" in out.err  # the progress bar, from inside the notebook
     folder = project / "runs" / "smoke" / "figures"
     results = pd.read_csv(folder / "imagenet_results.csv")
@@ -74,16 +74,25 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
         "gathering_distance",
         "gathering_output_error",
         "gathering_ablation",
+        "gathering_budgets",
+        "gathering_errors",
+        "other_teachers",
+        "other_distillations",
         "inference_speed",
     ):
         for ending in ("png", "pdf", "csv", "json"):
             assert (folder / f"{name}.{ending}").stat().st_size > 0, (name, ending)
     ablation = pd.read_csv(folder / "gathering_ablation.csv")
     assert list(ablation.columns) == [
-        *("data", "method", "scale", "rank", "budget", "seed", "accuracy", "retention", "layer_error")
+        *("data", "method", "scale", "rank", "budget", "seed", "accuracy", "retention", "layer_error", "loss")
     ]
-    assert set(ablation["budget"]) == {0, 5}
-    assert len(ablation) == 2 * 2 * (3 * 2 + 1)  # seeds, budgets, methods at two scales and a control
+    # Four plain ones, whitened SVD-KG, SVD-KG at another scale, both at another rank; images and text, of which the variants
+    # are not distilled.
+    counts = ablation.groupby(["data", "budget"]).size()
+    assert counts.to_dict() == {("glyphs", 0): 16, ("glyphs", 5): 16, ("docstrings", 0): 8, ("docstrings", 3): 4}
+    assert ablation[["accuracy", "layer_error"]].notna().all(axis=None)
+    teachers = pd.read_csv(folder / "other_teachers.csv")
+    assert set(teachers["teacher"]) == {"top-k MoE", "upcycled", "Soft MoE"}
     assert {2, 4} == set(pd.read_csv(folder / "retention_experts.csv")["num_experts"].dropna())
     text = pd.read_csv(folder / "nlp_results.csv")
     assert list(text.columns) == ["data", "task", "model", "stage", "seed", "metric", "value", "retention"]
@@ -95,14 +104,14 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     # Again: nothing to do. Asked for the figures: drawn from the records, byte for byte, without training.
     records, tables = records_made(project), {p: p.read_bytes() for p in folder.glob("*.csv")}
     assert batch.main(["--profile", "smoke"]) == 0
-    assert capfd.readouterr().out.count("finished before") == 6
+    assert capfd.readouterr().out.count("finished before") == 7
     shutil.rmtree(folder)
     assert batch.main(["--profile", "smoke", "--figures"]) == 0
     assert "finished before" not in capfd.readouterr().out
     assert records_made(project) == records
     assert {p: p.read_bytes() for p in folder.glob("*.csv")} == tables
     assert batch.main(["--profile", "smoke"]) == 0  # what was only drawn again need not be made again
-    assert capfd.readouterr().out.count("finished before") == 6
+    assert capfd.readouterr().out.count("finished before") == 7
 
 
 def test_figures_alone_train_nothing(project, capfd):

@@ -10,10 +10,12 @@ import torch
 
 from ones_lib import Distillation
 from ones_lib.data import image_data
+from ones_lib.explorer import moe_records
 from ones_lib.records import Records, config_hash, load_tensors, model_tensors, save_tensors
 from ones_lib.study import Study, _steps, build_model
-from ones_lib.tables import results_table, retention_table
+from ones_lib.tables import ablation_table, layer_error, results_table, retention_table
 from ones_lib.training import Diverged, Training, fit
+from ones_lib.upcycling import Upcycled
 from ones_lib.vision import ImageClassification, WideNet
 
 DATA = {"name": "glyphs", "image_size": 16, "num_classes": 4, "train_per_class": 20, "val_per_class": 10}
@@ -320,3 +322,92 @@ def test_bad_studies(study):
         replace(study, seeds=[1, 1])
     with pytest.raises(ValueError, match="method: expected one of .*found 'median'"):
         study.student("median", 0)
+
+
+def test_students_that_look_at_data_are_gathered_once_for_all_budgets(study):
+    """Their gathered student is a record of its own, from which those of every budget start."""
+    gathered = study.student("fit", 0, budget=0, steps=20)
+    distilled = [study.student("fit", 0, budget=budget, steps=20) for budget in (1, 3)]
+    assert all(config["start"] == gathered for config in distilled)
+    assert gathered["calibration_examples"] == study.calibration_examples
+    study.calibration_examples = 32
+    records = study.run([study.student("fit", 0, budget=budget, steps=20) for budget in (0, 1, 3)])
+    assert [len(list(study.records.root.glob(f"{kind}-*"))) for kind in ("moe", "student")] == [1, 3]
+    assert records[0].result["gathering_seconds"] > 0
+    assert "gathering_seconds" not in records[1].result
+    loaded = [weights(study.load_model(record)) for record in records]
+    assert not torch.equal(loaded[0]["head.weight"], loaded[2]["head.weight"])
+
+
+def test_configurations_without_the_new_hold_nothing_of_it(study):
+    """Records of students that need no data, distilled by plain KD, are found as they were before there was more."""
+    config = study.student("average", 0, budget=2)
+    assert set(config) == {"kind", "domain", "seed", "data", "method", "options", "training", "teacher", "distillation"}
+    assert set(config["distillation"]) == {"temperature", "alpha"}
+    more = study.student("average", 0, budget=2, distillation=Distillation(augmentations=1))
+    assert more["distillation"] == {**config["distillation"], "augmentations": 1}
+
+
+def test_calibration_does_not_depend_on_the_budget_or_the_caller(study):
+    torch.manual_seed(1)
+    study.calibration_examples = 32
+    (one,) = study.run([study.student("readout", 0, budget=0)])
+    study.records = Records(study.records.root.parent / "again")
+    torch.manual_seed(2)
+    (two,) = study.run([study.student("readout", 0, budget=0)])
+    assert all(torch.equal(weights(study.load_model(one))[n], t) for n, t in weights(study.load_model(two)).items())
+
+
+def test_ablation_table(study):
+    study.calibration_examples = 32
+    variants = [("svd", {}), ("svd", {"scale": "router", "rank": 2}), ("readout", {}), ("zero_ffn", {})]
+    entries = study.variant_entries(variants, [0, 2])
+    study.run([entry.config for entry in entries])
+    table = ablation_table(entries, study)
+    assert len(table) == 2 * 2 * 4
+    assert table["loss"].isna().all()
+    assert table["scale"].tolist()[:2] == [1.0, 1.0]
+    zero = table[table["method"] == "zero_ffn"]
+    assert zero["layer_error"].tolist() == pytest.approx([1.0] * 4)  # of the budget 2 too: right after gathering
+    start = table[(table["budget"] == 0) & (table["seed"] == 0)].set_index(["method", "scale"])
+    record = study.records.find(study.student("svd", 0, 0, scale="router", rank=2))
+    assert start.loc[("svd", "router"), "accuracy"] == pytest.approx(100 * record.result["metrics"]["accuracy"])
+    assert start.loc[("svd", "router"), "layer_error"] == pytest.approx(layer_error(record, study))
+    assert start["layer_error"].nunique() == 4
+
+
+def test_upcycled_teachers_and_their_students(study):
+    study.model |= {"top_k": 1, "renormalize": True}
+
+    def teachers(seed):
+        return {
+            "moe": study.moe(seed),
+            "upcycled": study.upcycled(seed, 2),
+            "soft": study.moe(seed, slots_per_expert=1),
+        }
+
+    before = study.upcycled(0, 0)
+    entries = study.teacher_entries(teachers, ["average"], [0, 1])
+    average = study.student("average", 0, 0, before)
+    study.run([before, average, *(entry.config for entry in entries)])
+    table = results_table(entries, study.records)
+    assert set(table["teacher"]) == {"moe", "upcycled", "soft"}
+    assert len(table) == 2 * 3 * (3 + 2)
+    # Before training the upcycled MoE is the dense baseline, and so is its average.
+    accuracy = [study.records.find(c).result["metrics"] for c in (before, study.dense(0), average)]
+    assert accuracy[0] == accuracy[1] == accuracy[2]
+    # As long as teacher and KD: 6 steps of the MoE and 1; 6 of the dense model, 2 of the upcycled and 1.
+    long = {e.axes["teacher"]: e.config["training"]["steps"] for e in entries if e.model == "dense_long"}
+    assert long == {"moe": 7, "upcycled": 9, "soft": 7}
+    record = study.records.find(study.upcycled(0, 2))
+    assert isinstance(study.load_model(record), Upcycled)
+    assert sum("upcycled, 2 experts" in name for name in moe_records(study.records)) == 3
+
+
+def test_losses_are_compared_from_the_same_start(study):
+    losses = {"KD": study.distillation, "more": replace(study.distillation, hidden_weight=1.0)}
+    entries = study.distillation_entries(losses, ["average"], 2)
+    study.run([entry.config for entry in entries])
+    table = results_table(entries, study.records)
+    assert table.groupby("loss").size().to_dict() == {"KD": 2, "more": 2}
+    assert table["record"].nunique() == len(table)
