@@ -16,16 +16,18 @@ from torch import Tensor
 
 from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights, best_order, match_neurons
-from ones_lib.gathering import gather, gathering_methods, integer_in_range, register, scaled_output, take_neurons
+from ones_lib.gathering import (
+    ROUTER_SCALES,
+    gather,
+    gathering_methods,
+    integer_in_range,
+    register,
+    scaled_output,
+    take_neurons,
+)
 
-_STARTS = (
-    "average",
-    "topk",
-    "svd",
-    "matched_average",
-    "contribution_topk",
-    "whitened_svd",
-)  # whose hidden units fit tries
+# Whose hidden units a fit tries.
+_STARTS = ("average", "topk", "svd", "matched_average", "contribution_topk", "whitened_svd")
 _BATCH = 2048  # tokens a step of the fit
 
 
@@ -217,7 +219,7 @@ def readout(
         if hidden not in gathering_methods() or hidden in ("readout", "fit"):
             expected = [m for m in gathering_methods() if m not in ("readout", "fit")]
             raise ValueError(f"hidden: expected an FFN or one of {expected}, found {hidden!r}")
-        scale = {} if hidden not in ("sum", "average", "topk", "svd") else {"scale": "router"}
+        scale = {"scale": "router"} if hidden in ROUTER_SCALES else {}
         hidden = gather(bank, hidden, calibration=calibration, **scale)
     return fit_readout(hidden.map(lambda t: t.to(bank.up)), calibration, ridge)
 
@@ -272,8 +274,8 @@ def fit(
     Args:
         bank: experts, up [E, h, d].
         calibration: activations of the layer.
-        start: whose hidden units to start from, as ``hidden`` of :func:`readout`; None tries averaging, Top-KG and Top-KG by
-            contribution, and takes what has the least error after the read-out.
+        start: whose hidden units to start from, as ``hidden`` of :func:`readout`; None tries several and takes what has the
+            least error after the read-out.
         steps: of Adam.
         learning_rate: relative to the weights.
         seed: of the draw.

@@ -128,9 +128,8 @@ class _Draw:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.generator = size, torch.Generator().manual_seed(seed)
-        self.kept: list[
-            list[Tensor]
-        ] = []  # by batch: numbers [n], depths [n], inputs [n, d], gates [n, E], outputs [n, d]
+        # By batch: numbers [n], depths [n], inputs [n, d], gates [n, E], outputs [n, d].
+        self.kept: list[list[Tensor]] = []
         self.count, self.limit = 0, torch.inf  # tokens kept; numbers above the limit have no chance any more
         self.squares: dict[int, list[float]] = {}  # of the outputs by depth: their sum, and of how many tokens
 

@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch.utils.data import DataLoader
 
 from ones_lib.data import ImageData
-from ones_lib.metrics import LOWER_IS_BETTER
+from ones_lib.metrics import LOWER_IS_BETTER, main_metric
 from ones_lib.records import project_root, write_text
 
 ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2  # inches, the usual widths of a paper's columns
@@ -562,7 +562,7 @@ def gathering_starts(table: pd.DataFrame, references: pd.DataFrame) -> Figure:
     ``table`` is a :func:`ones_lib.tables.ablation_table`; ``references`` a :func:`ones_lib.tables.results_table` of MoE and dense.
     What is far from the others is a number at the panel's edge.
     """
-    start = table[table["budget"] == 0].assign(label=lambda t: _labels(t))
+    start = table[table["budget"] == 0].assign(label=variant_labels)
     rows = [m for m in NAMES if m in set(start["method"])] + sorted(set(start["method"]) - set(NAMES))
     start = start.sort_values("method", key=lambda m: m.map(rows.index), kind="stable")
     order = list(dict.fromkeys(start["label"]))
@@ -570,7 +570,7 @@ def gathering_starts(table: pd.DataFrame, references: pd.DataFrame) -> Figure:
     size = (TWO_COLUMNS, 0.16 * len(order) + 1.0)
     fig, axes = plt.subplots(1, len(sets), figsize=size, sharey=True, squeeze=False)
     for ax, data in zip(axes[0], sets, strict=True):
-        part, metric = start[start["data"] == data], _main_metric(table, data)
+        part, metric = start[start["data"] == data], main_metric(table[table["data"] == data])
         levels = (
             references[(references["data"] == data) & (references["metric"] == metric)].groupby("model")["value"].mean()
         )
@@ -632,10 +632,7 @@ def gathering_budgets(table: pd.DataFrame) -> Figure:
         ax.set(xlabel="KD steps", title=data)
         ax.set_ylim(top=120)
     axes[0, 0].set_ylabel("benefit retention (%)")
-    handles = {}
-    for ax in axes[0]:
-        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    fig.legend(handles.values(), handles, loc="outside right center")
+    _legend_of_all(fig)
     text = f"0: dense, 100: the MoE; lines: mean over {_seed_counts(table)} seeds, bands: lowest to highest"
     fig.supxlabel(text, fontsize=7)
     return fig
@@ -652,9 +649,7 @@ def gathering_errors(table: pd.DataFrame, correlations: pd.DataFrame) -> Figure:
     for row, data in zip(axes, sets, strict=True):
         of_set = correlations[correlations["data"] == data]
         for ax, (_, found) in zip(row, of_set.iterrows(), strict=True):
-            part = table[(table["data"] == data) & (table["budget"] == found["budget"])].assign(
-                label=lambda t: _labels(t)
-            )
+            part = table[(table["data"] == data) & (table["budget"] == found["budget"])].assign(label=variant_labels)
             factor = 100 if found["value"] == "retention" else 1
             for _, variant in part.groupby("label", sort=False):
                 style = _method_style(variant["method"].iloc[0]) | {"markersize": 4, "linestyle": "none"}
@@ -669,10 +664,7 @@ def gathering_errors(table: pd.DataFrame, correlations: pd.DataFrame) -> Figure:
             _plain_log(ax, "x")
     for ax in axes[-1]:
         ax.set_xlabel("relative output error of the layer")
-    handles = {}
-    for ax in axes.flat:
-        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    fig.legend(handles.values(), handles, loc="outside right center")
+    _legend_of_all(fig)
     fig.supxlabel(
         f"marks: mean over {_seed_counts(table)} seeds; strokes: lowest to highest; intervals: 95% bootstrap",
         fontsize=7,
@@ -711,13 +703,17 @@ def distillation_gains(results: pd.DataFrame) -> Figure:
     return fig
 
 
-def _labels(table: pd.DataFrame) -> list[str]:
+def _legend_of_all(fig: Figure) -> None:
+    """One legend, right of the panels, of what any of them draws."""
+    handles = {}
+    for ax in fig.axes:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    fig.legend(handles.values(), handles, loc="outside right center")
+
+
+def variant_labels(table: pd.DataFrame) -> list[str]:
+    """:func:`variant_label` of every row."""
     return [variant_label(*row) for row in table[["method", "scale", "rank"]].itertuples(index=False)]
-
-
-def _main_metric(table: pd.DataFrame, data: str) -> str:
-    """The loss of a data set that has one."""
-    return "loss" if table.loc[table["data"] == data, "loss"].notna().any() else "accuracy"
 
 
 def _seed_counts(table: pd.DataFrame) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
@@ -14,6 +15,11 @@ from torchmetrics.functional.text import squad
 
 #: Metrics of which less is better, in nats; all others are parts of one, shown in per cent.
 LOWER_IS_BETTER = ("loss",)
+
+
+def main_metric(table: pd.DataFrame) -> str:
+    """By which students are judged whose ``accuracy`` and ``loss`` a table has: the loss where there is one."""
+    return "loss" if table["loss"].notna().any() else "accuracy"
 
 
 def benefit_retention(student: float, dense: float, moe: float) -> float:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ones_lib.calibration import LayerActivations
 from ones_lib.experts import record_activations
-from ones_lib.metrics import LOWER_IS_BETTER, benefit_retention, rank_correlation, retention_interval
+from ones_lib.metrics import LOWER_IS_BETTER, benefit_retention, main_metric, rank_correlation, retention_interval
 from ones_lib.records import Record, Records
 from ones_lib.spectra import output_error
 from ones_lib.study import Entry, Study
@@ -81,8 +81,7 @@ def error_correlations(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for data, part in table.groupby("data", sort=False):
-        start = "loss" if part["loss"].notna().any() else "accuracy"
-        for value, budget in ((start, 0), ("retention", min(b for b in part["budget"] if b > 0))):
+        for value, budget in ((main_metric(part), 0), ("retention", min(b for b in part["budget"] if b > 0))):
             at = part[part["budget"] == budget]
             at = at.assign(variant=at[["method", "scale", "rank"]].map(str).agg(" ".join, axis=1))
             x, y = (at.pivot(index="variant", columns="seed", values=v) for v in ("layer_error", value))

@@ -160,7 +160,7 @@ def fit(
         lessons = _Lessons(model, teacher, task, distillation)
 
     start, rows = 0, []
-    modules = {"model": model, "ema": ema and ema.module}
+    modules = {"model": model} | ({"ema": ema.module} if ema is not None else {})
     if teacher is not None and distillation.router_rate:
         modules["teacher"] = teacher  # its routers move
     if checkpoint is not None and checkpoint.exists():
@@ -267,24 +267,23 @@ class _Lessons:
 
 
 def _save_checkpoint(
-    path: Path, modules: dict[str, nn.Module | None], optimizer: torch.optim.Optimizer, step: int, rows: list[dict]
+    path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, step: int, rows: list[dict]
 ) -> None:
     tensors = {}
     for prefix, module in modules.items():
-        if module is not None:
-            tensors |= {f"{prefix}.{name}": tensor for name, tensor in model_tensors(module).items()}
+        tensors |= {f"{prefix}.{name}": tensor for name, tensor in model_tensors(module).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     save_tensors(path, tensors, {"step": str(step), "history": json.dumps(rows)})
 
 
 def _load_checkpoint(
-    path: Path, modules: dict[str, nn.Module | None], optimizer: torch.optim.Optimizer
+    path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[dict]]:
     state: dict[int, dict[str, Tensor]] = {}
     with safe_open(path, "pt") as file, torch.no_grad():
         for prefix, module in modules.items():
-            for name, tensor in model_tensors(module).items() if module is not None else ():
+            for name, tensor in model_tensors(module).items():
                 tensor.copy_(file.get_tensor(f"{prefix}.{name}"))
         for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
             if key.startswith("optimizer."):
