@@ -10,6 +10,8 @@ tokens, s the sum of all ``p_i``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,8 @@ from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights, best_order, match_neurons
 from ones_lib.gathering import (
     ROUTER_SCALES,
+    chosen_width,
+    combined,
     gather,
     gathering_methods,
     integer_in_range,
@@ -68,6 +72,15 @@ def matched_average(
     return scaled_output(mean, gate_sum)
 
 
+@register("frequency_average", piecewise=True)
+def frequency_average(bank: Sequence[FeedForwardWeights], *, calibration: LayerActivations) -> FeedForwardWeights:
+    """Averaging with how often the router chooses each expert as its weight (as M-SMoE merges, Li et al., arXiv 2310.01334); the
+    output is multiplied by s."""
+    frequencies = calibration.expert_frequencies()
+    mean = combined(bank, lambda tensors: torch.tensordot(frequencies.to(tensors), tensors, dims=1))
+    return scaled_output(mean, calibration.gate_sum())
+
+
 def _correlation(one: FeedForwardWeights, two: FeedForwardWeights, calibration: LayerActivations) -> Tensor:
     """[h, h]: correlation over tokens of the hidden activations of two experts; 0 for a neuron that never changes."""
     h = one.d_ff
@@ -85,7 +98,7 @@ def _correlation(one: FeedForwardWeights, two: FeedForwardWeights, calibration: 
 
 @register("contribution_topk")
 def contribution_topk(
-    bank: FeedForwardWeights, *, calibration: LayerActivations, k: int | None = None
+    bank: FeedForwardWeights, *, calibration: LayerActivations, k: int | None = None, d_ff: int | None = None
 ) -> FeedForwardWeights:
     """Top-KG by contribution: the hidden neurons that add most to the layer's output on data, of whichever expert.
 
@@ -99,10 +112,10 @@ def contribution_topk(
     Args:
         bank: experts, up [E, h, d].
         calibration: activations of the layer.
-        k: hidden neurons of the gathered FFN for each expert: d_ff = E*k; default d_ff = h.
+        k, d_ff: hidden neurons of the gathered FFN for each expert, or all in all; default d_ff = h.
     """
     num_experts, h = bank.num_experts, bank.d_ff
-    wanted = h if k is None else num_experts * integer_in_range("k", k, default=h, high=h)
+    wanted = chosen_width(k, d_ff, num_experts, h)
     mean_gates = calibration.gates.mean(dim=0)
     importance = bank.up.new_zeros(num_experts, h, dtype=torch.float64)
     for chunk in calibration.chunks():
@@ -125,7 +138,7 @@ def contribution_topk(
     # In the experts' order, so that ties and the result are the same on every device.
     by_place = first.argsort()
     chosen = by_place[total[by_place].argsort(descending=True, stable=True)[:wanted].sort().values]
-    ffn = take_neurons(bank, first[chosen] // h, first[chosen] % h)
+    ffn = take_neurons([bank.expert(e) for e in range(num_experts)], first[chosen] // h, first[chosen] % h)
     parts = dict(ffn.tensors()) | {"down": outputs[chosen].T}
     if bank.down_bias is not None:
         parts["down_bias"] = mean_gates @ bank.down_bias
@@ -198,6 +211,7 @@ def readout(
     *,
     calibration: LayerActivations,
     hidden: str | FeedForwardWeights = "contribution_topk",
+    d_ff: int | None = None,
     ridge: float = 1e-4,
 ) -> FeedForwardWeights:
     """Hidden units of any gathering, and the output weights that are best for them on data, in closed form.
@@ -211,6 +225,7 @@ def readout(
         calibration: activations of the layer.
         hidden: where the units come from: a gathering method's name (at scale "router" where it has a scale), or an FFN that
             was gathered already.
+        d_ff: how many units, for a method that can give them.
         ridge: r in units of the mean squared activation of a unit, summed over the tokens.
     """
     if not 0 <= ridge < float("inf"):
@@ -220,7 +235,7 @@ def readout(
             expected = [m for m in gathering_methods() if m not in ("readout", "fit")]
             raise ValueError(f"hidden: expected an FFN or one of {expected}, found {hidden!r}")
         scale = {"scale": "router"} if hidden in ROUTER_SCALES else {}
-        hidden = gather(bank, hidden, calibration=calibration, **scale)
+        hidden = gather(bank, hidden, calibration=calibration, d_ff=d_ff, **scale)
     return fit_readout(hidden.map(lambda t: t.to(bank.up)), calibration, ridge)
 
 
@@ -261,6 +276,7 @@ def fit(
     *,
     calibration: LayerActivations,
     start: str | FeedForwardWeights | None = None,
+    d_ff: int | None = None,
     steps: int = 1000,
     learning_rate: float = 0.2,
     seed: int = 0,
@@ -276,14 +292,18 @@ def fit(
         calibration: activations of the layer.
         start: whose hidden units to start from, as ``hidden`` of :func:`readout`; None tries several and takes what has the
             least error after the read-out.
+        d_ff: hidden neurons; if not h, it starts from ``contribution_topk`` unless told otherwise.
         steps: of Adam.
         learning_rate: relative to the weights.
         seed: of the draw.
     """
     if not steps >= 1 or not 0 < learning_rate < float("inf"):
         raise ValueError(f"steps, learning_rate: expected positive numbers, found {steps} and {learning_rate}")
-    starts = _STARTS if start is None else [start]
-    ffns = [readout(bank, calibration=calibration, hidden=hidden) for hidden in starts]
+    if start is None:
+        starts = _STARTS if d_ff in (None, bank.d_ff) else ["contribution_topk"]
+    else:
+        starts = [start]
+    ffns = [readout(bank, calibration=calibration, hidden=hidden, d_ff=d_ff) for hidden in starts]
     best = min(ffns, key=lambda ffn: squared_error(ffn, calibration))
 
     generator = torch.Generator().manual_seed(seed)

@@ -58,6 +58,11 @@ class LayerActivations:
         """[E]: part of all gates that each expert got, how much the router uses it; sums to 1."""
         return self.gates.sum(dim=0) / self.gates.sum()
 
+    def expert_frequencies(self) -> Tensor:
+        """[E]: part of all choices of an expert that fell on each; sums to 1."""
+        chosen = (self.gates != 0).to(self.gates.dtype).sum(dim=0)
+        return chosen / chosen.sum()
+
     def gate_sum(self) -> float:
         """What a token's gates sum to, on average: 1 where they are renormalised, and where not from k/E to 1."""
         return self.gates.sum(dim=1).mean().item()

@@ -65,16 +65,9 @@ class FeedForwardWeights:
 
     @classmethod
     def stack(cls, experts: Sequence[FeedForwardWeights]) -> FeedForwardWeights:
-        """A bank from single FFNs of equal shape; the first that differs from expert 0 is named in the error."""
-        if not experts:
-            raise ValueError("experts: expected at least one expert, found none")
-        shapes = [{name: list(tensor.shape) for name, tensor in expert.tensors()} for expert in experts]
-        for i, (expert, shape) in enumerate(zip(experts, shapes, strict=True)):
-            if expert.is_bank:
-                raise ValueError(f"expert {i}: expected one FFN, found a bank of {expert.num_experts}")
-            if shape != shapes[0]:
-                raise ValueError(f"expert {i}: expected the shapes of expert 0, {shapes[0]}, found {shape}")
-        return cls(**{name: torch.stack([getattr(e, name) for e in experts]) for name in shapes[0]})
+        """A bank from single FFNs of equal shape."""
+        check_alike(experts)
+        return cls(**{name: torch.stack([getattr(e, name) for e in experts]) for name, _ in experts[0].tensors()})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of every part that is present, in the order of the fields."""
@@ -102,6 +95,17 @@ class FeedForwardWeights:
             return tensor[:, order] if name == "down" else tensor[order]
 
         return FeedForwardWeights(**{name: ordered(name, tensor) for name, tensor in self.tensors()})
+
+    def widened(self, d_ff: int) -> FeedForwardWeights:
+        """One FFN of ``d_ff`` hidden neurons that computes the same: its neurons once more, from the first on, with output
+        weights of zero. (Were all their weights zero, no gradient would ever reach them.)"""
+        if d_ff < self.d_ff:
+            raise ValueError(f"d_ff: expected at least the {self.d_ff} neurons that there are, found {d_ff}")
+        if d_ff == self.d_ff:
+            return self
+        wide = self.with_neurons(torch.arange(d_ff, device=self.up.device) % self.d_ff)
+        wide.down[:, self.d_ff :] = 0
+        return wide
 
     @property
     def is_bank(self) -> bool:
@@ -132,6 +136,38 @@ class FeedForwardWeights:
     def apply(self, x: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu) -> Tensor:
         """Output of one FFN on tokens ``x`` [..., d], with the architecture's activation (GELU by default)."""
         return F.linear(self.hidden(x, activation), self.down, self.down_bias)
+
+
+def check_alike(experts: Sequence[FeedForwardWeights]) -> None:
+    """Raise ValueError unless there are experts, all single FFNs of one shape; the first that differs from expert 0 is named."""
+    if not experts:
+        raise ValueError("experts: expected at least one expert, found none")
+    shapes = [{name: list(tensor.shape) for name, tensor in expert.tensors()} for expert in experts]
+    for i, (expert, shape) in enumerate(zip(experts, shapes, strict=True)):
+        if expert.is_bank:
+            raise ValueError(f"expert {i}: expected one FFN, found a bank of {expert.num_experts}")
+        if shape != shapes[0]:
+            raise ValueError(f"expert {i}: expected the shapes of expert 0, {shapes[0]}, found {shape}")
+
+
+def concatenate(ffns: Sequence[FeedForwardWeights]) -> FeedForwardWeights:
+    """The FFN whose output is the sum of theirs: all their hidden neurons side by side. Where some have a bias, those without
+    get one of zeros."""
+    if len({ffn.gate is None for ffn in ffns}) > 1:
+        raise ValueError("gate: expected all FFNs to be gated or none, found both")
+
+    def joined(name: str) -> Tensor | None:
+        tensors = [getattr(ffn, name) for ffn in ffns]
+        if all(tensor is None for tensor in tensors):
+            return None
+        if name == "down_bias":
+            return sum(tensor for tensor in tensors if tensor is not None)
+        if name in ("up_bias", "gate_bias"):
+            zeros = [ffn.up.new_zeros(ffn.d_ff) for ffn in ffns]
+            tensors = [zero if tensor is None else tensor for zero, tensor in zip(zeros, tensors, strict=True)]
+        return torch.cat(tensors, dim=1 if name == "down" else 0)
+
+    return FeedForwardWeights(**{f.name: joined(f.name) for f in fields(FeedForwardWeights)})
 
 
 def match_neurons(reference: FeedForwardWeights, other: FeedForwardWeights) -> Tensor:

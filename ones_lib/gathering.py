@@ -38,13 +38,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ones_lib.ffn import FeedForwardWeights
+from ones_lib.ffn import FeedForwardWeights, check_alike, concatenate
 
 if TYPE_CHECKING:
     from ones_lib.calibration import LayerActivations
@@ -53,6 +54,8 @@ GatheringMethod = Callable[..., FeedForwardWeights]
 Scale = float | tuple[float, float]
 Factors = tuple[Tensor, Tensor, Tensor]  # U [m, r], S [r], V^T [r, n] of a matrix [m, n], r = min(m, n)
 _METHODS: dict[str, GatheringMethod] = {}
+_PIECEWISE: set[str] = set()
+_CHUNK = 2**20  # elements to look at in one piece: they stay in the cache
 
 #: What follows from a balanced router for a method's matrices, E -> factors of (up and gate, down), up to the gates' sum.
 ROUTER_SCALES: dict[str, Callable[[int], tuple[float, float]]] = {
@@ -65,16 +68,20 @@ ROUTER_SCALES: dict[str, Callable[[int], tuple[float, float]]] = {
 SCALE_WORDS = {"router": False, "scalar": True, "vector": True}
 
 
-def register(name: str) -> Callable[[GatheringMethod], GatheringMethod]:
+def register(name: str, piecewise: bool = False) -> Callable[[GatheringMethod], GatheringMethod]:
     """Decorator: make a function ``(bank, *, **options) -> FeedForwardWeights`` known to :func:`gather` by ``name``.
 
     If it has an option ``calibration``, it is given the activations that :func:`gather` gets; without a default it needs them.
+    The bank comes stacked, in float32 at least. A ``piecewise`` method gets the experts as a list, in the dtype in which they
+    are stored and maybe on disk, and takes what it needs of them into memory.
     """
 
     def decorate(method: GatheringMethod) -> GatheringMethod:
         if name in _METHODS:
             raise ValueError(f"name: a gathering method {name!r} is registered already ({_METHODS[name].__name__})")
         _METHODS[name] = method
+        if piecewise:
+            _PIECEWISE.add(name)
         return method
 
     return decorate
@@ -87,16 +94,17 @@ def gathering_methods() -> list[str]:
 
 def uses_calibration(method: str, scale: Scale | str = 1.0) -> bool:
     """Whether activations make a difference to a method at a scale."""
-    return "calibration" in _options(method) or isinstance(scale, str)
+    return "calibration" in options_of(method) or isinstance(scale, str)
 
 
 def needs_calibration(method: str, scale: Scale | str = 1.0) -> bool:
     """Whether a method at a scale cannot do without activations."""
-    option = _options(method).get("calibration")
+    option = options_of(method).get("calibration")
     return (option is not None and option.default is option.empty) or SCALE_WORDS.get(scale, False)
 
 
-def _options(method: str) -> dict[str, inspect.Parameter]:
+def options_of(method: str) -> dict[str, inspect.Parameter]:
+    """A method's options and their defaults."""
     parameters = inspect.signature(_METHODS[method]).parameters
     return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
@@ -105,6 +113,7 @@ def gather(
     bank: FeedForwardWeights | Sequence[FeedForwardWeights],
     method: str = "svd",
     calibration: LayerActivations | None = None,
+    d_ff: int | None = None,
     **options,
 ) -> FeedForwardWeights:
     """Gather a bank of E experts into one FFN.
@@ -114,6 +123,12 @@ def gather(
         method: a name from :func:`gathering_methods`.
         calibration: what passed through the layer on data, see :func:`ones_lib.calibration.collect_activations`; the paper's
             methods use it for the words that stand for a scale alone.
+        d_ff: hidden neurons of the result; None is the experts' own h, the paper's. Methods that choose neurons (``topk``,
+            ``contribution_topk``, and those that start from these: ``readout``, ``fit``) give any number from 1 to E*h. With
+            ``sum``, ``average`` and ``svd`` it is a multiple m*h, m up to E: the experts are gathered in m groups of
+            neighbours, whose FFNs stand side by side, each weighted by its part of the experts where the method is a mean
+            (``average``, and all at a scale that follows from the router). With m = E that is the mean field itself. The
+            other methods give h.
         options: the method's own, see its docstring (``scale`` for the paper's, ``rank`` for svd, ``k`` and ``importance``
             for topk).
 
@@ -125,19 +140,36 @@ def gather(
             calibration that is missing or of another layer.
         TypeError: an option that the method does not have.
     """
+    ffn = gather_precisely(bank, method, calibration, d_ff, **options)
+    return ffn.map(lambda t: t.to((bank if isinstance(bank, FeedForwardWeights) else bank[0]).up.dtype))
+
+
+def gather_precisely(
+    bank: FeedForwardWeights | Sequence[FeedForwardWeights],
+    method: str,
+    calibration: LayerActivations | None = None,
+    d_ff: int | None = None,
+    **options,
+) -> FeedForwardWeights:
+    """:func:`gather` with the result in the precision that it was computed in."""
     if method not in _METHODS:
         raise ValueError(f"method: expected one of {gathering_methods()}, found {method!r}")
-    known = [name for name in _options(method) if name != "calibration"]
+    known = [name for name in options_of(method) if name not in ("calibration", "d_ff")]
     for name in options:
         if name not in known:
             raise TypeError(f"{name}: gathering method {method!r} has no such option, expected one of {known}")
     scale = options.get("scale", 1.0)
     _check_scale(scale, method)
-    if not isinstance(bank, FeedForwardWeights):
-        bank = FeedForwardWeights.stack(bank)
-    check_bank(bank)
-    dtype = bank.up.dtype
-    compute_dtype = torch.promote_types(dtype, torch.float32)
+    if isinstance(bank, FeedForwardWeights):
+        check_bank(bank)
+        experts = _experts(bank)
+    else:
+        experts = list(bank)
+        check_alike(experts)
+        _check_finite(experts)
+    num_experts, (first, *_) = len(experts), experts
+    check_width(d_ff, method, num_experts, first.d_ff)
+    device, compute_dtype = first.up.device, _compute_dtype(first.up)
     if calibration is None:
         if needs_calibration(method, scale):
             raise ValueError(
@@ -146,24 +178,64 @@ def gather(
             )
     else:
         found = (calibration.gates.shape[1], calibration.inputs.shape[1])
-        if found != (bank.num_experts, bank.d_model):
+        if found != (num_experts, first.d_model):
             raise ValueError(
-                f"calibration: expected activations of {bank.num_experts} experts and width {bank.d_model} like the bank's,"
+                f"calibration: expected activations of {num_experts} experts and width {first.d_model} like the bank's,"
                 f" found {found[0]} and {found[1]}"
             )
-        calibration = calibration.map(lambda t: t.detach().to(bank.up.device, compute_dtype))
+        calibration = calibration.map(lambda t: t.detach().to(device, compute_dtype))
         if not all(torch.isfinite(t).all() for t in (calibration.inputs, calibration.gates, calibration.outputs)):
             raise ValueError("calibration: expected finite activations, found NaN or infinity")
-    if "calibration" in _options(method):
+    if "calibration" in options_of(method):
         options["calibration"] = calibration
     with torch.no_grad():
-        bank = bank.map(lambda t: t.detach().to(compute_dtype))
-        if isinstance(scale, str):
-            options["scale"] = ROUTER_SCALES[method](bank.num_experts)
-        ffn = _METHODS[method](bank, **options)
-        if isinstance(scale, str):
-            ffn = _scale_output(ffn, scale, calibration)
-        return ffn.map(lambda t: t.to(dtype))
+        experts = [expert.map(torch.detach) for expert in experts]
+        if "d_ff" in options_of(method):
+            options["d_ff"] = d_ff
+        if method not in _PIECEWISE:
+            stacked = FeedForwardWeights.stack(experts).map(lambda t: t.to(compute_dtype))
+            ffn = _METHODS[method](stacked, **options)
+        elif d_ff in (None, first.d_ff) or "d_ff" in options_of(method):
+            ffn = _METHODS[method](experts, **options | _numbers(scale, method, num_experts))
+        else:
+            ffn = _gather_groups(experts, method, d_ff // first.d_ff, scale, options)
+        return _scale_output(ffn, scale, calibration) if isinstance(scale, str) else ffn
+
+
+def check_width(d_ff: int | None, method: str, num_experts: int, h: int) -> None:
+    """Raise ValueError unless a method can gather ``num_experts`` of h hidden neurons into an FFN of ``d_ff``."""
+    if d_ff is None:
+        return
+    whole = isinstance(d_ff, int) and not isinstance(d_ff, bool)
+    if "d_ff" in options_of(method):
+        fits, expected = whole and 1 <= d_ff <= num_experts * h, f"an integer from 1 to {num_experts * h}"
+    elif method in ROUTER_SCALES:
+        fits = whole and d_ff % h == 0 and 1 <= d_ff // h <= num_experts
+        expected = f"a multiple of the experts' {h}, up to {num_experts * h},"
+    else:
+        fits, expected = d_ff == h, f"the experts' {h}"
+    if not fits:
+        raise ValueError(f"d_ff: expected {expected} for method {method!r}, found {d_ff!r}")
+
+
+def _numbers(scale: Scale | str, method: str, num_experts: int) -> dict:
+    """The option ``scale`` as numbers, where it is a word."""
+    return {"scale": ROUTER_SCALES[method](num_experts)} if isinstance(scale, str) else {}
+
+
+def _gather_groups(
+    experts: list[FeedForwardWeights], method: str, count: int, scale: Scale | str, options: dict
+) -> FeedForwardWeights:
+    """Neighbours gathered in ``count`` groups, side by side."""
+    bounds = [round(i * len(experts) / count) for i in range(count + 1)]
+    parts = []
+    for start, stop in pairwise(bounds):
+        ffn = _METHODS[method](experts[start:stop], **options | _numbers(scale, method, stop - start))
+        share, adds_up = (stop - start) / len(experts), not isinstance(scale, str) and method != "average"
+        out, bias = 1.0 if adds_up else share, 1.0 if adds_up and method == "sum" else share
+        factors = {"down": out, "down_bias": bias}
+        parts.append(FeedForwardWeights(**{name: factors.get(name, 1.0) * t for name, t in ffn.tensors()}))
+    return concatenate(parts)
 
 
 def _check_scale(scale: Scale | str, method: str) -> None:
@@ -213,12 +285,42 @@ def check_bank(bank: FeedForwardWeights) -> None:
         raise ValueError(f"bank: expected experts stacked as up [E, h, d], found one FFN with up {list(bank.up.shape)}")
     if 0 in bank.up.shape:
         raise ValueError(f"bank: expected E, h and d of at least 1 in up [E, h, d], found {list(bank.up.shape)}")
-    for name, tensor in bank.tensors():
-        finite = torch.isfinite(tensor).flatten(1).all(dim=1)
-        if not finite.all():
-            expert = int((~finite).nonzero()[0, 0])
-            count = int((~torch.isfinite(tensor[expert])).sum())
-            raise ValueError(f"{name} of expert {expert}: expected finite weights, found {count} NaN or infinite")
+    _check_finite(_experts(bank))
+
+
+def _check_finite(experts: Sequence[FeedForwardWeights]) -> None:
+    for i, expert in enumerate(experts):
+        for name, tensor in expert.tensors():
+            if count := count_non_finite(tensor.detach()):
+                raise ValueError(f"{name} of expert {i}: expected finite weights, found {count} NaN or infinite")
+
+
+def count_non_finite(tensor: Tensor) -> int:
+    """How many elements are NaN or infinite."""
+    # A sum is finite only if its terms are, and quicker than looking at each.
+    sums = torch.stack([part.to(_compute_dtype(tensor)).sum() for part in _pieces(tensor)])
+    return 0 if torch.isfinite(sums).all() else int((~torch.isfinite(tensor)).sum())
+
+
+def _experts(bank: FeedForwardWeights | Sequence[FeedForwardWeights]) -> Sequence[FeedForwardWeights]:
+    return [bank.expert(e) for e in range(bank.num_experts)] if isinstance(bank, FeedForwardWeights) else bank
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Rows of a tensor, so many at a time that they stay in the cache."""
+    return tensor.split(max(1, _CHUNK * len(tensor) // max(1, tensor.numel())))
+
+
+def _stacked_pieces(experts: Sequence[FeedForwardWeights], name: str) -> Iterator[Tensor]:
+    """The experts' tensors [E, n, ...], a few rows at a time, in the precision to compute in."""
+    tensors = [getattr(expert, name) for expert in experts]
+    rows = max(1, _CHUNK * len(tensors[0]) // (len(tensors) * tensors[0].numel()))
+    for pieces in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+        yield torch.stack(pieces).to(_compute_dtype(pieces[0]))
 
 
 def _scaled(name: str, tensor: Tensor, scale: Scale) -> Tensor:
@@ -226,47 +328,71 @@ def _scaled(name: str, tensor: Tensor, scale: Scale) -> Tensor:
     return (out if name.startswith("down") else into) * tensor
 
 
-@register("sum")
-def summation(bank: FeedForwardWeights, *, scale: Scale | str = 1.0) -> FeedForwardWeights:
+def combined(
+    bank: FeedForwardWeights | Sequence[FeedForwardWeights], combine: Callable[[Tensor], Tensor]
+) -> FeedForwardWeights:
+    """The FFN of the tensors ``combine(stacked [E, n, ...])``, a few rows at a time."""
+    experts = _experts(bank)
+    names = [name for name, _ in experts[0].tensors()]
+    return FeedForwardWeights(**{n: torch.cat([combine(t) for t in _stacked_pieces(experts, n)]) for n in names})
+
+
+def _scaled_all(ffn: FeedForwardWeights, scale: Scale) -> FeedForwardWeights:
+    return FeedForwardWeights(**{name: _scaled(name, tensor, scale) for name, tensor in ffn.tensors()})
+
+
+@register("sum", piecewise=True)
+def summation(
+    bank: FeedForwardWeights | Sequence[FeedForwardWeights], *, scale: Scale | str = 1.0
+) -> FeedForwardWeights:
     """Summation: ``W = scale * sum_i W_i``, biases likewise."""
-    return FeedForwardWeights(**{name: _scaled(name, tensor.sum(dim=0), scale) for name, tensor in bank.tensors()})
+    return _scaled_all(combined(bank, lambda tensors: tensors.sum(dim=0)), scale)
 
 
-@register("average")
-def averaging(bank: FeedForwardWeights, *, scale: Scale | str = 1.0) -> FeedForwardWeights:
+@register("average", piecewise=True)
+def averaging(
+    bank: FeedForwardWeights | Sequence[FeedForwardWeights], *, scale: Scale | str = 1.0
+) -> FeedForwardWeights:
     """Averaging: ``W = scale * (1/E) sum_i W_i``, biases likewise."""
-    return FeedForwardWeights(**{name: _scaled(name, tensor.mean(dim=0), scale) for name, tensor in bank.tensors()})
+    return _scaled_all(combined(bank, lambda tensors: tensors.mean(dim=0)), scale)
 
 
-def _in_norm(bank: FeedForwardWeights) -> Tensor:
+def _in_norm(experts: Sequence[FeedForwardWeights]) -> Tensor:
     """[E, h]: L2 norm of each hidden neuron's input weights (up, and gate where there is one)."""
-    squares = bank.up.square().sum(dim=2)
-    if bank.gate is not None:
-        squares = squares + bank.gate.square().sum(dim=2)
-    return squares.sqrt()
+    names = ("up",) if experts[0].gate is None else ("up", "gate")
+    return sum(_row_squares(experts, name) for name in names).sqrt()
 
 
-def _out_norm(bank: FeedForwardWeights) -> Tensor:
+def _row_squares(experts: Sequence[FeedForwardWeights], name: str) -> Tensor:
+    return torch.cat([tensors.square().sum(dim=2) for tensors in _stacked_pieces(experts, name)], dim=1)
+
+
+def _out_norm(experts: Sequence[FeedForwardWeights]) -> Tensor:
     """[E, h]: L2 norm of each hidden neuron's output weights."""
-    return bank.down.norm(dim=1)
+    return sum(tensors.square().sum(dim=1) for tensors in _stacked_pieces(experts, "down")).sqrt()
 
 
-#: Importance of hidden neurons by name, bank -> [E, h].
-IMPORTANCES: dict[str, Callable[[FeedForwardWeights], Tensor]] = {
-    "l2": lambda bank: torch.hypot(_in_norm(bank), _out_norm(bank)),
-    "product": lambda bank: _in_norm(bank) * _out_norm(bank),
+#: Importance of hidden neurons by name, experts -> [E, h].
+IMPORTANCES: dict[str, Callable[[Sequence[FeedForwardWeights]], Tensor]] = {
+    "l2": lambda experts: torch.hypot(_in_norm(experts), _out_norm(experts)),
+    "product": lambda experts: _in_norm(experts) * _out_norm(experts),
 }
 
 
-@register("topk")
+@register("topk", piecewise=True)
 def top_kg(
-    bank: FeedForwardWeights, *, k: int | None = None, importance: str | Tensor = "l2", scale: Scale | str = 1.0
+    bank: FeedForwardWeights | Sequence[FeedForwardWeights],
+    *,
+    k: int | None = None,
+    d_ff: int | None = None,
+    importance: str | Tensor = "l2",
+    scale: Scale | str = 1.0,
 ) -> FeedForwardWeights:
     """Top-KG: the K most important hidden neurons of every expert, concatenated; a neuron's weights stay together.
 
-    With ``k`` left out the gathered FFN has the experts' own d_ff ``h``: K = h // E neurons of every expert, and where
-    E does not divide h the remaining ``h - E*K`` places go to the most important neurons not yet chosen, of whichever
-    expert (ties: the lower expert, then the lower neuron). Within the result neurons stand in the experts' order, then in
+    With ``k`` left out the gathered FFN has ``d_ff`` neurons, by default the experts' own ``h``: K = d_ff // E of every expert,
+    and where E does not divide d_ff the remaining ``d_ff - E*K`` places go to the most important neurons not yet chosen, of
+    whichever expert (ties: the lower expert, then the lower neuron). Within the result neurons stand in the experts' order, then in
     their order inside the expert, so one expert comes back exactly.
 
     The output bias is the experts' mean, not scaled: it belongs to no neuron.
@@ -274,24 +400,26 @@ def top_kg(
     Args:
         bank: experts, up [E, h, d].
         k: neurons of every expert, 1 to h; the gathered FFN then has d_ff = E*k.
+        d_ff: neurons of the result, 1 to E*h, instead of ``k``.
         importance: ``"l2"`` (norm of a neuron's in- and out-weights together), ``"product"`` (norm of the in-weights
             times norm of the out-weights), or a tensor [E, h] of one's own.
         scale: multiplies up, gate and down, and the biases of the neurons.
     """
-    num_experts, h = bank.num_experts, bank.d_ff
+    experts = _experts(bank)
+    num_experts, h = len(experts), experts[0].d_ff
+    width = chosen_width(k, d_ff, num_experts, h)
     if isinstance(importance, str):
         if importance not in IMPORTANCES:
             raise ValueError(f"importance: expected one of {list(IMPORTANCES)} or a tensor, found {importance!r}")
-        scores = IMPORTANCES[importance](bank)
+        scores = IMPORTANCES[importance](experts)
     else:
-        scores = importance.to(bank.up)
+        scores = importance.to(experts[0].up)
         if scores.shape != (num_experts, h) or not torch.isfinite(scores).all():
             raise ValueError(
                 f"importance: expected finite values of shape {[num_experts, h]}, found {list(scores.shape)}"
                 + ("" if torch.isfinite(scores).all() else " with NaN or infinity")
             )
-    share = h // num_experts if k is None else integer_in_range("k", k, default=h, high=h)
-    rest = h - num_experts * share if k is None else 0
+    share, rest = divmod(width, num_experts)
 
     # Stable sorts, so that ties are the same on every device.
     order = scores.argsort(dim=1, descending=True, stable=True)  # [E, h]
@@ -300,25 +428,33 @@ def top_kg(
     chosen.view(-1)[left_over.argsort(descending=True, stable=True)[:rest]] = True
 
     expert, neuron = chosen.nonzero(as_tuple=True)
-    ffn = take_neurons(bank, expert, neuron)
+    ffn = take_neurons(experts, expert, neuron)
     return FeedForwardWeights(**{n: t if n == "down_bias" else _scaled(n, t, scale) for n, t in ffn.tensors()})
 
 
-def take_neurons(bank: FeedForwardWeights, expert: Tensor, neuron: Tensor) -> FeedForwardWeights:
-    """The FFN of hidden neurons ``neuron`` [n] of experts ``expert`` [n], all with their weights; output bias: the mean."""
-    return FeedForwardWeights(
-        up=bank.up[expert, neuron],
-        down=bank.down[expert, :, neuron].T,
-        gate=None if bank.gate is None else bank.gate[expert, neuron],
-        up_bias=None if bank.up_bias is None else bank.up_bias[expert, neuron],
-        gate_bias=None if bank.gate_bias is None else bank.gate_bias[expert, neuron],
-        down_bias=None if bank.down_bias is None else bank.down_bias.mean(dim=0),
-    )
+def chosen_width(k: int | None, d_ff: int | None, num_experts: int, h: int) -> int:
+    """Hidden neurons of an FFN of chosen neurons: E*k, or d_ff, or h."""
+    if k is not None and d_ff is not None:
+        raise ValueError(f"k, d_ff: expected one of the two, found {k} and {d_ff}")
+    if k is not None:
+        return num_experts * integer_in_range("k", k, default=h, high=h)
+    return integer_in_range("d_ff", d_ff, default=h, high=num_experts * h)
 
 
-@register("svd")
+def take_neurons(experts: Sequence[FeedForwardWeights], expert: Tensor, neuron: Tensor) -> FeedForwardWeights:
+    """The FFN of hidden neurons ``neuron`` [n] of experts ``expert`` [n], in ascending order, all with their weights; output
+    bias: the mean."""
+    counts = torch.bincount(expert, minlength=len(experts)).tolist()
+    chosen = [e.with_neurons(n) for e, n in zip(experts, neuron.split(counts), strict=True) if len(n)]
+    parts = dict(concatenate(chosen).map(lambda t: t.to(_compute_dtype(t))).tensors())
+    if "down_bias" in parts:
+        parts["down_bias"] = torch.stack([e.down_bias.to(parts["down"]) for e in experts]).mean(dim=0)
+    return FeedForwardWeights(**parts)
+
+
+@register("svd", piecewise=True)
 def svd_kg(
-    bank: FeedForwardWeights,
+    bank: FeedForwardWeights | Sequence[FeedForwardWeights],
     *,
     rank: int | None = None,
     scale: Scale | str = 1.0,
@@ -336,17 +472,19 @@ def svd_kg(
         scale: multiplies the matrices. E equal experts give E times their truncated matrix at scale 1.
         factors: by matrix, the experts' ``(U, S, V^T)``, where they are known already.
     """
-    full_rank = min(bank.d_ff, bank.d_model)
-    rank = integer_in_range("rank", rank, default=max(1, full_rank // bank.num_experts), high=full_rank)
+    experts = _experts(bank)
+    full_rank = min(experts[0].d_ff, experts[0].d_model)
+    rank = integer_in_range("rank", rank, default=max(1, full_rank // len(experts)), high=full_rank)
 
-    def gathered(name: str, tensor: Tensor) -> Tensor:
-        if tensor.ndim == 2:
-            return tensor.mean(dim=0)
+    def gathered(name: str, ndim: int) -> Tensor:
+        tensors = (getattr(e, name).to(_compute_dtype(e.up)) for e in experts)
+        if ndim == 1:
+            return torch.stack(list(tensors)).mean(dim=0)
         # One expert at a time: the factors of a large bank need not fit at once.
-        found = (torch.linalg.svd(w, full_matrices=False) for w in tensor) if factors is None else factors[name]
+        found = (torch.linalg.svd(w, full_matrices=False) for w in tensors) if factors is None else factors[name]
         return _scaled(name, sum((u[:, :rank] * s[:rank]) @ vh[:rank] for u, s, vh in found), scale)
 
-    return FeedForwardWeights(**{name: gathered(name, tensor) for name, tensor in bank.tensors()})
+    return FeedForwardWeights(**{name: gathered(name, tensor.ndim) for name, tensor in experts[0].tensors()})
 
 
 def integer_in_range(name: str, value: int | None, *, default: int, high: int) -> int:

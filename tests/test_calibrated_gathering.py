@@ -13,7 +13,7 @@ from ones_lib.calibration import _Draw
 from ones_lib.gathering import needs_calibration, uses_calibration
 from ones_lib.moe import MoEFeedForward
 
-CALIBRATED = ["matched_average", "contribution_topk", "whitened_svd", "readout", "fit"]
+CALIBRATED = ["matched_average", "frequency_average", "contribution_topk", "whitened_svd", "readout", "fit"]
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -417,3 +417,43 @@ def test_activations_whose_parts_do_not_fit_are_refused():
         LayerActivations(torch.ones(3, 2), torch.ones(3, 5), torch.ones(3, 4), F.gelu)
     with pytest.raises(ValueError, match="inputs: expected at least one token"):
         LayerActivations(torch.ones(0, 2), torch.ones(0, 5), torch.ones(0, 2), F.gelu)
+
+
+# --- width, frequencies -----------------------------------------------------------------------------------------------
+
+
+def test_frequency_average_is_the_mean_by_how_often_experts_are_chosen():
+    bank = double_bank(gated=True)
+    calibration = calibration_of(bank, gate_sum=0.7)
+    counts = (calibration.gates > 0).sum(dim=0).double()
+    weights = counts / (2 * 300)
+    assert calibration.expert_frequencies().tolist() == pytest.approx(weights.tolist())
+    gathered = gather(bank, "frequency_average", calibration=calibration)
+    torch.testing.assert_close(gathered.up, (weights[:, None, None] * bank.up).sum(dim=0))
+    torch.testing.assert_close(gathered.down, 0.7 * (weights[:, None, None] * bank.down).sum(dim=0))
+
+
+@pytest.mark.parametrize("d_ff", [5, 12, 30, 48])
+@pytest.mark.parametrize("method", ["contribution_topk", "readout", "fit"])
+def test_methods_that_choose_neurons_give_any_width(method, d_ff):
+    bank = double_bank()
+    calibration = calibration_of(bank)
+    options = {"steps": 50} if method == "fit" else {}
+    assert gather(bank, method, calibration=calibration, d_ff=d_ff, **options).d_ff == d_ff
+
+
+def test_more_neurons_leave_less_error():
+    bank = double_bank()
+    calibration = calibration_of(bank)
+    errors = [
+        error(gather(bank, "readout", calibration=calibration, d_ff=d_ff), calibration) for d_ff in (6, 12, 24, 48)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("method", ["matched_average", "whitened_svd", "frequency_average"])
+def test_methods_that_keep_the_experts_width(method):
+    bank = double_bank()
+    with pytest.raises(ValueError, match=f"d_ff: expected the experts' 12 for method '{method}', found 24"):
+        gather(bank, method, calibration=calibration_of(bank), d_ff=24)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import equal_bank, random_bank
 
 from ones_lib import FeedForwardWeights, gather, gathering, gathering_methods
+from ones_lib.ffn import concatenate
 from ones_lib.gathering import register
 
 METHODS = ["sum", "average", "topk", "svd"]
@@ -184,6 +185,98 @@ def test_bank_is_left_as_it_was_and_no_gradient_flows(method):
 def test_a_sequence_of_experts_is_a_bank():
     bank = random_bank(3)
     assert_equal(gather([bank.expert(i) for i in range(3)], "svd"), gather(bank, "svd"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_apart_in_memory_and_in_pieces_give_the_same(method, form, monkeypatch):
+    bank = random_bank(4, **form)
+    whole = gather(bank, method)
+    monkeypatch.setattr(gathering, "_CHUNK", 70)  # two rows of four experts
+    assert_equal(gather([bank.expert(e) for e in range(4)], method), whole, atol=1e-6, rtol=1e-6)
+
+
+def test_a_bank_in_low_precision_is_not_copied_as_a_whole(monkeypatch):
+    """The paper's methods look at a few rows, or one expert, at a time."""
+    bank = random_bank(4, 64, 32, dtype=torch.bfloat16)
+    monkeypatch.setattr(gathering, "_CHUNK", 512)
+    largest, to = [], torch.Tensor.to
+
+    def seen(tensor, *args, **kwargs):
+        result = to(tensor, *args, **kwargs)
+        if result.dtype == torch.float32:
+            largest.append(result.numel())
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "to", seen)
+    for method in METHODS:
+        gather(bank, method)
+    assert max(largest) == 64 * 32
+
+
+def outputs(bank, x):
+    return torch.stack([bank.expert(e).apply(x) for e in range(bank.num_experts)])
+
+
+@pytest.mark.parametrize("method", ["sum", "average", "topk", "svd"])
+def test_the_widest_is_the_mean_field_itself(method, form):
+    """All neurons of all experts, each expert with its gate of 1/E."""
+    bank, x = random_bank(4, **form), torch.randn(5, 8)
+    gathered = gather(bank, method, d_ff=48, scale="router")
+    assert gathered.d_ff == 48
+    torch.testing.assert_close(gathered.apply(x), outputs(bank, x).mean(dim=0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "scale"), [("sum", 1.0), ("average", 1.0), ("sum", "router"), ("average", "router")]
+)
+def test_wider_is_groups_side_by_side(method, scale, form):
+    bank, x = random_bank(5, **form), torch.randn(5, 8)
+    groups = [bank.map(lambda t: t[:2]), bank.map(lambda t: t[2:])]
+    expected = 0
+    for group in groups:
+        share = 1 if (method, scale) == ("sum", 1.0) else group.num_experts / 5
+        expected = expected + share * gather(group, method, scale=scale).apply(x)
+    torch.testing.assert_close(gather(bank, method, d_ff=24, scale=scale).apply(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_equal_experts_at_any_width(form):
+    bank, x = equal_bank(4, **form), torch.randn(5, 8)
+    for method, d_ff in {"average": 24, "svd": 48, "sum": 36}.items():
+        options = {"rank": 8} if method == "svd" else {}
+        gathered = gather(bank, method, d_ff=d_ff, scale="router", **options)
+        torch.testing.assert_close(gathered.apply(x), bank.expert(0).apply(x), atol=1e-4, rtol=1e-4)
+
+
+def test_topk_of_any_width_takes_as_many_of_each():
+    bank = random_bank(4)
+    assert_equal(gather(bank, "topk", d_ff=20), gather(bank, "topk", k=5))
+    wide = gather(bank, "topk", d_ff=21)
+    assert wide.d_ff == 21
+    with pytest.raises(ValueError, match="k, d_ff: expected one of the two, found 3 and 21"):
+        gather(bank, "topk", k=3, d_ff=21)
+    for method, found in (("average", 13), ("average", 60), ("topk", 0), ("svd", 24.0), ("topk", 49)):
+        with pytest.raises(ValueError, match=f"d_ff: expected .* for method '{method}', found {found}"):
+            gather(bank, method, d_ff=found)
+
+
+def test_concatenated_networks_add_up(form):
+    ffns = [random_bank(1, d_ff, seed=d_ff, **form | {"biases": b}).expert(0) for d_ff, b in ((5, True), (7, False))]
+    x = torch.randn(6, 8)
+    joined = concatenate(ffns)
+    assert joined.d_ff == 12
+    torch.testing.assert_close(joined.apply(x), sum(ffn.apply(x) for ffn in ffns))
+    with pytest.raises(ValueError, match="gate: expected all FFNs to be gated or none, found both"):
+        concatenate([ffns[0], random_bank(1, gated=not form["gated"]).expert(0)])
+
+
+def test_a_widened_network_computes_the_same_and_all_of_it_learns(form):
+    ffn, x = random_bank(1, **form).expert(0), torch.randn(6, 8)
+    wide = ffn.widened(29).map(lambda t: t.clone().requires_grad_())
+    torch.testing.assert_close(wide.apply(x), ffn.apply(x))
+    wide.apply(x).square().sum().backward()
+    assert wide.down.grad.abs().sum(dim=0).min() > 0
+    with pytest.raises(ValueError, match="d_ff: expected at least the 12 neurons that there are, found 11"):
+        ffn.widened(11)
 
 
 def test_register_adds_a_method_once():
