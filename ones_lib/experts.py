@@ -17,11 +17,14 @@ from ones_lib.records import Record
 from ones_lib.study import calibration_batches, load_record, recipe_of
 
 # How the tensors of an expert layer are named: by this library ("up" [E, h, d], "down" [E, d, h], ...), by transformers in
-# memory (all experts in one tensor, gate above up), and in its files, Mixtral's and others' (a tensor an expert).
+# memory (all experts in one tensor, gate above up; with biases they are GPT-OSS's: transposed, gate and up by turns), by
+# Granite's files (the same), and in the files of most others (a tensor an expert).
 _OURS = re.compile(r"(?P<layer>.+)\.(?P<part>(?:up|gate|down)(?:_bias)?)")
-_STACKED = re.compile(r"(?P<layer>.+\.experts)\.(?P<part>gate_up_proj|down_proj)")
-_SEPARATE = re.compile(r"(?P<layer>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.(?P<kind>weight|bias)")
+_STACKED = re.compile(r"(?P<layer>.+\.experts)\.(?P<part>gate_up_proj|down_proj)(?P<bias>_bias)?")
+_GRANITE = re.compile(r"(?P<layer>.+\.block_sparse_moe)\.(?P<part>input_linear|output_linear)\.weight")
+_SEPARATE = re.compile(r"(?P<layer>.+\.experts)\.(?:expert_)?(?P<expert>\d+)\.(?P<part>\w+)\.(?P<kind>weight|bias)")
 _PARTS = {"up_proj": "up", "gate_proj": "gate", "down_proj": "down", "w3": "up", "w1": "gate", "w2": "down"}
+_PARTS |= {"wi": "up", "wo": "down"}
 CALIBRATION_BATCH = 64  # examples: with their tokens at every depth enough for a measure, and small for a large model
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -45,10 +48,13 @@ class ExpertBanks(Mapping[str, FeedForwardWeights]):
     def _place(self, name: str, shape: list[int]) -> None:
         if (found := _OURS.fullmatch(name)) and shape[0] > 1 and len(shape) == (2 if "bias" in found["part"] else 3):
             self._tensors.setdefault(found["layer"], {})[found["part"]] = name
-        elif (found := _STACKED.fullmatch(name)) and len(shape) == 3 and f"{name}_bias" not in self._shapes:
-            # With a bias they are GPT-OSS's, transposed and interleaved, which would be read wrongly.
+        elif (found := _STACKED.fullmatch(name)) and len(shape) == (2 if found["bias"] else 3):
             parts = ("gate", "up") if found["part"] == "gate_up_proj" else ("down",)
-            self._tensors.setdefault(found["layer"], {}).update(dict.fromkeys(parts, name))
+            names = {part + (found["bias"] or ""): name for part in parts}
+            self._tensors.setdefault(found["layer"], {}).update(names)
+        elif (found := _GRANITE.fullmatch(name)) and len(shape) == 3:
+            parts = ("gate", "up") if found["part"] == "input_linear" else ("down",)
+            self._tensors.setdefault(f"{found['layer']}.experts", {}).update(dict.fromkeys(parts, name))
         elif (found := _SEPARATE.fullmatch(name)) and found["part"] in _PARTS:
             part = _PARTS[found["part"]] + ("_bias" if found["kind"] == "bias" else "")
             self._tensors.setdefault(found["layer"], {}).setdefault(part, {})[int(found["expert"])] = name
@@ -60,21 +66,40 @@ class ExpertBanks(Mapping[str, FeedForwardWeights]):
         return len(self._tensors)
 
     def __getitem__(self, layer: str) -> FeedForwardWeights:
-        return FeedForwardWeights(**{part: self._part(layer, part, at) for part, at in self._tensors[layer].items()})
+        parts = self._tensors[layer]
+        if all(isinstance(at, str) for at in parts.values()):
+            return FeedForwardWeights(**{part: self._part(part, at) for part, at in parts.items()})
+        return FeedForwardWeights.stack(self.experts(layer))
 
-    def _part(self, layer: str, part: str, at: str | dict[int, str]) -> Tensor:
-        if isinstance(at, str):
-            tensor = self._tensor(at)
-            if _STACKED.fullmatch(at) and part != "down":
-                return tensor.chunk(2, dim=1)[("gate", "up").index(part)]
+    def names(self, layer: str) -> list[str]:
+        """The tensors that a layer's experts are stored in."""
+        found = (at.values() if isinstance(at, dict) else [at] for at in self._tensors[layer].values())
+        return list(dict.fromkeys(name for names in found for name in names))
+
+    def experts(self, layer: str) -> list[FeedForwardWeights]:
+        """A layer's experts one by one, as they are stored: of a file they are in memory only when they are looked at."""
+        parts = self._tensors[layer]
+        if all(isinstance(at, str) for at in parts.values()):
+            bank = self[layer]
+            return [bank.expert(e) for e in range(bank.num_experts)]
+        count = max(e for experts in parts.values() for e in experts) + 1
+        for part, at in parts.items():
+            if missing := sorted(set(range(count)) - set(at)):
+                raise ValueError(
+                    f"{self.source}: {layer}: expected {part} of experts 0 to {count - 1}, found none of {missing[:5]}"
+                    " (of a model in several files, give the folder)"
+                )
+        return [FeedForwardWeights(**{part: self._tensor(at[e]) for part, at in parts.items()}) for e in range(count)]
+
+    def _part(self, part: str, name: str) -> Tensor:
+        tensor, which = self._tensor(name), ("gate", "up", "down").index(part.removesuffix("_bias"))
+        if not ((found := _STACKED.fullmatch(name)) or _GRANITE.fullmatch(name)):
             return tensor
-        count = max(e for experts in self._tensors[layer].values() for e in experts) + 1
-        if missing := sorted(set(range(count)) - set(at)):
-            raise ValueError(
-                f"{self.source}: {layer}: expected {part} of experts 0 to {count - 1}, found none of {missing[:5]}"
-                " (of a model in several files, give the folder)"
-            )
-        return torch.stack([self._tensor(at[e]) for e in range(count)])
+        joined = part.startswith(("gate", "up"))
+        if found and (found["bias"] or f"{name}_bias" in self._shapes):
+            tensor = tensor[..., which::2] if joined else tensor
+            return tensor if found["bias"] else tensor.mT
+        return tensor.chunk(2, dim=1)[which] if joined else tensor
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self._read(name)

@@ -2,12 +2,21 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_bank
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    SwitchTransformersConfig,
+)
 
-from ones_lib import experts
-from ones_lib.experts import ExpertBanks, open_experts, record_activations
+from ones_lib import FeedForwardWeights, experts
+from ones_lib.experts import open_experts, record_activations
+from ones_lib.language_models import model_class
 from ones_lib.records import model_tensors
 from ones_lib.study import load_record
 
@@ -121,9 +130,48 @@ def test_a_layer_that_lacks_an_expert_or_is_quantised_is_refused(tmp_path):
         open_experts(tmp_path / "b.safetensors")["l.experts"]
 
 
-def test_an_interleaved_layout_is_not_taken_for_another():
-    """GPT-OSS's names are those of other models, with biases beside them."""
-    names = {"l.experts.gate_up_proj": [2, 4, 12], "l.experts.down_proj": [2, 6, 4]}
-    biases = {f"{name}_bias": shape[:1] + shape[2:] for name, shape in names.items()}
-    with pytest.raises(ValueError, match="found none among 4 tensors"):
-        ExpertBanks("gpt-oss", names | biases, torch.zeros)
+@pytest.mark.parametrize(
+    "config",
+    [
+        GptOssConfig(**SMALL, head_dim=8, intermediate_size=24, num_local_experts=3, num_experts_per_tok=1),
+        GraniteMoeConfig(**SMALL, intermediate_size=24, num_local_experts=3, num_experts_per_tok=1),
+        SwitchTransformersConfig(
+            vocab_size=32,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            num_experts=3,
+            num_sparse_encoder_layers=1,
+        ),
+    ],
+    ids=["gpt_oss", "granitemoe", "switch_transformers"],
+)
+def test_other_layouts_in_memory_and_in_files(config, tmp_path):
+    """GPT-OSS's transposed matrices, with gate and up by turns and biases; Granite's names; Switch's own numbering."""
+    torch.manual_seed(0)
+    model = model_class(config).from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p))
+    model.save_pretrained(tmp_path)
+    in_memory, in_files = open_experts(model), open_experts(tmp_path)
+    assert len(in_memory) == len(in_files) > 0
+    for layer in in_files:
+        assert_same(in_files[layer], in_memory[layer])
+        assert_same(FeedForwardWeights.stack(in_files.experts(layer)), in_files[layer])
+        assert in_files[layer].up.shape == (3, 24, 16)
+    layer, x = list(in_memory)[-1], torch.randn(5, 16)
+    experts, expert = model.get_submodule(layer), in_memory[layer].expert(1)
+    if config.model_type == "gpt_oss":  # gate * sigmoid(alpha * gate) * (up + 1), clamped
+        gate, up = F.linear(x, expert.gate, expert.gate_bias), F.linear(x, expert.up, expert.up_bias)
+        gate, up = gate.clamp(max=experts.limit), up.clamp(-experts.limit, experts.limit)
+        expected = F.linear(gate * (experts.alpha * gate).sigmoid() * (up + 1), expert.down, expert.down_bias)
+    else:
+        expected = expert.apply(x, F.silu if config.model_type == "granitemoe" else F.relu)
+    if config.model_type == "switch_transformers":
+        found = experts["expert_1"](x)
+    else:
+        found = experts(x, torch.full((5, 1), 1), torch.ones(5, 1))
+    torch.testing.assert_close(found, expected)

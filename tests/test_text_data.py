@@ -11,11 +11,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ones_lib.bag_of_words import bag_of_words
 from ones_lib.data import docstrings
 from ones_lib.data.docstrings import PACKAGES, STATEMENT_CLASSES, Document, Parameter, answer_or_none_examples, parse
-from ones_lib.data.text import EMBEDDED_TASKS, HUB_TASKS, TASKS, pack, text_data, train_tokenizer
+from ones_lib.data.text import EMBEDDED_TASKS, HUB_TASKS, TASKS, pack, read_texts, text_data, train_tokenizer
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "text"
 SMALL = {"vocab_size": 200, "sequence_length": 16, "task_length": 24, "stride": 6}
@@ -369,6 +371,25 @@ def test_packed_texts_are_the_texts():
     body = packed[:, 1:-1].flatten().tolist()
     assert body == stream[: len(body)]
     assert len(stream) - len(body) < 10
+
+
+@pytest.mark.parametrize("marks", [{"bos_token": "<s>", "eos_token": "</s>"}, {"eos_token": "</s>"}, {}])
+def test_packed_texts_with_the_tokenizer_of_a_causal_model(marks):
+    letters = {token: i for i, token in enumerate(["<s>", "</s>", *"abc"])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    packed = pack(["abc", "ab"] * 3, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks), 4)
+    body = ([2, 3, 4] + [1] * bool(marks) + [2, 3] + [1] * bool(marks)) * 3
+    first = [0] if "bos_token" in marks else []
+    room = 4 - len(first)
+    assert packed.tolist() == [[*first, *body[i : i + room]] for i in range(0, len(body) - room + 1, room)]
+
+
+def test_texts_of_a_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(20)))
+    assert read_texts(tmp_path / "a.txt", "train") == ["one\ntwo"]
+    assert sorted(map(int, read_texts(tmp_path / "b.jsonl", "validation"))) == list(range(20))
 
 
 def test_tokenizer_lower_cases_and_splits_numbers():

@@ -359,6 +359,16 @@ def _corpus_texts(
     return {split: texts[:most] for split, texts in splits.items()}
 
 
+def read_texts(corpus: str | Path, split: str, cache_dir: str | Path = "runs/cache") -> list[str]:
+    """All texts of a file, a plain text file being one; of ``"docstrings"``, a folder or a name on the hub those of a split."""
+    path = Path(corpus)
+    if path.is_file() and path.suffix == ".txt":
+        return [path.read_text(encoding="utf-8")]
+    embedded = _embedded_folder(Path(cache_dir)) if corpus == "docstrings" else None
+    splits = _corpus_texts(str(corpus), embedded, {}, None)
+    return [text for texts in splits.values() for text in texts] if path.is_file() else splits[split]
+
+
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -419,19 +429,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
-    """Token ids [n, length], int32: the texts one after the other, [SEP] after each, cut into pieces between [CLS] and [SEP]."""
+    """Token ids [n, length], int32: the texts one after the other, [SEP] after each, cut into pieces between [CLS] and [SEP].
+
+    With a tokenizer that has no such tokens, as most of causal models, its end of text stands after each and its beginning
+    of text, where it has one, before each piece."""
+    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    end = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    before, after, between = ([] if i is None else [i] for i in (first, tokenizer.sep_token_id, end))
     parts = []
-    for first in range(0, len(texts), 10_000):  # a large corpus as Python's integers would not fit into memory
-        chunk = list(texts[first : first + 10_000])
+    for start in range(0, len(texts), 10_000):  # a large corpus as Python's integers would not fit into memory
+        chunk = list(texts[start : start + 10_000])
         encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        parts.append(torch.tensor([i for ids in encoded for i in (*ids, tokenizer.sep_token_id)], dtype=torch.int32))
-    stream = torch.cat(parts)
-    count = len(stream) // (length - 2)
+        parts.append(torch.tensor([i for ids in encoded for i in (*ids, *between)], dtype=torch.int32))
+    stream, room = torch.cat(parts), length - len(before) - len(after)
+    count = len(stream) // room
     if not count:
-        raise ValueError(f"corpus: expected at least {length - 2} tokens, found {len(stream)}")
-    body = stream[: count * (length - 2)].view(count, length - 2)
-    first, last = (body.new_full((count, 1), i) for i in (tokenizer.cls_token_id, tokenizer.sep_token_id))
-    return torch.cat([first, body, last], dim=1)
+        raise ValueError(f"corpus: expected at least {room} tokens, found {len(stream)}")
+    body = stream[: count * room].view(count, room)
+    before, after = (body.new_tensor(mark).expand(count, -1) for mark in (before, after))
+    return torch.cat([before, body, after], dim=1)
 
 
 def encode_classification(

@@ -1,0 +1,551 @@
+"""Published MoE checkpoints made dense: a folder or hub name of an MoE in, a folder that plain transformers loads out.
+
+``python -m ones_lib.checkpoints SOURCE DESTINATION --method svd`` or :func:`convert`. The experts of one layer are gathered at
+a time, as they lie in the source's safetensors files; everything else is copied. Which architectures there are and what
+becomes of them is the table in :mod:`ones_lib.architectures`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.activations import ACT2FN
+
+from ones_lib.architectures import ARCHITECTURES, Config, architecture_of
+from ones_lib.calibrated_gathering import squared_error
+from ones_lib.calibration import LayerActivations
+from ones_lib.ffn import FeedForwardWeights, concatenate
+from ones_lib.gathering import (
+    ROUTER_SCALES,
+    gather_precisely,
+    gathering_methods,
+    needs_calibration,
+    options_of,
+    scaled_output,
+)
+from ones_lib.language_models import (
+    load_language_model,
+    model_inputs,
+    perplexity,
+    text_blocks,
+    watched_experts,
+)
+from ones_lib.records import save_tensors, write_text
+from ones_lib.shards import Shards
+from ones_lib.twin_plan import TwinPlan, block_of
+
+_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # tokenizer and generation files; never code
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    method: str = "svd",
+    d_ff: int | None = None,
+    *,
+    calibration: str | Path | Tensor | None = None,
+    calibration_tokens: int = 4096,
+    approximate: bool = False,
+    check: str | Path | Tensor | None = None,
+    **options,
+) -> pd.DataFrame:
+    """Make an MoE checkpoint dense: gather the experts of every layer, copy the rest, and write what transformers loads.
+
+    A layer's gathered network is multiplied by what the gates sum to, which is known (1, or a scaling factor) or measured.
+    Shared experts without a gate are joined to it exactly. Where the twin's layers are of one width, narrower ones are filled
+    up with neurons of no effect. Methods that have a scale get ``scale="router"`` (see :mod:`ones_lib.gathering`), not the
+    paper's raw form, under which E experts add up to E times the size.
+
+    An interrupted conversion goes on where it stopped when it is called with the same arguments; until it is whole, all lies
+    in a hidden folder beside ``destination``.
+
+    Args:
+        source: a folder, or a name on the Hugging Face hub, of an MoE in safetensors files.
+        destination: a folder that is not there, or empty.
+        method: one of :func:`ones_lib.gathering_methods`.
+        d_ff: hidden neurons that the routed experts are gathered to, see :func:`ones_lib.gather`; None: one expert's.
+        calibration: a text (see :func:`ones_lib.language_models.text_blocks`) or token ids [n, L], on which the MoE is run
+            once: for methods that look at data, router statistics and output errors. None: none of these; gates whose sum is
+            not known are then measured on random tokens.
+        calibration_tokens: how many tokens of it.
+        approximate: for an MoE with an exact twin that is not a plain dense class (Qwen2-MoE), a plain one that is not exact.
+        check: a text or token ids to measure the perplexity of MoE and twin on.
+        options: the method's.
+
+    Returns:
+        One row an MoE layer: ``layer, experts, d_ff, shared, width, gate_sum, gates, output_error, seconds``. ``width`` is
+        that of the twin's layer; ``gates`` says where ``gate_sum`` is from; ``output_error`` is the relative error of the
+        routed part on tokens that the method was not given. The same is in the destination's ``conversion.csv``.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError, TypeError, ConnectionError, OSError: what was found and what was
+            expected, before long work starts; NaN when the tensor is read. Nothing is left behind.
+    """
+    if method not in gathering_methods():
+        raise ValueError(f"method: expected one of {gathering_methods()}, found {method!r}")
+    known = [name for name in options_of(method) if name not in ("calibration", "d_ff")]
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"{name}: gathering method {method!r} has no such option, expected one of {known}")
+        if not isinstance(value, (str, int, float, list, tuple, type(None))):
+            raise TypeError(f"{name}: expected a number, text or list, found {type(value).__name__}")
+    if method in ROUTER_SCALES:
+        options.setdefault("scale", "router")
+    destination = Path(destination).expanduser().resolve()
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"destination: expected a folder that is not there or empty, found {destination}")
+    if calibration is None and needs_calibration(method, options.get("scale", 1.0)):
+        raise ValueError(f"calibration: expected a text, which method {method!r} needs, found None")
+
+    folder = _local_folder(source)
+    config = _read_config(folder)
+    architecture = architecture_of(config, folder, approximate)
+    if architecture.weights_alone and not (
+        method == "frequency_average" or (method in ROUTER_SCALES and options["scale"] not in ("scalar", "vector"))
+    ):
+        allowed = [*ROUTER_SCALES, "frequency_average"]
+        raise ValueError(
+            f"method: expected one of {allowed}, at a scale that is a number or 'router', for {config.model_type}, whose"
+            f" experts compute something else than down(act(gate) * up), found {method!r}"
+        )
+    shards = Shards(folder)
+    wide = options["k"] * _num_experts(config) if options.get("k") else d_ff
+    plan = TwinPlan(shards, config, architecture, method, wide)
+    if isinstance(calibration, (str, Path)):
+        calibration = text_blocks(calibration, folder, calibration_tokens, "train")
+    if isinstance(check, (str, Path)):
+        check = text_blocks(check, folder)
+    work = _Work(folder, destination, plan, method, d_ff, options, calibration, calibration_tokens, approximate)
+    work.begin()
+    try:
+        if calibration is not None or architecture.gates(config) is None or architecture.mean_gated:
+            _calibrate(plan, config, calibration, calibration_tokens, work)
+        _write_shards(plan, config, work)
+        _write_config(plan, work)
+        perplexities = {} if check is None else _perplexities(folder, work, check)
+        table = _write_account(plan, config, work, perplexities)
+        work.finish()
+    except (TypeError, ValueError):  # what was read is bad; interrupted or out of room, it can go on where it stopped
+        shutil.rmtree(work.folder)
+        raise
+    return table
+
+
+def _local_folder(source: str | Path) -> Path:
+    """The checkpoint's folder; of a hub name what transformers' cache holds of it, downloaded where it is missing."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"source: expected a folder or a hub name like owner/name, found {str(source)!r}")
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", *(f"*{end}" for end in _COPIED)]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConnectionError(
+            f"source: no folder {str(source)!r}, and it could not be had from the Hugging Face hub: {error}"
+        ) from error
+
+
+def _read_config(folder: Path) -> Config:
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder}: expected config.json, found {sorted(p.name for p in folder.iterdir())[:8]}")
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'}: expected JSON ({error})") from error
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"{folder}: expected an MoE of type {', '.join(ARCHITECTURES)}, found {kind!r}")
+    config = AutoConfig.from_pretrained(folder)
+    if config.dtype is None:
+        config.dtype = torch.float32
+    return config
+
+
+def _num_experts(config: Config) -> int:
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if hasattr(config, name):
+            return getattr(config, name)
+    raise ValueError(f"{config.model_type}: expected a number of experts in the configuration, found none")
+
+
+class _Work:
+    """The hidden folder in which a conversion is prepared: ``model`` becomes the destination."""
+
+    def __init__(self, source, destination, plan, method, d_ff, options, calibration, tokens, approximate) -> None:
+        self.destination, self.plan = destination, plan
+        self.method, self.options = method, options
+        self.folder = destination.with_name(f".{destination.name}.converting")
+        self.model, self.rows = self.folder / "model", self.folder / "rows"
+        self.activations = self.folder / "activations"
+        files = [source / "config.json", *plan.shards.paths()]
+        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        if calibration is not None:
+            calibration = f"token ids, sha256 {hashlib.sha256(calibration.long().numpy().tobytes()).hexdigest()}"
+        self.arguments = {
+            "source": str(source),
+            "method": method,
+            "d_ff": d_ff,
+            "options": options,
+            "calibration": calibration,
+            "calibration_tokens": tokens,
+            "approximate": approximate,
+        }
+        self.identity = json.dumps([self.arguments, stats, version("ones-lib"), version("transformers")], default=str)
+
+    def begin(self) -> None:
+        """Go on with the same conversion, or start over, if there is room."""
+        mark = self.folder / "conversion.json"
+        if self.folder.exists() and (not mark.exists() or mark.read_text() != self.identity):
+            warnings.warn(f"{self.folder}: unfinished work of another conversion, starting over", stacklevel=3)
+            shutil.rmtree(self.folder)
+        self.destination.parent.mkdir(parents=True, exist_ok=True)
+        done = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors")) if self.folder.exists() else 0
+        needed, free = self.plan.bytes - done, shutil.disk_usage(self.destination.parent).free
+        if needed > free:
+            raise OSError(
+                f"{self.destination.parent}: expected {needed / 1e9:.1f} GB of free disk space, found {free / 1e9:.1f} GB"
+            )
+        for folder in (self.model, self.rows, self.activations):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_text(mark, self.identity)
+
+    def activations_of(self, block: str) -> Path:
+        return self.activations / f"{block}.safetensors"
+
+    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """What :func:`convert` returns, and router statistics ``layer, expert, frequency, mean_gate``, empty without a text."""
+        rows = [row for path in sorted(self.rows.iterdir()) for row in json.loads(path.read_text())]
+        experts = [
+            {"layer": row["layer"], "expert": e, "frequency": frequency, "mean_gate": gate}
+            for row in rows
+            for e, (frequency, gate) in enumerate(
+                zip(*(row.pop(k, []) for k in ("frequencies", "mean_gates")), strict=True)
+            )
+        ]
+        return pd.DataFrame(rows), pd.DataFrame(experts)
+
+    def finish(self) -> None:
+        if self.destination.exists():
+            self.destination.rmdir()
+        os.replace(self.model, self.destination)
+        shutil.rmtree(self.folder)
+
+
+def _calibrate(plan: TwinPlan, config: Config, ids: Tensor | None, tokens: int, work: _Work) -> None:
+    """Run the MoE once and keep, layer by layer, what its experts got and gave; without a text, what the gates sum to."""
+    done = work.activations / "done"
+    if done.exists():
+        return
+    given = ids is not None
+    if not given:
+        length = min(512, getattr(config, "max_position_embeddings", None) or 512)
+        count = max(1, tokens // length)
+        ids = torch.randint(config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
+    model = load_language_model(plan.shards.folder, device_map="auto", offload_folder=work.folder / "offload")
+    means: dict[str, Tensor] = {}
+
+    def see(block: str, found: LayerActivations) -> None:
+        tensors = {"gates": found.gates.float()}
+        if given:
+            tensors |= {"inputs": found.inputs, "outputs": found.outputs}
+        save_tensors(work.activations_of(block), tensors)
+
+    def see_gate(block: str) -> Callable:
+        def hook(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
+            means[block] = output.float().sigmoid().mean()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith(f".{plan.architecture.mean_gated}_gate") and plan.architecture.mean_gated:
+            module.register_forward_hook(see_gate(block_of(name)))
+    with torch.inference_mode(), watched_experts(model, see):
+        # Without the output layer, whose logits of all tokens at once might not fit.
+        run = model if config.is_encoder_decoder else model.base_model
+        run(**model_inputs(config, ids.to(model.device)), use_cache=False)
+    save_tensors(work.activations / "mean_gates.safetensors", means)
+    shutil.rmtree(work.folder / "offload", ignore_errors=True)
+    done.touch()
+
+
+def _activations(
+    plan: TwinPlan, config: Config, work: _Work, block: str
+) -> tuple[Tensor | None, LayerActivations | None]:
+    """The gates [N, E] of a block's MoE layer, and all that passed through it, as far as they are known."""
+    if not (path := work.activations_of(block)).exists():
+        return None, None
+    found = load_file(path)
+    if "inputs" not in found:
+        return found["gates"], None
+    activation = ACT2FN[getattr(config, "hidden_act", None) or config.dense_act_fn]
+    tensors = (found[name].float() for name in ("inputs", "gates", "outputs"))
+    return found["gates"], LayerActivations(*tensors, activation)
+
+
+def _write_shards(plan: TwinPlan, config: Config, work: _Work) -> None:
+    """One shard a block, each with the rows of its MoE layers; it is written while the next one is gathered."""
+    blocks = plan.blocks()
+    total = sum(file.stat().st_size for file in plan.shards.paths())
+
+    def write(path: Path, rows: list[dict], tensors: dict[str, Tensor]) -> None:
+        write_text(work.rows / f"{path.stem}.json", json.dumps(rows))
+        save_tensors(path, tensors, {"format": "pt"})
+
+    bar = tqdm(total=total, desc=f"{work.method}: {work.destination.name}", unit="B", unit_scale=True)
+    with bar, ThreadPoolExecutor(1) as writer:
+        writing = None
+        for i, block in enumerate(blocks, start=1):
+            path = work.model / f"model-{i:05d}-of-{len(blocks):05d}.safetensors"
+            if not path.exists():
+                made = _convert_block(plan, config, work, block)
+                plan.shards.close()
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(write, path, *made)
+                del made
+            bar.update(total * i // len(blocks) - bar.n)
+        if writing is not None:
+            writing.result()
+
+
+def _convert_block(plan: TwinPlan, config: Config, work: _Work, block: str) -> tuple[list[dict], dict[str, Tensor]]:
+    tensors = {name: plan.read(name) for name in plan.copies.get(block, [])}
+    for module, parts in plan.dense.items():
+        if block_of(module) == block:
+            tensors |= plan.dense_tensors(module, plan.ffn(parts).widened(plan.width))
+    rows = []
+    for module in plan.modules:
+        if block_of(module) == block:
+            started = time.perf_counter()
+            ffn, row = _gather_layer(plan, config, work, module)
+            tensors |= plan.moe_tensors(module, ffn)
+            rows.append({**row, "seconds": time.perf_counter() - started})
+    return rows, tensors
+
+
+def _gather_layer(plan: TwinPlan, config: Config, work: _Work, module: str) -> tuple[FeedForwardWeights, dict]:
+    """The twin's network in the place of an MoE layer, and what there is to say of it."""
+    block, architecture = module.rsplit(".", 1)[0], plan.architecture
+    gates, activations = _activations(plan, config, work, block)
+    gate_sum, source = architecture.gates(config), "architecture"
+    if gate_sum is None:
+        gate_sum = gates.sum(dim=1).mean().item()
+        source = "random tokens" if activations is None else "calibration"
+    given = held_out = None
+    if activations is not None:
+        count = len(activations.inputs)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        given, held_out = (
+            activations.map(lambda t, part=part: t[part]) for part in order.split(max(1, 3 * count // 4))[:2]
+        )
+
+    experts = plan.experts(module)
+    dtype = experts[0].up.dtype
+    scale = work.options.get("scale")
+    on_data = "calibration" in options_of(work.method) or scale in ("scalar", "vector")
+    given = given if on_data else None
+    try:
+        ffn = gather_precisely(experts, work.method, given, work.arguments["d_ff"], **work.options)
+    except ValueError as error:
+        raise ValueError(f"{plan.shards.folder}: {module}: {error}") from error
+    if given is None:
+        ffn = scaled_output(ffn, gate_sum)
+    error = float("nan")
+    if held_out is not None and not architecture.weights_alone:
+        error = squared_error(ffn, held_out) ** 0.5
+    d_ff = ffn.d_ff
+    if parts := plan.shared.get(module):
+        shared = plan.ffn(parts).map(lambda t: t.float())
+        if architecture.mean_gated:
+            mean_gates = load_file(work.activations / "mean_gates.safetensors")
+            shared = scaled_output(shared, mean_gates[block].item())
+        ffn = concatenate([ffn, shared])
+    row = {
+        "layer": module,
+        "experts": len(experts),
+        "d_ff": d_ff,
+        "shared": ffn.d_ff - d_ff,
+        "width": plan.width,
+        "gate_sum": gate_sum,
+        "gates": source,
+        "output_error": error,
+    }
+    if activations is not None:
+        row["frequencies"] = activations.expert_frequencies().tolist()
+        row["mean_gates"] = activations.gates.mean(dim=0).tolist()
+    return ffn.widened(plan.width).map(lambda t: t.to(dtype)), row
+
+
+def _write_config(plan: TwinPlan, work: _Work) -> None:
+    """What a folder needs beside its shards: index, configuration, and the source's tokenizer and generation files."""
+    index = {}
+    for path in sorted(work.model.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            index |= dict.fromkeys(file.keys(), path.name)
+    size = sum((work.model / name).stat().st_size for name in set(index.values()))
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1)
+    write_text(work.model / "model.safetensors.index.json", text)
+    plan.config.save_pretrained(work.model)
+    for path in plan.shards.folder.iterdir():
+        theirs = path.name in ("config.json", "model.safetensors.index.json") or not path.name.endswith(_COPIED)
+        if path.is_file() and not theirs:
+            shutil.copyfile(path, work.model / path.name)
+
+
+def _perplexities(source: Path, work: _Work, ids: Tensor) -> dict[str, float]:
+    found = {}
+    for name, folder in {"MoE": source, "dense": work.model}.items():
+        model = load_language_model(folder, device_map="auto", offload_folder=work.folder / "offload")
+        found[name] = perplexity(model, ids)
+        del model
+        shutil.rmtree(work.folder / "offload", ignore_errors=True)
+    return found
+
+
+def _write_account(plan: TwinPlan, config: Config, work: _Work, perplexities: Mapping[str, float]) -> pd.DataFrame:
+    """The tables and the model card."""
+    layers, experts = work.tables()
+    layers.to_csv(work.model / "conversion.csv", index=False)
+    if len(experts):
+        experts.to_csv(work.model / "router_statistics.csv", index=False)
+    write_text(work.model / "README.md", _model_card(plan, config, work, layers, perplexities))
+    return layers
+
+
+def _model_card(
+    plan: TwinPlan, config: Config, work: _Work, layers: pd.DataFrame, perplexities: Mapping[str, float]
+) -> str:
+    arguments, architecture, name = work.arguments, plan.architecture, Path(work.arguments["source"]).name
+    options = {**{k: v for k, v in arguments.items() if k in ("d_ff",) and v is not None}, **arguments["options"]}
+    given = "".join(f", {k} = {v}" for k, v in options.items())
+    sums, sources = layers["gate_sum"], ", ".join(layers["gates"].unique())
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {name}",
+        "tags: [ones, knowledge-gathering, dense]",
+        "---",
+        f"# {name}, made dense",
+        "",
+        f"A {plan.config.architectures[0]} whose feed-forward networks were gathered from the {plan.num_experts} experts of"
+        f" each MoE layer of {name} ({config.model_type}) by `{arguments['method']}`{given}; all else is a copy. After "
+        '"One Student Knows All Experts Know: From Sparse to Dense" (Xue et al., arXiv 2201.10890), whose second step,'
+        " distillation from the MoE, is still to be done: as it is, this model is a start for that.",
+        "",
+        f"- Hidden neurons: {int(layers['d_ff'].max())} gathered"
+        + (f" and {int(layers['shared'].max())} of shared experts, joined to them" if layers["shared"].max() else "")
+        + (f", in layers {plan.width} wide" if plan.width > (layers["d_ff"] + layers["shared"]).max() else "")
+        + f"; an expert has {plan.expert_width}.",
+        f"- The gathered networks' outputs are multiplied by what a token's gates sum to: {sums.min():.4g} to"
+        f" {sums.max():.4g} (from: {sources}).",
+    ]
+    unused = plan.width - (layers["d_ff"] + layers["shared"]).min()
+    if unused:
+        lines.append(
+            f"- {unused} neurons of each gathered layer have output weights of zero, because the class has one width for all"
+            f" layers; a conversion with a d_ff larger by that many would use them."
+        )
+    if architecture.one_expert:
+        lines.append(
+            f"- Transformers has no dense class with the attention and norms of {config.model_type}. This is the same class"
+            " with one expert, whose gate is 1: dense in function."
+        )
+    if architecture.mean_gated:
+        lines.append(
+            "- Approximate: the shared expert's gate, which depends on the token, was replaced by its mean"
+            f" ({layers['gates'].iloc[0]})."
+        )
+    if layers["output_error"].notna().any():
+        errors = layers["output_error"]
+        lines.append(
+            f"- Relative error of the routed experts' output on held-out tokens, by layer: {errors.min():.3f} to"
+            f" {errors.max():.3f}, see conversion.csv; how much each expert is used: router_statistics.csv."
+        )
+    if perplexities:
+        lines.append(f"- Perplexity: MoE {perplexities['MoE']:.4g}, this model {perplexities['dense']:.4g}.")
+    made = {"ones_lib": version("ones-lib"), "transformers": version("transformers")}
+    made_by = ", ".join(f"{k} {v}" for k, v in made.items())
+    lines += ["", f"Made with {made_by}; arguments: `{json.dumps(arguments | {'source': name}, default=str)}`.", ""]
+    return "\n".join(lines)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def _option(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of :func:`convert`."""
+    twins = "\n".join(
+        f"  {kind:20s} -> {a.twin}{' with one expert' if a.one_expert else ''}"
+        f"{f' (--approximate: {a.approximation.twin})' if a.approximation else ''}"
+        for kind, a in ARCHITECTURES.items()
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m ones_lib.checkpoints",
+        description="Make an MoE checkpoint dense: gather the experts of every layer, copy the rest.",
+        epilog=f"architectures:\n{twins}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="folder or Hugging Face hub name of the MoE")
+    parser.add_argument("destination", help="folder to make")
+    parser.add_argument("--method", default="svd", choices=gathering_methods(), help="gathering (default: svd)")
+    parser.add_argument("--d-ff", type=int, help="hidden neurons of the gathered network (default: an expert's)")
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="file, folder, hub name, or 'docstrings' (the embedded text) to run the MoE on: for methods that look at data,"
+        " router statistics and output errors",
+    )
+    parser.add_argument("--calibration-tokens", type=int, default=4096, metavar="N", help="(default: 4096)")
+    parser.add_argument("--approximate", action="store_true", help="a plain dense class where the exact twin is none")
+    parser.add_argument("--check", metavar="TEXT", help="text to measure the perplexity of both models on")
+    parser.add_argument(
+        "--option",
+        action="append",
+        type=_option,
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the method, such as scale=1.0 or rank=64; may be repeated",
+    )
+    given = vars(parser.parse_args(arguments))
+    options = dict(given.pop("option"))
+    try:
+        table = convert(**given, **options)
+    except (OSError, ValueError, TypeError) as error:
+        parser.exit(1, f"{error}\n")
+    columns = ["layer", "experts", "d_ff", "shared", "width", "gate_sum", "output_error"]
+    print(table[columns].to_string(index=False, float_format="%.4g"))
+    print(f"wrote {given['destination']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,629 @@
+"""MoE checkpoints made dense: every architecture against transformers' own MoE and dense classes, on tiny random models."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import cross_entropy, silu
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from ones_lib import checkpoints
+from ones_lib.architectures import ARCHITECTURES
+from ones_lib.calibration import LayerActivations
+from ones_lib.checkpoints import convert
+from ones_lib.experts import open_experts
+from ones_lib.gathering import gather
+from ones_lib.language_models import (
+    load_language_model,
+    model_class,
+    model_inputs,
+    perplexity,
+    text_blocks,
+    watched_experts,
+)
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+SMALL |= {
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"num_key_value_heads": 4, "intermediate_size": 40, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
+FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
+ROPE = {"rope_type": "default", "rope_theta": 1234.0}
+# Sequences of the tests are longer than the windows. Layers that are dense already, of other widths; biases; tied
+# embeddings; norms, positions and multipliers that are not the defaults.
+CONFIGS = {
+    "mixtral": {"intermediate_size": 24, "num_local_experts": 4, "sliding_window": 7, "rms_norm_eps": 1e-3}
+    | {"rope_parameters": ROPE},
+    "qwen2_moe": FOUR
+    | {"intermediate_size": 40, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    | {"norm_topk_prob": True, "mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 6},
+    "qwen3_moe": FOUR
+    | {"intermediate_size": 40, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True}
+    | {"use_sliding_window": True, "sliding_window": 5, "mlp_only_layers": [0], "attention_bias": True},
+    "olmoe": FOUR | {"intermediate_size": 24, "norm_topk_prob": True, "clip_qkv": 0.5},
+    "flex_olmo": FOUR | {"intermediate_size": 24, "norm_topk_prob": True, "rope_parameters": ROPE},
+    "deepseek_v2": LATENT
+    | {"n_routed_experts": 4, "num_experts_per_tok": 4, "mlp_bias": True}
+    | {"routed_scaling_factor": 1.5, "n_shared_experts": 1},
+    "deepseek_v3": LATENT
+    | {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2}
+    | {"n_group": 2, "topk_group": 1, "attention_bias": True},
+    "glm4_moe": FOUR
+    | {"n_routed_experts": 4, "intermediate_size": 64, "moe_intermediate_size": 24, "head_dim": 8}
+    | {"routed_scaling_factor": 1.7, "use_qk_norm": True, "attention_bias": True},
+    "granitemoe": {"intermediate_size": 24, "num_local_experts": 4, "residual_multiplier": 0.7}
+    | {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "logits_scaling": 3.0, "tie_word_embeddings": True},
+    "ernie4_5_moe": {"intermediate_size": 40, "moe_intermediate_size": 24, "moe_num_experts": 4, "moe_k": 2}
+    | {"moe_num_shared_experts": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 2},
+    "gpt_oss": FOUR | {"num_local_experts": 4, "intermediate_size": 24, "head_dim": 8, "sliding_window": 5},
+    "switch_transformers": {"d_model": 32, "d_kv": 8, "d_ff": 24, "num_layers": 4, "num_decoder_layers": 2}
+    | {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 1, "num_heads": 4, "num_experts": 4}
+    | {"decoder_start_token_id": 0, "dense_act_fn": "gelu_new"},
+}
+TWINS = {
+    "mixtral": "MistralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3ForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "flex_olmo": "Olmo2ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "granitemoe": "GraniteForCausalLM",
+    "ernie4_5_moe": "Ernie4_5ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "switch_transformers": "T5ForConditionalGeneration",
+}
+TOKENS = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def moe(kind, equal=False, same_gates=False, seed=0, **changes):
+    """A random MoE with weights large enough that everything counts."""
+    config = AutoConfig.for_model(
+        kind,
+        **{k: v for k, v in SMALL.items() if kind != "switch_transformers" or "token" in k or k == "vocab_size"}
+        | CONFIGS[kind]
+        | changes,
+    )
+    torch.manual_seed(seed)
+    model = model_class(config).from_config(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn_like(p) * 0.2 + ("norm" in name and name.endswith("weight")))
+            if same_gates and re.search(r"mlp\.gate\.|router\.", name):
+                p.zero_()
+        for name, p in model.named_parameters():
+            if equal and ".experts." in name:
+                first = re.sub(r"expert_\d+", "expert_0", name)
+                p.copy_(
+                    model.get_parameter(first)
+                    if first != name
+                    else p[:1].expand_as(p)
+                    if p.ndim > 2 or "bias" in name
+                    else p
+                )
+    return model
+
+
+def logits(model, ids=TOKENS):
+    with torch.no_grad():
+        return model(**model_inputs(model.config, ids)).logits.float()
+
+
+def files(folder):
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json")
+    }
+
+
+def close(one, two, atol=1e-5):
+    torch.testing.assert_close(one, two, atol=atol, rtol=0)
+
+
+# --- every architecture -----------------------------------------------------------------------------------------------
+
+
+def test_every_architecture_is_tried():
+    assert set(CONFIGS) == set(ARCHITECTURES) == set(TWINS)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_equal_experts_give_the_same_logits_from_both_layouts(kind, tmp_path):
+    """With gates that sum to one number: by normalisation, or, where there is none, since the router does not care."""
+    known = ARCHITECTURES[kind].gates(AutoConfig.for_model(kind, **CONFIGS[kind])) is not None
+    model = moe(kind, equal=True, same_gates=not known)
+    model.save_pretrained(tmp_path / "hub")
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    for layout in ("hub", "stacked"):
+        # Random tokens come in sequences too long for the capacity of Switch's one expert in use.
+        data = {"calibration": TOKENS} if kind == "switch_transformers" else {}
+        table = convert(tmp_path / layout, tmp_path / f"{layout}_dense", "average", **data)
+        assert (table["gates"] == ("architecture" if known else "calibration" if data else "random tokens")).all()
+        assert (table["experts"] == (8 if kind == "deepseek_v3" else 4)).all()
+    assert files(tmp_path / "hub_dense") == files(tmp_path / "stacked_dense")
+
+    twin = load_language_model(tmp_path / "hub_dense")
+    assert type(twin).__name__ == TWINS[kind]
+    close(logits(twin), logits(model))
+    made = [m.generate(TOKENS[:1], max_new_tokens=6, do_sample=False) for m in (model, twin)]
+    assert torch.equal(*made)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hub", "hub_dense", "stacked", "stacked_dense"]
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "deepseek_v3", "glm4_moe"])
+def test_gates_that_are_not_normalised_are_measured(kind, tmp_path):
+    """A router that does not care gives each of the k chosen 1/E by softmax, and 1/2 by sigmoid."""
+    model = moe(kind, equal=True, same_gates=True, norm_topk_prob=False)
+    model.save_pretrained(tmp_path / "moe")
+    table = convert(tmp_path / "moe", tmp_path / "dense", "average")
+    expected = {"deepseek_v3": 2 * 0.5 * 2.5, "glm4_moe": 2 * 0.5 * 1.7}.get(kind, 2 / 4)
+    assert table["gate_sum"].to_list() == pytest.approx([expected] * len(table))
+    close(logits(load_language_model(tmp_path / "dense")), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "switch_transformers", "deepseek_v2"])
+def test_the_measured_sum_is_the_mean_over_the_given_tokens(kind, tmp_path):
+    model = moe(kind, **({"num_experts_per_tok": 2} if kind == "deepseek_v2" else {"norm_topk_prob": False}))
+    model.save_pretrained(tmp_path / "moe")
+    sums = []
+
+    def see(block, found):
+        sums.append(found.gates.sum(dim=1).mean().item())
+
+    with watched_experts(model, see):
+        logits(model)
+    table = convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=TOKENS)
+    assert sorted(table["gate_sum"]) == pytest.approx(sorted(sums), rel=1e-4)
+    assert len(set(sums)) > 1
+    assert (table["gates"] == "calibration").all()
+
+
+ONE = {
+    "num_experts": 1,
+    "num_local_experts": 1,
+    "n_routed_experts": 1,
+    "moe_num_experts": 1,
+    "num_experts_per_tok": 1,
+    "moe_k": 1,
+}
+
+
+@pytest.mark.parametrize("method", ["sum", "average", "topk", "svd"])
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "ernie4_5_moe", "gpt_oss", "deepseek_v2"]
+)
+def test_one_expert_comes_back_by_every_method(kind, method, tmp_path):
+    known = AutoConfig.for_model(kind).to_dict()
+    model = moe(kind, **{k: v for k, v in ONE.items() if k in known or k in CONFIGS[kind]})
+    model.save_pretrained(tmp_path / "moe")
+    convert(tmp_path / "moe", tmp_path / "dense", method)
+    # A matrix is put together again from its singular triplets in float32.
+    close(logits(load_language_model(tmp_path / "dense")), logits(model), atol=5e-5 if method == "svd" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "gpt_oss", "switch_transformers"])
+def test_bfloat16_stays_bfloat16(kind, tmp_path):
+    moe(kind).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
+    convert(tmp_path / "moe", tmp_path / "dense", "topk")
+    dtypes = {t.dtype for f in (tmp_path / "dense").glob("*.safetensors") for t in load_file(f).values()}
+    assert dtypes - {torch.float32} == {torch.bfloat16}
+    assert (torch.float32 in dtypes) <= (kind == "deepseek_v3")
+    assert load_language_model(tmp_path / "dense").dtype == torch.bfloat16
+
+
+def test_different_experts_are_gathered_as_by_the_library(tmp_path):
+    """The twin's network is what the gathering makes of the layer's experts, the shared ones beside it."""
+    model = moe("deepseek_v3")
+    model.save_pretrained(tmp_path / "moe")
+    convert(tmp_path / "moe", tmp_path / "dense", "topk", d_ff=60)
+    twin = load_language_model(tmp_path / "dense")
+    assert twin.config.intermediate_size == 60 + 48
+    x = torch.randn(5, 32)
+    for i, (layer, bank) in enumerate(open_experts(model).items(), start=1):
+        assert layer == f"model.layers.{i}.mlp.experts"
+        routed = gather(bank, "topk", d_ff=60, scale="router").apply(x, silu)
+        shared = model.model.layers[i].mlp.shared_experts(x)
+        close(twin.model.layers[i].mlp(x), 2.5 * routed + shared)
+
+
+def test_layers_that_were_dense_stay_as_they_are_and_padding_can_learn(tmp_path):
+    model = moe("qwen3_moe")
+    model.save_pretrained(tmp_path / "moe")
+    table = convert(tmp_path / "moe", tmp_path / "dense", "average")
+    assert table[["d_ff", "width"]].to_numpy().tolist() == [[24, 40], [24, 40]]
+    twin, x = load_language_model(tmp_path / "dense"), torch.randn(5, 32)
+    close(twin.model.layers[0].mlp(x), model.model.layers[0].mlp(x))
+    mlp = twin.model.layers[1].mlp
+    assert (mlp.down_proj.weight[:, 24:] == 0).all()
+    mlp(x).square().sum().backward()
+    assert (mlp.down_proj.weight.grad[:, 24:] != 0).all()
+
+
+def test_the_gated_shared_expert_of_qwen2_is_kept_or_becomes_a_mean(tmp_path):
+    model = moe("qwen2_moe")
+    with torch.no_grad():  # where its gate does not depend on the token, the approximation is exact
+        for layer in model.model.layers[1:]:
+            layer.mlp.shared_expert_gate.weight.zero_()
+            layer.mlp.experts.down_proj.copy_(layer.mlp.experts.down_proj[:1].expand(4, -1, -1))
+            layer.mlp.experts.gate_up_proj.copy_(layer.mlp.experts.gate_up_proj[:1].expand(4, -1, -1))
+    model.save_pretrained(tmp_path / "moe")
+    kept = convert(tmp_path / "moe", tmp_path / "kept", "average")
+    plain = convert(tmp_path / "moe", tmp_path / "plain", "average", approximate=True)
+    assert kept["shared"].to_list() == [0, 0]
+    assert plain["shared"].to_list() == [40, 40]
+    for name, expected in {"kept": "Qwen2MoeForCausalLM", "plain": "Qwen2ForCausalLM"}.items():
+        twin = load_language_model(tmp_path / name)
+        assert type(twin).__name__ == expected
+        close(logits(twin), logits(model))
+    assert "with one expert" in (tmp_path / "kept" / "README.md").read_text().replace("\n", " ")
+    assert "Approximate" in (tmp_path / "plain" / "README.md").read_text()
+
+
+# --- calibration, statistics, checks ----------------------------------------------------------------------------------
+
+
+def with_tokenizer(folder, kind="mixtral"):
+    """A random MoE with a tokenizer of letters, and text."""
+    moe(kind).save_pretrained(folder)
+    letters = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz ,."])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="a")
+    wrapped.save_pretrained(folder)
+    text = folder.parent / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog, and the moral of it is that there is none. " * 40)
+    return text
+
+
+def test_calibration_gives_statistics_errors_and_data_for_methods(tmp_path):
+    text = with_tokenizer(tmp_path / "moe")
+    tables = {}
+    for method in ("average", "frequency_average", "readout"):
+        folder = tmp_path / method
+        tables[method] = convert(tmp_path / "moe", folder, method, calibration=text, calibration_tokens=1024)
+    assert (tables["readout"]["output_error"] < tables["average"]["output_error"]).all()
+    statistics = pd.read_csv(tmp_path / "average" / "router_statistics.csv")
+    assert statistics.groupby("layer")["frequency"].sum().to_list() == pytest.approx([1, 1, 1])
+    assert statistics.groupby("layer")["mean_gate"].sum().to_list() == pytest.approx([1, 1, 1])
+
+    seen = {}
+    model = load_language_model(tmp_path / "moe")
+    ids = text_blocks(text, tmp_path / "moe", 1024)
+    assert ids.shape == (16, 64)
+    with watched_experts(model, seen.__setitem__):
+        logits(model, ids)
+    block = seen["model.layers.2"]
+    found = statistics[statistics["layer"] == "model.layers.2.block_sparse_moe"]
+    chosen = (
+        torch.bincount(model.model.layers[2].mlp.gate(block.inputs)[2].flatten(), minlength=4)
+        / block.gates.count_nonzero()
+    )
+    assert found["frequency"].to_list() == pytest.approx(chosen.tolist(), abs=1e-6)
+    twin = load_language_model(tmp_path / "average")
+    error = (twin.model.layers[2].mlp(block.inputs) - block.outputs).norm() / block.outputs.norm()
+    assert tables["average"]["output_error"].iloc[2] == pytest.approx(
+        error.item(), rel=0.2
+    )  # of a quarter of the tokens
+    weighted = gather(open_experts(model)["model.layers.2.mlp.experts"], "frequency_average", calibration=block)
+    down = load_language_model(tmp_path / "frequency_average").model.layers[2].mlp.down_proj.weight
+    assert (down - weighted.down).abs().max() < 0.1 * down.abs().max()
+
+
+def test_watched_experts_are_what_the_layer_computes():
+    for kind in ("mixtral", "deepseek_v3", "gpt_oss", "switch_transformers"):
+        model, seen = moe(kind), {}
+        with watched_experts(model, seen.__setitem__):
+            logits(model)
+        banks = open_experts(model)
+        assert len(seen) == len(banks)
+        if kind in ("mixtral", "deepseek_v3"):
+            for (block, found), bank in zip(seen.items(), banks.values(), strict=True):
+                assert isinstance(found, LayerActivations)
+                assert f"{block}.mlp.experts" in banks
+                expected = sum(
+                    found.gates[:, e, None] * bank.expert(e).apply(found.inputs, silu) for e in range(len(bank.up))
+                )
+                close(found.outputs, expected, atol=1e-4)
+
+
+def test_perplexity_is_transformers_own_loss(tmp_path):
+    text = with_tokenizer(tmp_path / "moe")
+    ids = text_blocks(text, tmp_path / "moe")
+    assert ids[0, :4].tolist() == [1, 22, 10, 7]  # <s> t h e
+    model = load_language_model(tmp_path / "moe")
+    with torch.no_grad():
+        expected = sum(model(input_ids=row[None].long(), labels=row[None].long()).loss.item() for row in ids) / len(ids)
+    assert perplexity(model, ids) == pytest.approx(torch.tensor(expected).exp().item(), rel=1e-4)
+    table = convert(tmp_path / "moe", tmp_path / "dense", "average", check=text)
+    assert len(table) == 3
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert f"Perplexity: MoE {perplexity(model, ids):.4g}" in card
+    assert f"this model {perplexity(load_language_model(tmp_path / 'dense'), ids):.4g}" in card
+
+
+def test_an_encoder_decoder_is_measured_on_the_second_half():
+    model, ids = moe("switch_transformers"), TOKENS
+    out = model(input_ids=ids[:, :12], decoder_input_ids=ids[:, 12:]).logits
+    expected = cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 13:].flatten())
+    assert perplexity(model, ids) == pytest.approx(expected.exp().item(), rel=1e-5)
+
+
+# --- width ------------------------------------------------------------------------------------------------------------
+
+
+def test_any_width_by_topk_and_multiples_by_the_others(tmp_path):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    for method, d_ff in {"topk": 31, "average": 48, "svd": 96, "sum": 72}.items():
+        table = convert(tmp_path / "moe", tmp_path / method, method, d_ff=d_ff)
+        assert (table["width"] == d_ff).all()
+        assert load_language_model(tmp_path / method).config.intermediate_size == d_ff
+    convert(tmp_path / "moe", tmp_path / "k", "topk", k=7)
+    assert load_language_model(tmp_path / "k").config.intermediate_size == 28
+    with pytest.raises(
+        ValueError, match=r"d_ff: expected a multiple of the experts' 24, up to 96, for method 'average', found 30"
+    ):
+        convert(tmp_path / "moe", tmp_path / "no", "average", d_ff=30)
+    with pytest.raises(ValueError, match="d_ff: expected an integer from 1 to 96 for method 'topk', found 97"):
+        convert(tmp_path / "moe", tmp_path / "no", "topk", d_ff=97)
+    assert not (tmp_path / "no").exists()
+
+
+# --- interruptions and bad input --------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    text = with_tokenizer(tmp_path / "moe")
+    arguments = {"method": "average", "calibration": text, "calibration_tokens": 256}
+    convert(tmp_path / "moe", tmp_path / "whole", **arguments)
+    real, seen = checkpoints._convert_block, []
+
+    def stop_at_the_third(plan, config, work, block):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(block)
+        return real(plan, config, work, block)
+
+    monkeypatch.setattr(checkpoints, "_convert_block", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "moe", tmp_path / "dense", **arguments)
+    assert not (tmp_path / "dense").exists()
+    again = []
+    monkeypatch.setattr(checkpoints, "_convert_block", lambda *a: again.append(a[-1]) or real(*a))
+    monkeypatch.setattr(checkpoints, "load_language_model", None)  # the MoE need not run again
+    with pytest.raises(FileNotFoundError):  # a mistake does not cost what is done
+        convert(tmp_path / "moe", tmp_path / "dense", **arguments | {"calibration": tmp_path / "gone.txt"})
+    table = convert(tmp_path / "moe", tmp_path / "dense", **arguments)
+    assert seen + again == ["", *(f"model.layers.{i}" for i in range(3))]
+    assert files(tmp_path / "dense") == files(tmp_path / "whole")
+    assert table["layer"].to_list() == [f"model.layers.{i}.block_sparse_moe" for i in range(3)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "moe", "text.txt", "whole"]
+
+
+def test_unfinished_work_of_another_conversion_is_not_taken(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "moe", tmp_path / "dense", "average")
+    with pytest.warns(UserWarning, match="unfinished work of another conversion, starting over"):
+        convert(tmp_path / "moe", tmp_path / "dense", "topk")
+    convert(tmp_path / "moe", tmp_path / "other", "topk")
+    assert files(tmp_path / "dense") == files(tmp_path / "other")
+
+
+def spoil(folder, how):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    index = folder / "model.safetensors.index.json"
+    if how == "missing shard":
+        shard.unlink()
+    elif how == "cut shard":
+        shard.write_bytes(shard.read_bytes()[:-10])
+    elif how == "index names another":
+        content = json.loads(index.read_text())
+        content["weight_map"]["model.layers.9.extra"] = shard.name
+        index.write_text(json.dumps(content))
+    elif how == "index lacks one":
+        content = json.loads(index.read_text())
+        content["weight_map"] = {k: v for k, v in content["weight_map"].items() if "norm.weight" not in k}
+        index.write_text(json.dumps(content))
+    elif how in ("NaN", "NaN expert", "int8", "expert lacks", "shape"):
+        for path in folder.glob("*.safetensors"):
+            tensors = load_file(path)
+            for name in list(tensors):
+                if how == "NaN" and name.endswith("layers.1.self_attn.q_proj.weight"):
+                    tensors[name][3, 4] = torch.nan
+                if how == "NaN expert" and "layers.2.block_sparse_moe.experts.1.w2" in name:
+                    tensors[name][0, 0] = torch.inf
+                if how == "int8" and "experts" in name:
+                    tensors[name] = tensors[name].to(torch.int8)
+                if how == "shape" and name == "model.norm.weight":
+                    tensors[name] = tensors[name][:5].clone()
+            save_file(tensors, path, {"format": "pt"})
+    elif how == "quantised":
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "fp8"}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif how in ("unknown", "phimoe"):
+        config = json.loads((folder / "config.json").read_text())
+        config["model_type"] = "mistral" if how == "unknown" else "phimoe"
+        (folder / "config.json").write_text(json.dumps(config))
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "pickle":
+        for path in [*folder.glob("*.safetensors"), index]:
+            path.unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"never to be opened")
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        (
+            "missing shard",
+            FileNotFoundError,
+            r"model-00002-of-\d+\.safetensors: expected this file, which the index names",
+        ),
+        ("cut shard", ValueError, r"model-00002-of-\d+\.safetensors: expected a whole safetensors file"),
+        ("index names another", ValueError, r"index\.json: expected the tensors of its files.*model\.layers\.9\.extra"),
+        ("index lacks one", ValueError, r"index\.json: expected the tensors of its files, each in its own"),
+        ("NaN", ValueError, r"layers\.1\.self_attn\.q_proj\.weight: expected finite weights, found 1 NaN or infinite"),
+        ("NaN expert", ValueError, r"layers\.2.*down of expert 1: expected finite weights, found 1 NaN or infinite"),
+        ("int8", ValueError, r"expected weights that are not quantised, found torch\.int8"),
+        ("shape", ValueError, r"of another shape or not known to it: \['model\.norm\.weight \[5\]'\]"),
+        ("quantised", ValueError, "expected weights that are not quantised, found quantization_config in config.json"),
+        ("unknown", ValueError, "expected an MoE of type mixtral, .*, found 'mistral'"),
+        ("phimoe", ValueError, "phimoe has no dense twin: its router always adds two experts"),
+        ("no config", FileNotFoundError, r"expected config\.json, found \["),
+        (
+            "pickle",
+            FileNotFoundError,
+            r"expected model\.safetensors or model\.safetensors\.index\.json, found .*'pytorch_model",
+        ),
+    ],
+)
+def test_bad_checkpoints_are_refused_and_leave_nothing(how, error, message, tmp_path):
+    moe("mixtral").save_pretrained(tmp_path / "moe", max_shard_size="20KB")
+    spoil(tmp_path / "moe", how)
+    with pytest.raises(error, match=message):
+        convert(tmp_path / "moe", tmp_path / "dense", "average")
+    assert [p.name for p in tmp_path.iterdir()] == ["moe"]
+
+
+def test_bad_arguments(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    moe("gpt_oss").save_pretrained(tmp_path / "oss")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    dense = tmp_path / "dense"
+    cases = [
+        (
+            (tmp_path / "moe", tmp_path / "full"),
+            {},
+            FileExistsError,
+            "destination: expected a folder that is not there or empty",
+        ),
+        ((tmp_path / "moe", dense, "mean"), {}, ValueError, "method: expected one of .*, found 'mean'"),
+        (
+            (tmp_path / "moe", dense, "average"),
+            {"rank": 3},
+            TypeError,
+            "rank: gathering method 'average' has no such option",
+        ),
+        (
+            (tmp_path / "moe", dense, "topk"),
+            {"importance": torch.ones(4, 24)},
+            TypeError,
+            "importance: expected a number, text",
+        ),
+        (
+            (tmp_path / "moe", dense, "readout"),
+            {},
+            ValueError,
+            "calibration: expected a text, which method 'readout' needs",
+        ),
+        ((tmp_path / "moe", dense), {"approximate": True}, ValueError, "approximate: expected False for mixtral"),
+        ((tmp_path / "gone", dense), {}, FileNotFoundError, "source: expected a folder or a hub name"),
+        (
+            (tmp_path / "oss", dense, "readout"),
+            {"calibration": TOKENS},
+            ValueError,
+            "method: expected one of .*for gpt_oss",
+        ),
+        (
+            (tmp_path / "moe", dense),
+            {"calibration": "docstrings"},
+            ValueError,
+            "moe: expected a tokenizer beside the model",
+        ),
+    ]
+    for positional, named, error, message in cases:
+        with pytest.raises(error, match=message):
+            convert(*positional, **named)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        ConnectionError, match="no folder 'owner/name', and it could not be had from the Hugging Face hub"
+    ):
+        convert("owner/name", dense)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"expected .* GB of free disk space, found 0\.0 GB"):
+        convert(tmp_path / "moe", dense, "average")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "moe", "oss"]
+
+
+# --- memory, command line ---------------------------------------------------------------------------------------------
+
+LIMITED = """
+import resource, sys
+from ones_lib.checkpoints import convert
+used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[3]), resource.RLIM_INFINITY))
+convert(sys.argv[1], sys.argv[2], "average")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its address space from /proc")
+def test_a_checkpoint_larger_than_the_memory(tmp_path):
+    """Under a limit on new address space of less than half of the checkpoint's size."""
+    config = AutoConfig.for_model(
+        "mixtral",
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = model_class(config).from_config(config)
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    model.save_pretrained(tmp_path / "moe", max_shard_size="25MB")
+    size = sum(f.stat().st_size for f in (tmp_path / "moe").iterdir())
+    largest = 4 * 3 * 2048 * 512 * 2
+    limit = 2 * largest + 2 * 10**8  # threads, and what torch maps when it first computes
+    assert size > 2 * limit
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "moe"), str(tmp_path / "dense"), str(limit)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert (tmp_path / "dense" / "config.json").exists()
+
+
+def test_the_command_line(tmp_path, capsys):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    source, destination = str(tmp_path / "moe"), str(tmp_path / "dense")
+    checkpoints.main([source, destination, "--method", "svd", "--option", "rank=3", "--option", "scale=0.5"])
+    convert(source, tmp_path / "other", "svd", rank=3, scale=0.5)
+    assert files(tmp_path / "dense") == files(tmp_path / "other")
+    assert "model.layers.2.block_sparse_moe" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        checkpoints.main([source, destination])
+    assert stop.value.code == 1
+    assert "destination: expected a folder that is not there or empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        checkpoints.main(["--help"])
+    assert "qwen2_moe            -> qwen2_moe with one expert (--approximate: qwen2)" in capsys.readouterr().out
