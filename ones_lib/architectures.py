@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 Config = PreTrainedConfig
 
@@ -168,3 +168,13 @@ def architecture_of(config: Config, source: Path, approximate: bool = False) -> 
     if reason := found.refuse(config):
         raise ValueError(f"{source}: no dense twin for this {kind}: {reason}")
     return found
+
+
+def twin_config(config: Config, architecture: Architecture, width: int) -> Config:
+    """The dense twin's configuration with feed-forward networks of ``width``: every value that both classes know, and the
+    entry's changes."""
+    twin = CONFIG_MAPPING[architecture.twin]
+    known = twin().to_dict()
+    carried = {k: v for k, v in config.to_dict().items() if k in known and k not in ("model_type", "architectures")}
+    own = architecture.one_expert or architecture.twin == "t5"
+    return twin(**carried | architecture.changes(config) | {architecture.width if own else "intermediate_size": width})

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,9 +28,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.activations import ACT2FN
+from transformers.utils.logging import tqdm
 
 from ones_lib.architectures import ARCHITECTURES, Config, architecture_of
 from ones_lib.calibrated_gathering import squared_error
@@ -49,6 +50,7 @@ from ones_lib.language_models import (
     perplexity,
     text_blocks,
     watched_experts,
+    without_bars,
 )
 from ones_lib.records import save_tensors, write_text
 from ones_lib.shards import Shards
@@ -67,6 +69,7 @@ def convert(
     calibration_tokens: int = 4096,
     approximate: bool = False,
     check: str | Path | Tensor | None = None,
+    progress: bool = True,
     **options,
 ) -> pd.DataFrame:
     """Make an MoE checkpoint dense: gather the experts of every layer, copy the rest, and write what transformers loads.
@@ -90,6 +93,7 @@ def convert(
         calibration_tokens: how many tokens of it.
         approximate: for an MoE with an exact twin that is not a plain dense class (Qwen2-MoE), a plain one that is not exact.
         check: a text or token ids to measure the perplexity of MoE and twin on.
+        progress: show bars.
         options: the method's.
 
     Returns:
@@ -137,9 +141,17 @@ def convert(
         check = text_blocks(check, folder)
     work = _Work(folder, destination, plan, method, d_ff, options, calibration, calibration_tokens, approximate)
     work.begin()
+    with nullcontext() if progress else without_bars():
+        return _convert(plan, config, work, calibration, calibration_tokens, check)
+
+
+def _convert(
+    plan: TwinPlan, config: Config, work: _Work, calibration: Tensor | None, tokens: int, check: Tensor | None
+) -> pd.DataFrame:
+    architecture, folder = plan.architecture, plan.shards.folder
     try:
         if calibration is not None or architecture.gates(config) is None or architecture.mean_gated:
-            _calibrate(plan, config, calibration, calibration_tokens, work)
+            _calibrate(plan, config, calibration, tokens, work)
         _write_shards(plan, config, work)
         _write_config(plan, work)
         perplexities = {} if check is None else _perplexities(folder, work, check)
@@ -323,7 +335,7 @@ def _write_shards(plan: TwinPlan, config: Config, work: _Work) -> None:
                     writing.result()
                 writing = writer.submit(write, path, *made)
                 del made
-            bar.update(total * i // len(blocks) - bar.n)
+            bar.update(total * i // len(blocks) - total * (i - 1) // len(blocks))
         if writing is not None:
             writing.result()
 

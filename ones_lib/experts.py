@@ -1,5 +1,5 @@
 """The experts of an MoE by layer: of a model in memory, of a record, or of safetensors files, of which only what is asked for
-is read; and what passes through them in a calibration batch."""
+is read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ones_lib.calibration import LayerActivations, collect_activations
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.records import Record
-from ones_lib.study import calibration_batches, load_record, recipe_of
 
 # How the tensors of an expert layer are named: by this library ("up" [E, h, d], "down" [E, d, h], ...), by transformers in
 # memory (all experts in one tensor, gate above up; with biases they are GPT-OSS's: transposed, gate and up by turns), by
@@ -25,7 +23,6 @@ _GRANITE = re.compile(r"(?P<layer>.+\.block_sparse_moe)\.(?P<part>input_linear|o
 _SEPARATE = re.compile(r"(?P<layer>.+\.experts)\.(?:expert_)?(?P<expert>\d+)\.(?P<part>\w+)\.(?P<kind>weight|bias)")
 _PARTS = {"up_proj": "up", "gate_proj": "gate", "down_proj": "down", "w3": "up", "w1": "gate", "w2": "down"}
 _PARTS |= {"wi": "up", "wo": "down"}
-CALIBRATION_BATCH = 64  # examples: with their tokens at every depth enough for a measure, and small for a large model
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -137,20 +134,3 @@ def open_experts(source: nn.Module | Record | str | Path) -> ExpertBanks:
         for name in tensors.keys():  # noqa: SIM118  it is no dictionary
             shapes[name], where[name] = tensors.get_slice(name).get_shape(), tensors
     return ExpertBanks(str(path), shapes, lambda name: where[name].get_tensor(name))
-
-
-def record_activations(
-    record: Record, cache_dir: Path, max_tokens: int = 4096, seed: int = 0
-) -> dict[str, LayerActivations]:
-    """Activations by layer of a record's model on one batch of its own training data, always the same one for a ``seed``.
-
-    Layers have the names that :func:`open_experts` gives them. In float64, so that what is made of them does not depend on
-    the number of threads.
-    """
-    model, task = load_record(record, cache_dir)
-    recipe = recipe_of(record.config)
-    (batch,) = calibration_batches(task, recipe, min(CALIBRATION_BATCH, recipe["batch_size"]), seed=seed)
-    batch = batch._replace(
-        **{k: v.double() for k, v in batch._asdict().items() if torch.is_tensor(v) and v.is_floating_point()}
-    )
-    return collect_activations(model.double(), task.forward, [batch], max_tokens)

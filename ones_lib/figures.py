@@ -48,6 +48,9 @@ NAMES = {
     "readout": "read-out",
     "fit": "layer-wise fit",
     "joint_fit": "joint fit",
+    "frequency_average": "averaging by frequency",
+    "topk_wide": "Top-KG, wider",
+    "svd_raw": "SVD-KG, raw scale",
 }
 METRICS = {
     "accuracy": "accuracy (%)",
@@ -82,11 +85,12 @@ _COLOURS = sns.color_palette("colorblind")
 PALETTE = dict(zip([*METHODS, *CONTROLS, "dense_kd"], [_COLOURS[i] for i in (3, 0, 2, 1, 7, 5, 4, 9)], strict=True))
 PALETTE |= dict(zip(CALIBRATED, ["#5fa8d3", "#6fcf97", "#f2b880", "#1b7f79", "#d63fa5", "#4a0d67"], strict=True))
 PALETTE |= {"moe": "black", "dense": "0.45", "dense_long": "0.45"}
-MARKERS = dict(zip(PALETTE, "oosDv^<PosDhp*XXX", strict=True))
+PALETTE |= {"frequency_average": "#8fa3c9", "topk_wide": "#0b5d1e", "svd_raw": "#a6761d"}
+MARKERS = dict(zip(PALETTE, "oosDv^<PosDhp*XXX<>d", strict=True))
 MATRIX_NAMES = {"up": "up projection", "gate": "gate projection", "down": "down projection"}
 SIDE_NAMES = {"in": "space read from", "out": "space written to"}
 MOVES = "moves"  # gid of what depends on the rank in the views of one layer: what their argument `on` draws anew
-DASHES = {"moe": "-", "dense": "--", "dense_long": ":"}
+DASHES = {"moe": "-", "dense": "--", "dense_long": ":", "dense_kd": "-."}
 
 
 def set_style() -> None:
@@ -207,7 +211,8 @@ def retention_by_model(retention: pd.DataFrame, panels: str = "reference") -> Fi
     ``retention`` is a table of :func:`ones_lib.tables.retention_table`; only its ``distilled`` rows are drawn.
     """
     rows = retention[retention["stage"] == "distilled"]
-    order = [m for m in NAMES if m in set(rows["model"])]
+    found = list(dict.fromkeys(rows["model"]))
+    order = [*(m for m in NAMES if m in found), *(m for m in found if m not in NAMES)]
     values = list(dict.fromkeys(rows[panels]))
     fig, axes = _panels(len(values), order)
     for ax, value in zip(axes, values, strict=True):
@@ -218,11 +223,11 @@ def retention_by_model(retention: pd.DataFrame, panels: str = "reference") -> Fi
             ax.set_xticks([])
             continue
         for i, (model, row) in enumerate(part.iterrows()):
-            bounded = math.isfinite(row["low"])
+            style, bounded = _method_style(model), math.isfinite(row["low"])
             if bounded:
-                ax.plot([100 * row["low"], 100 * row["high"]], [i, i], color=PALETTE[model], linewidth=1.5)
+                ax.plot([100 * row["low"], 100 * row["high"]], [i, i], color=style["color"], linewidth=1.5)
             fill = {} if bounded else {"markerfacecolor": "white"}
-            ax.plot(100 * row["retention"], i, MARKERS[model], color=PALETTE[model], markersize=5, **fill)
+            ax.plot(100 * row["retention"], i, style["marker"], color=style["color"], markersize=5, **fill)
         _retention_marks(ax.axvline)
         ax.set(xlabel="benefit retention (%)")
         ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -752,6 +757,83 @@ def inference_speed(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def perplexity_by_tokens(table: pd.DataFrame, tokens_per_step: int) -> Figure:
+    """Perplexity of students against the tokens that they were distilled on, a line each; the MoE and the dense baselines as
+    lines across. Right the same without what is right after gathering. Bands reach from the lowest to the highest seed.
+
+    ``table`` is a :func:`ones_lib.tables.results_table` of losses with a column ``budget``, in steps.
+    """
+    table = table.assign(perplexity=np.exp(table["value"]))
+    students = table.dropna(subset="budget")
+    budgets = sorted(students["budget"].unique())
+    fig, axes = plt.subplots(1, 2, figsize=(TWO_COLUMNS, 3.3))
+    for ax, shown in zip(axes, (budgets, budgets[1:]), strict=True):
+        for name in dict.fromkeys(students["model"]):
+            part = students[(students["model"] == name) & students["budget"].isin(shown)]
+            part = part.assign(place=part["budget"].map(budgets.index))
+            dashes = "--" if name in CONTROLS else "-"
+            _mean_and_range(ax, part, "place", "perplexity", linestyle=dashes, **_method_style(name))
+        for name, dashes in DASHES.items():
+            values = table.loc[(table["model"] == name) & table["budget"].isna(), "perplexity"]
+            style = {"color": PALETTE[name], "linestyle": dashes, "linewidth": 1}
+            ax.axhline(values.mean(), label=NAMES[name].replace("\n", " "), **style)
+            ax.axhspan(values.min(), values.max(), color=PALETTE[name], alpha=0.1, linewidth=0)
+        ax.set_xticks([budgets.index(b) for b in shown], [f"{int(b * tokens_per_step):,}" for b in shown])
+        ax.set(yscale="log", xlabel="tokens distilled on")
+        _plain_log(ax)
+    axes[0].set(ylabel="validation perplexity", title="from right after gathering on")
+    axes[1].set(title="distilled")
+    _legend_of_all(fig)
+    fig.supxlabel(f"lines: mean over {table['seed'].nunique()} seeds, bands: lowest to highest", fontsize=7)
+    return fig
+
+
+def spectra_by_layer(table: pd.DataFrame) -> Figure:
+    """Singular values of the experts' matrices and the energy that they keep, a line a layer (the mean over its experts), a
+    column each matrix; dotted: a Gaussian matrix.
+
+    ``table`` is a :func:`ones_lib.spectra.spectrum` with a column ``layer``, in which layers stand from the first to the last.
+    """
+    layers, matrices = (list(dict.fromkeys(table[column])) for column in ("layer", "matrix"))
+    colours = dict(zip(layers, sns.color_palette("viridis", len(layers)), strict=True))
+    fig, axes = plt.subplots(2, len(matrices), figsize=(TWO_COLUMNS, 4.0), sharex="col", squeeze=False)
+    for (top, bottom), matrix in zip(axes.T, matrices, strict=True):
+        of_matrix = table[table["matrix"] == matrix]
+        lines = [(of_matrix[of_matrix["layer"] == name], {"color": colours[name], "label": name}) for name in layers]
+        for part, style in [*lines, (_as_gaussian(of_matrix), {"label": "Gaussian, mean of layers", **_NOISE})]:
+            means = part.groupby("rank")[["singular_value", "energy"]].mean()
+            top.plot(means.index, means["singular_value"], **style)
+            bottom.plot(means.index, 100 * means["energy"], **style)
+        top.set(title=MATRIX_NAMES[matrix], yscale="log")
+        _plain_log(top)
+        bottom.set(xlabel="rank K", ylim=(0, 103))
+        _whole_ranks(bottom)
+    axes[0, 0].set_ylabel("singular value")
+    axes[1, 0].set_ylabel("energy kept (%)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    chosen = [*range(0, len(layers), -(-len(layers) // 12)), len(layers)]  # of many layers some, to be legible
+    fig.legend([handles[i] for i in chosen], [labels[i] for i in chosen], loc="outside right center")
+    return fig
+
+
+def errors_by_layer(table: pd.DataFrame) -> Figure:
+    """Output error of the gathered networks against the MoE's, layer by layer, a line each model; bands reach from the lowest to
+    the highest seed.
+
+    ``table`` is a :func:`ones_lib.tables.conversion_table`.
+    """
+    fig, ax = plt.subplots(figsize=(TWO_COLUMNS, 2.8))
+    for name in dict.fromkeys(table["model"]):
+        _mean_and_range(ax, table[table["model"] == name], "layer", "output_error", **_method_style(name))
+    ax.axhline(1, color="0.45", linestyle=":", linewidth=0.8, zorder=1.6)
+    ax.set(xlabel="layer", ylabel="relative output error", ylim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_of_all(fig)
+    text = f"lines: mean over {table['seed'].nunique()} seeds, bands: lowest to highest; 1: as far off as an output of zero"
+    fig.supxlabel(text, fontsize=7)
+    return fig
+
+
 ERRORS = {"error": "as gathered", "rescaled": "output rescaled by the best number"}
 _OTHER = _COLOURS[6]  # a method that someone registered
 _NOISE = {"color": "0.45", "linestyle": ":"}
@@ -904,7 +986,7 @@ def _panels(count: int, models: list[str]) -> tuple[Figure, list[Axes]]:
     fig, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
     for ax in axes.flat[count:]:
         ax.set_axis_off()
-    axes[0, 0].set_yticks(range(len(models)), [NAMES[m].replace("\n", " ") for m in models])
+    axes[0, 0].set_yticks(range(len(models)), [NAMES.get(m, m).replace("\n", " ") for m in models])
     axes[0, 0].set_ylim(len(models) - 0.5, -0.5)
     return fig, list(axes.flat[:count])
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import set_seed
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import ACT2FN
+from transformers.utils import logging as hf_logging
 
+from ones_lib.architectures import architecture_of, twin_config
 from ones_lib.calibration import LayerActivations
 from ones_lib.data.keys import training_keys
 from ones_lib.data.text import TextData, pack, read_texts
@@ -90,9 +92,24 @@ def next_token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
     """``exp`` of the mean negative log-likelihood of the tokens in blocks ``ids`` [n, L]."""
-    losses = [next_token_losses(model, part).double().sum() for part in tqdm(ids.split(4), "perplexity", unit="batch")]
+    losses = [
+        next_token_losses(model, part).double().sum()
+        for part in hf_logging.tqdm(ids.split(4), desc="perplexity", unit="batch")
+    ]
     predicted = list(model_inputs(model.config, ids[:1]).values())[-1].shape[1] - 1
     return math.exp(sum(losses).item() / (len(ids) * predicted))
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers, and of what uses its bars, such as where many models are opened side by side."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -144,6 +161,42 @@ class LanguageModel(nn.Module):
     def balance_loss(self) -> Tensor | float:
         """That of the last forward pass."""
         return self._balance
+
+
+def language_model(model: Mapping, data: TextData, seed: int) -> LanguageModel:
+    """A causal model as a study configures it.
+
+    Args:
+        model: either ``checkpoint``, the folder or hub name of a trained MoE, or ``model_type`` (of
+            :data:`ones_lib.architectures.ARCHITECTURES`) and what its configuration takes, for a new one. With
+            ``num_experts`` of 1 it is the new dense model of the MoE's architecture, as wide as one expert.
+        data: gives vocabulary and length.
+        seed: of the initialisation.
+    """
+    if "checkpoint" in model and model.get("num_experts") != 1:
+        return LanguageModel(load_language_model(model["checkpoint"], dtype=torch.float32))
+    config = language_config(model, data)
+    if model.get("num_experts") == 1:
+        architecture = architecture_of(config, model.get("checkpoint", config.model_type))
+        config = twin_config(config, architecture, getattr(config, architecture.width))
+    with torch.random.fork_rng():
+        set_seed(seed)
+        return LanguageModel(model_class(config).from_config(config, dtype=torch.float32))
+
+
+def language_config(model: Mapping, data: TextData) -> PreTrainedConfig:
+    """The MoE's configuration in :func:`language_model`."""
+    if "checkpoint" in model:
+        return AutoConfig.from_pretrained(model["checkpoint"])
+    tokenizer = data.tokenizer
+    first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    last = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": first, "eos_token_id": last}
+    sizes = {"vocab_size": data.vocab_size, "max_position_embeddings": data.corpus["train"].shape[1]}
+    options = {k: v for k, v in model.items() if k not in ("model_type", "num_experts")}
+    if model.get("num_experts", 1) > 1:
+        options["num_experts"] = model["num_experts"]
+    return AutoConfig.for_model(model["model_type"], **sizes, **tokens, **options)
 
 
 class LanguageModelling:

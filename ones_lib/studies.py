@@ -235,3 +235,64 @@ def text_study(
     for task in tasks:
         study.open_data().rows(task)
     return study
+
+
+def language_study(
+    *,
+    language_source: str,
+    language_moe: dict,
+    language_corpus: str,
+    language_vocab_size: int,
+    language_sequence_length: int,
+    language_max_corpus: int | None,
+    language_validation: int,
+    language_seeds: list[int],
+    language_teacher_steps: int,
+    language_batch_size: int,
+    language_learning_rate: float,
+    mixed_precision: str,
+    language_kd_steps: int,
+    language_kd_learning_rate: float,
+    language_temperature: float,
+    language_alpha: float,
+    language_calibration: int,
+    records_dir: str,
+    redo_before: str,
+    processes: int,
+    allow_training: bool,
+) -> Study:
+    """The :class:`Study` of the notebook on published MoEs; paths are relative to the project's root."""
+    root = project_root()
+    source = str(root / language_source) if language_source and (root / language_source).exists() else language_source
+    training = Training(
+        steps=language_teacher_steps,
+        batch_size=language_batch_size,
+        learning_rate=language_learning_rate,
+        mixed_precision=mixed_precision,
+        evaluations=5,
+    )
+    corpus = str(root / language_corpus) if (root / language_corpus).exists() else language_corpus
+    embedded = corpus == "docstrings"
+    return Study(
+        domain="language",
+        data={
+            "name": "docstrings" if embedded else "local",
+            "corpus": corpus,
+            "tokenizer": source,
+            "vocab_size": language_vocab_size,
+            "sequence_length": language_sequence_length,
+            "max_corpus": language_max_corpus,
+            "validation_sequences": language_validation,
+            "versions": docstrings.versions() if embedded else None,
+        },
+        model={"checkpoint": source} if source else language_moe,
+        teaching=training,
+        learning=replace(training, steps=language_kd_steps, learning_rate=language_kd_learning_rate, evaluations=0),
+        distillation=Distillation(language_temperature, language_alpha),
+        calibration_examples=language_calibration,
+        seeds=language_seeds,
+        records=Records(root / records_dir, redo_before),
+        cache_dir=root / "runs" / "cache",
+        processes=processes,
+        allow_training=allow_training,
+    )

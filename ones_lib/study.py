@@ -29,12 +29,14 @@ from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
 
-from ones_lib.calibration import Calibration
+from ones_lib.calibration import Calibration, LayerActivations, collect_activations
 from ones_lib.data import ImageData, image_data
 from ones_lib.data.text import TextData, text_data
 from ones_lib.distillation import Distillation
 from ones_lib.gathering import ROUTER_SCALES
 from ones_lib.integration import calibrated, integrate, integration_methods
+from ones_lib.language_models import LanguageModelling, language_model
+from ones_lib.language_students import converted_model, gathered_model
 from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.records import Record, Records, config_hash
 from ones_lib.text_tasks import finetuning_model, pretraining_model, text_task
@@ -42,6 +44,7 @@ from ones_lib.training import Progress, Task, Training, fit
 from ones_lib.upcycling import upcycle
 from ones_lib.vision import ImageClassification, classification_model
 
+CALIBRATION_BATCH = 64  # examples: with their tokens at every depth enough for a measure, and small for a large model
 Config = dict
 Data = ImageData | TextData
 
@@ -61,11 +64,13 @@ class Study:
     """One data set, one MoE, the recipes to train and distil it, and where records are kept.
 
     Args:
-        domain: ``"image"`` or ``"text"``; text models are pre-trained as masked language models.
+        domain: ``"image"``, ``"text"`` (models are pre-trained as masked language models) or ``"language"`` (causal models of
+            transformers, whose students are made by :func:`ones_lib.checkpoints.convert`).
         data: arguments of :func:`ones_lib.data.image_data` or :func:`ones_lib.data.text.text_data`.
         model: for images ``name`` of a timm model and arguments for it, for text arguments of
-            :class:`ones_lib.text.WideNetTextConfig`; those that are None are left to the model. Number of classes, image
-            size, channels and vocabulary follow from the data.
+            :class:`ones_lib.text.WideNetTextConfig`, for causal models of :func:`ones_lib.language_models.language_model`;
+            those that are None are left to the model. Number of classes, image size, channels and vocabulary follow from the
+            data.
         teaching: recipe of the MoE teacher and of the dense baseline.
         learning: recipe of the student's KD; its ``steps`` are the largest budget.
         distillation: the KD loss.
@@ -107,7 +112,8 @@ class Study:
     def moe(self, seed: int, **model) -> Config:
         """The MoE teacher; ``model`` overrides its arguments, such as ``num_experts``."""
         arguments = {**self.model, **model}
-        return {"kind": "moe", **self._common(seed), "model": arguments, "training": asdict(self.teaching)}
+        training = None if "checkpoint" in arguments else asdict(self.teaching)
+        return {"kind": "moe", **self._common(seed), "model": arguments, "training": training}
 
     def upcycled(self, seed: int, steps: int, **upcycling) -> Config:
         """An MoE that starts from the trained dense baseline, trained for ``steps`` more; ``upcycling`` are arguments of
@@ -157,7 +163,8 @@ class Study:
             raise ValueError(f"method: expected one of {integration_methods()}, found {method!r}")
         teacher = self.moe(seed) if teacher is None else teacher
         config = {"kind": "student", **self._common(seed), "method": method, "options": options}
-        on_data = calibrated(method, options.get("scale", 1.0))
+        # A converted model's layers are compared with the MoE's, whatever the method.
+        on_data = calibrated(method, options.get("scale", 1.0)) or self.domain == "language"
         if budget == 0:
             data = {"calibration_examples": self.calibration_examples} if on_data else {}
             return {**config, **data, "teacher": teacher, "training": None}
@@ -251,6 +258,19 @@ class Study:
                     axes = {"scale": scale, "rank": options.get("rank"), "budget": budget}
                     stage = "distilled" if budget else "gathered"
                     result.append(Entry(method, stage, self.student(method, seed, budget, **options), axes))
+        return result
+
+    def named_entries(self, students: Mapping[str, tuple[str, Mapping]], budgets: Iterable[int]) -> list[Entry]:
+        """Teacher, dense baselines, and students by a name of one's own for a method with options, after each budget of KD
+        (column ``budget``; 0: right after gathering)."""
+        result, budgets = self._references(), list(budgets)
+        for seed in self.seeds:
+            result.append(Entry("moe", "trained", self.moe(seed)))
+            result.append(Entry("dense_kd", "distilled", self.dense_kd(seed)))
+            for name, (method, options) in students.items():
+                for budget in budgets:
+                    config = self.student(method, seed, budget, **options)
+                    result.append(Entry(name, "distilled" if budget else "gathered", config, {"budget": budget}))
         return result
 
     def expert_entries(self, methods: Iterable[str], counts: Iterable[int], budget: int) -> list[Entry]:
@@ -360,6 +380,8 @@ def label(config: Config) -> str:
 
 def build_model(config: Config, data: Data) -> nn.Module:
     """The freshly initialised model of a configuration (a student's has its teacher's architecture, dense)."""
+    if config["kind"] == "student" and config["domain"] == "language":
+        return converted_model(config["teacher"]["model"], config["options"], data)
     if config["kind"] == "student":
         teacher = build_model(config["teacher"], data)
         k = config["options"].get("k")
@@ -368,7 +390,7 @@ def build_model(config: Config, data: Data) -> nn.Module:
         return upcycle(build_model(config["start"], data), seed=config["seed"], **config["upcycling"])
     if config["kind"] == "finetuned":
         return finetuning_model(build_model(config["start"], data), config["task"], config["seed"])
-    build = classification_model if config["domain"] == "image" else pretraining_model
+    build = {"image": classification_model, "text": pretraining_model, "language": language_model}[config["domain"]]
     return build(config["model"], data, config["seed"])
 
 
@@ -376,9 +398,11 @@ def task_of(config: Config, data: Data) -> Task:
     """What a configuration's model does and is measured by; a student does what its teacher does."""
     if config["kind"] == "student":
         return task_of(config["teacher"], data)
-    return (
-        ImageClassification(data) if config["domain"] == "image" else text_task(config.get("task", "masked_lm"), data)
-    )
+    if config["domain"] == "language":
+        return LanguageModelling(data)
+    if config["domain"] == "image":
+        return ImageClassification(data)
+    return text_task(config.get("task", "masked_lm"), data)
 
 
 def calibration_batches(
@@ -410,7 +434,34 @@ def _device() -> torch.device:
 def load_record(record: Record, cache_dir: Path) -> tuple[nn.Module, Task]:
     """The trained model of a record, in eval mode, and the task that it was trained for."""
     data = _open_data(record.config["domain"], _frozen(record.config["data"]), cache_dir)
-    return record.load_weights(build_model(record.config, data)).eval(), task_of(record.config, data)
+    return _load(record, data).eval(), task_of(record.config, data)
+
+
+def _load(record: Record, data: Data) -> nn.Module:
+    model = build_model(record.config, data)
+    return model if _published(record.config) else record.load_weights(model)
+
+
+def _published(config: Config) -> bool:
+    """Whether the weights are those of a checkpoint, of which a record keeps no copy."""
+    return config["kind"] == "moe" and "checkpoint" in config.get("model", {})
+
+
+def record_activations(
+    record: Record, cache_dir: Path, max_tokens: int = 4096, seed: int = 0
+) -> dict[str, LayerActivations]:
+    """Activations by layer of a record's model on one batch of its own training data, always the same one for a ``seed``.
+
+    Layers have the names that :func:`open_experts` gives them. In float64, so that what is made of them does not depend on
+    the number of threads.
+    """
+    model, task = load_record(record, cache_dir)
+    recipe = recipe_of(record.config)
+    (batch,) = calibration_batches(task, recipe, min(CALIBRATION_BATCH, recipe["batch_size"]), seed=seed)
+    batch = batch._replace(
+        **{k: v.double() for k, v in batch._asdict().items() if torch.is_tensor(v) and v.is_floating_point()}
+    )
+    return collect_activations(model.double(), task.forward, [batch], max_tokens)
 
 
 def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progress | None = None) -> Record:
@@ -420,12 +471,14 @@ def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progr
     task, result, teacher, distillation = task_of(config, data), {}, None, None
 
     def load(other: Config) -> nn.Module:
-        return records.find(other).load_weights(build_model(other, data))
+        return _load(records.find(other), data)
 
     if "teacher" in config:
         teacher = load(config["teacher"])
     if config["kind"] == "student" and "start" in config:
         model = load(config["start"])
+    elif config["kind"] == "student" and config["domain"] == "language":
+        model, result["layers"] = gathered_model(teacher, config, data)
     elif config["kind"] == "student":
         calibration = None
         if "calibration_examples" in config:
@@ -465,7 +518,7 @@ def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progr
     result["metrics"] = {metric: predictions[metric].double().mean().item() for metric in task.metrics}
     result["parameters"] = sum(p.numel() for p in model.parameters())
     result["wall_seconds"] = time.perf_counter() - started
-    return records.finish(config, model, history, predictions, result)
+    return records.finish(config, nn.Module() if _published(config) else model, history, predictions, result)
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -495,7 +548,9 @@ def _frozen(data: Mapping) -> str:
 
 @lru_cache(maxsize=2)
 def _open_data(domain: str, data: str, cache_dir: Path) -> Data:
-    return {"image": image_data, "text": text_data}[domain](**json.loads(data), cache_dir=cache_dir)
+    return {"image": image_data, "text": text_data, "language": text_data}[domain](
+        **json.loads(data), cache_dir=cache_dir
+    )
 
 
 def _bar_progress(bar: tqdm, name: str) -> Progress:

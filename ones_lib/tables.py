@@ -13,11 +13,10 @@ import torch
 from tqdm import tqdm
 
 from ones_lib.calibration import LayerActivations
-from ones_lib.experts import record_activations
 from ones_lib.metrics import LOWER_IS_BETTER, benefit_retention, main_metric, rank_correlation, retention_interval
 from ones_lib.records import Record, Records
 from ones_lib.spectra import output_error
-from ones_lib.study import Entry, Study
+from ones_lib.study import Entry, Study, record_activations
 
 AVERAGE = "average"  # the task and the metric that stand for the mean of all tasks' main metrics
 _VALUES = ("data", "model", "stage", "seed", "metric", "value", "retention", "record")
@@ -108,6 +107,20 @@ def layer_error(student: Record, study: Study) -> float:
 @lru_cache(maxsize=4)
 def _other_activations(teacher: Record, cache_dir: Path) -> dict[str, LayerActivations]:
     return record_activations(teacher, cache_dir, seed=1)
+
+
+def conversion_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
+    """One row a layer of every converted model right after gathering: ``model, seed, layer, d_ff, width, gate_sum, output_error,
+    seconds, record``; see :func:`ones_lib.checkpoints.convert`. Layers are numbered from 1."""
+    parts = []
+    for entry in entries:
+        if entry.stage == "gathered":
+            record = records.find(entry.config)
+            layers = pd.DataFrame(record.result["layers"]).assign(layer=lambda t: range(1, len(t) + 1))
+            columns = ["layer", "d_ff", "width", "gate_sum", "output_error", "seconds"]
+            names = {"model": entry.model, "seed": entry.config["seed"]}
+            parts.append(layers[columns].assign(**names, record=record.folder.name))
+    return pd.concat(parts, ignore_index=True)[["model", "seed", *columns, "record"]]
 
 
 def main_metrics(table: pd.DataFrame, metrics: dict[str, str]) -> pd.DataFrame:

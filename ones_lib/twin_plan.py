@@ -8,9 +8,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING
 
-from ones_lib.architectures import Architecture, Config
+from ones_lib.architectures import Architecture, Config, twin_config
 from ones_lib.experts import ExpertBanks
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering import check_width, count_non_finite
@@ -62,7 +61,8 @@ class TwinPlan:
         if not architecture.one_expert:
             joined = [self._width(parts) for parts in self.shared.values()] or [0]
             self.width = max(self.routed_width + max(joined), *map(self._width, self.dense.values()), 0)
-        self.config = self._twin_config(config)
+        self.config = twin_config(config, architecture, self.width)
+        self.config.architectures = [model_class(self.config)._model_mapping[type(self.config)].__name__]
         self._check_names()
 
     def _dropped(self, name: str) -> bool:
@@ -119,15 +119,6 @@ class TwinPlan:
     def twin_module(self, module: str) -> str:
         old, new = self.architecture.rename
         return f"{module.removesuffix(old)}{new}" if old and module.endswith(old) else module
-
-    def _twin_config(self, config: Config) -> Config:
-        twin, architecture = CONFIG_MAPPING[self.architecture.twin], self.architecture
-        known, values = twin().to_dict(), config.to_dict()
-        carried = {name: value for name, value in values.items() if name in known and name != "model_type"}
-        width = architecture.width if architecture.one_expert or architecture.twin == "t5" else "intermediate_size"
-        made = twin(**carried | architecture.changes(config) | {width: self.width})
-        made.architectures = [model_class(made)._model_mapping[type(made)].__name__]
-        return made
 
     def dense_tensors(self, module: str, ffn: FeedForwardWeights) -> dict[str, Tensor]:
         """A feed-forward network's tensors by their names in the twin."""

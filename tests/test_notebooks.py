@@ -45,7 +45,7 @@ def records_made(root):
 def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     assert batch.main(["--profile", "smoke"]) == 0
     out = capfd.readouterr()
-    assert "[1/7] 01_imagenet.ipynb: done in" in out.out
+    assert "[1/8] 01_imagenet.ipynb: done in" in out.out
     assert "step/s" in out.err  # the progress bar, from inside the notebook
     folder = project / "runs" / "smoke" / "figures"
     results = pd.read_csv(folder / "imagenet_results.csv")
@@ -79,6 +79,10 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
         "other_teachers",
         "other_distillations",
         "inference_speed",
+        "language_spectra",
+        "language_errors",
+        "language_perplexity",
+        "language_retention",
     ):
         for ending in ("png", "pdf", "csv", "json"):
             assert (folder / f"{name}.{ending}").stat().st_size > 0, (name, ending)
@@ -94,6 +98,12 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     teachers = pd.read_csv(folder / "other_teachers.csv")
     assert set(teachers["teacher"]) == {"top-k MoE", "upcycled", "Soft MoE"}
     assert {2, 4} == set(pd.read_csv(folder / "retention_experts.csv")["num_experts"].dropna())
+    language = pd.read_csv(folder / "language_results.csv")
+    assert set(language["model"]) == {"moe", "dense", "dense_long", "dense_kd", "zero_ffn", "topk_wide"}
+    assert set(language["budget"].dropna()) == {0, 2, 4}
+    converted = pd.read_csv(folder / "language_errors.csv")
+    assert converted.groupby("model")["width"].unique().map(list).to_dict() == {"zero_ffn": [8], "topk_wide": [16]}
+    assert (converted.loc[converted["model"] == "zero_ffn", "output_error"] == 1).all()
     text = pd.read_csv(folder / "nlp_results.csv")
     assert list(text.columns) == ["data", "task", "model", "stage", "seed", "metric", "value", "retention"]
     assert set(text["task"]) == {"masked_lm", "statement", "answer_or_none", "average"}
@@ -104,14 +114,14 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     # Again: nothing to do. Asked for the figures: drawn from the records, byte for byte, without training.
     records, tables = records_made(project), {p: p.read_bytes() for p in folder.glob("*.csv")}
     assert batch.main(["--profile", "smoke"]) == 0
-    assert capfd.readouterr().out.count("finished before") == 7
+    assert capfd.readouterr().out.count("finished before") == 8
     shutil.rmtree(folder)
     assert batch.main(["--profile", "smoke", "--figures"]) == 0
     assert "finished before" not in capfd.readouterr().out
     assert records_made(project) == records
     assert {p: p.read_bytes() for p in folder.glob("*.csv")} == tables
     assert batch.main(["--profile", "smoke"]) == 0  # what was only drawn again need not be made again
-    assert capfd.readouterr().out.count("finished before") == 7
+    assert capfd.readouterr().out.count("finished before") == 8
 
 
 def test_figures_alone_train_nothing(project, capfd):

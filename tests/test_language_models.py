@@ -1,0 +1,109 @@
+"""Causal language models in the study: the task against transformers' own loss, and students made by way of files."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import MistralForCausalLM, MixtralForCausalLM
+
+from ones_lib import Distillation, gather
+from ones_lib.data.text import text_data
+from ones_lib.experts import open_experts
+from ones_lib.language_models import LanguageModelling, language_model, without_bars
+from ones_lib.records import Records
+from ones_lib.study import Study
+from ones_lib.tables import conversion_table
+from ones_lib.training import Training
+
+MOE = {"model_type": "mixtral", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
+MOE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 3, "num_experts_per_tok": 2}
+TEXT = {"vocab_size": 200, "sequence_length": 16, "max_corpus": 300, "validation_sequences": 12}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, text_cache):
+    recipe = Training(steps=6, batch_size=8)
+    return Study(
+        domain="language",
+        data={"name": "docstrings", **TEXT},
+        model=MOE,
+        teaching=recipe,
+        learning=replace(recipe, steps=3, evaluations=0),
+        distillation=Distillation(1.0, 0.5),
+        calibration_examples=8,
+        seeds=[0],
+        records=Records(tmp_path_factory.mktemp("language") / "records"),
+        cache_dir=text_cache,
+        processes=1,
+    )
+
+
+def test_the_task_is_transformers_own_loss(text_cache):
+    data = text_data(**TEXT, cache_dir=text_cache)
+    model, task = language_model(MOE, data, seed=0), LanguageModelling(data)
+    batch = next(iter(task.batches(Training(steps=1, batch_size=4), 0, 0, torch.device("cpu"))))
+    assert batch.shape == (4, 16)
+    expected = model.model(input_ids=batch, labels=batch).loss
+    torch.testing.assert_close(task.loss(task.forward(model.eval(), batch), batch), expected)
+    scores = task.predict(model, torch.device("cpu"))
+    assert scores["loss"].shape == (12 * 15,)
+    rows = data.corpus["validation"].long()
+    losses = [model.model(input_ids=row[None], labels=row[None]).loss.item() for row in rows]
+    assert scores["loss"].mean().item() == pytest.approx(sum(losses) / 12, rel=1e-5)
+
+
+def test_the_balance_loss_reaches_the_routers_in_training_alone(text_cache):
+    data = text_data(**TEXT, cache_dir=text_cache)
+    model = language_model(MOE, data, seed=0)
+    ids = data.corpus["train"][:4].long()
+    model.train()(ids)
+    model.balance_loss().backward()
+    assert all(layer.mlp.gate.weight.grad.abs().sum() > 0 for layer in model.model.model.layers)
+    model.eval()(ids)
+    assert model.balance_loss() == 0
+    dense = language_model({**MOE, "num_experts": 1}, data, seed=0)
+    assert isinstance(dense.model, MistralForCausalLM)
+    assert dense.model.config.intermediate_size == 8
+    dense.train()(ids)
+    assert dense.balance_loss() == 0
+
+
+def test_students_are_made_by_way_of_files(study):
+    students = {"mine": ("average", {}), "wide": ("topk", {"d_ff": 20}), "zero_ffn": ("zero_ffn", {})}
+    entries = study.named_entries(students, [0, 3])
+    study.run([entry.config for entry in entries])
+    moe = study.load_model(study.records.find(study.moe(0)))
+    assert isinstance(moe.model, MixtralForCausalLM)
+    made = {e.model: study.load_model(study.records.find(e.config)).model for e in entries if e.axes.get("budget") == 0}
+    assert {name: m.config.intermediate_size for name, m in made.items()} == {"mine": 8, "wide": 20, "zero_ffn": 8}
+    for i, bank in enumerate(open_experts(moe.model).values()):
+        mlp = made["mine"].model.layers[i].mlp
+        torch.testing.assert_close(mlp.down_proj.weight, gather(bank, "average").down)
+        assert (made["zero_ffn"].model.layers[i].mlp.down_proj.weight == 0).all()
+        assert (made["zero_ffn"].model.layers[i].mlp.up_proj.weight != 0).any()
+    for name in ("mine", "wide"):
+        torch.testing.assert_close(made[name].model.embed_tokens.weight, moe.model.model.embed_tokens.weight)
+    table = conversion_table(entries, study.records)
+    assert table.groupby("model", sort=False)["layer"].apply(list).to_dict() == {name: [1, 2] for name in students}
+    assert table["output_error"].between(0.01, 5).all()
+    with pytest.raises(ValueError, match=r"method: expected one of .*zero_ffn.*, found 'one_expert'"):
+        study.run([study.student("one_expert", 0, 0)])
+
+
+def test_a_published_model_is_read_where_it_lies(study, tmp_path):
+    (record,) = study.run([study.moe(0)])
+    model = study.load_model(record)
+    with without_bars():
+        model.model.save_pretrained(tmp_path / "moe")
+    study.open_data().tokenizer.save_pretrained(tmp_path / "moe")
+    data = {**study.data, "tokenizer": str(tmp_path / "moe")}
+    records = Records(tmp_path / "records")
+    published = replace(study, data=data, model={"checkpoint": str(tmp_path / "moe")}, records=records)
+    teacher, student = published.run([published.moe(0), published.student("average", 0, 0)])
+    assert (teacher.folder / "weights.safetensors").stat().st_size < 100  # no copy of it is kept
+    loaded = published.load_model(teacher)
+    ids = study.open_data().corpus["validation"][:2].long()
+    torch.testing.assert_close(loaded(ids), model(ids))
+    assert isinstance(published.load_model(student).model, MistralForCausalLM)
+    dense = published.load_model(*published.run([published.dense(0)]))
+    assert isinstance(dense.model, MistralForCausalLM)
