@@ -139,7 +139,7 @@ def convert(
         calibration = text_blocks(calibration, folder, calibration_tokens, "train")
     if isinstance(check, (str, Path)):
         check = text_blocks(check, folder)
-    work = _Work(folder, destination, plan, method, d_ff, options, calibration, calibration_tokens, approximate)
+    work = _Work(source, destination, plan, method, d_ff, options, calibration, calibration_tokens, approximate)
     work.begin()
     with nullcontext() if progress else without_bars():
         return _convert(plan, config, work, calibration, calibration_tokens, check)
@@ -171,7 +171,9 @@ def _local_folder(source: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise FileNotFoundError(f"source: expected a folder or a hub name like owner/name, found {str(source)!r}")
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", *(f"*{end}" for end in _COPIED)]))
+        return Path(
+            snapshot_download(str(source), allow_patterns=["model*.safetensors", *(f"*{end}" for end in _COPIED)])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConnectionError(
             f"source: no folder {str(source)!r}, and it could not be had from the Hugging Face hub: {error}"
@@ -209,12 +211,12 @@ class _Work:
         self.folder = destination.with_name(f".{destination.name}.converting")
         self.model, self.rows = self.folder / "model", self.folder / "rows"
         self.activations = self.folder / "activations"
-        files = [source / "config.json", *plan.shards.paths()]
+        files = [plan.shards.folder / "config.json", *plan.shards.paths()]
         stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         if calibration is not None:
             calibration = f"token ids, sha256 {hashlib.sha256(calibration.long().numpy().tobytes()).hexdigest()}"
         self.arguments = {
-            "source": str(source),
+            "source": plan.shards.folder.name if Path(source).expanduser().is_dir() else str(source),
             "method": method,
             "d_ff": d_ff,
             "options": options,
@@ -222,7 +224,12 @@ class _Work:
             "calibration_tokens": tokens,
             "approximate": approximate,
         }
-        self.identity = json.dumps([self.arguments, stats, version("ones-lib"), version("transformers")], default=str)
+        if self.arguments["source"] == str(source):  # a hub name: the snapshot's folder is called by its revision
+            self.arguments["revision"] = plan.shards.folder.name
+        self.identity = json.dumps(
+            [str(plan.shards.folder.resolve()), self.arguments, stats, version("ones-lib"), version("transformers")],
+            default=str,
+        )
 
     def begin(self) -> None:
         """Go on with the same conversion, or start over, if there is room."""
@@ -230,6 +237,8 @@ class _Work:
         if self.folder.exists() and (not mark.exists() or mark.read_text() != self.identity):
             warnings.warn(f"{self.folder}: unfinished work of another conversion, starting over", stacklevel=3)
             shutil.rmtree(self.folder)
+        for unfinished in self.folder.rglob("*.tmp"):  # of a process that was killed while it wrote
+            unfinished.unlink()
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         done = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors")) if self.folder.exists() else 0
         needed, free = self.plan.bytes - done, shutil.disk_usage(self.destination.parent).free
@@ -447,7 +456,7 @@ def _write_account(plan: TwinPlan, config: Config, work: _Work, perplexities: Ma
 def _model_card(
     plan: TwinPlan, config: Config, work: _Work, layers: pd.DataFrame, perplexities: Mapping[str, float]
 ) -> str:
-    arguments, architecture, name = work.arguments, plan.architecture, Path(work.arguments["source"]).name
+    arguments, architecture, name = work.arguments, plan.architecture, work.arguments["source"]
     options = {**{k: v for k, v in arguments.items() if k in ("d_ff",) and v is not None}, **arguments["options"]}
     given = "".join(f", {k} = {v}" for k, v in options.items())
     sums, sources = layers["gate_sum"], ", ".join(layers["gates"].unique())
@@ -485,7 +494,7 @@ def _model_card(
     if architecture.mean_gated:
         lines.append(
             "- Approximate: the shared expert's gate, which depends on the token, was replaced by its mean"
-            f" ({layers['gates'].iloc[0]})."
+            f" over {'random tokens' if arguments['calibration'] is None else 'the calibration'}."
         )
     if layers["output_error"].notna().any():
         errors = layers["output_error"]
@@ -497,7 +506,7 @@ def _model_card(
         lines.append(f"- Perplexity: MoE {perplexities['MoE']:.4g}, this model {perplexities['dense']:.4g}.")
     made = {"ones_lib": version("ones-lib"), "transformers": version("transformers")}
     made_by = ", ".join(f"{k} {v}" for k, v in made.items())
-    lines += ["", f"Made with {made_by}; arguments: `{json.dumps(arguments | {'source': name}, default=str)}`.", ""]
+    lines += ["", f"Made with {made_by}; arguments: `{json.dumps(arguments)}`.", ""]
     return "\n".join(lines)
 
 

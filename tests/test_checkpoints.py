@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -420,6 +421,30 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path, monkeypatc
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "moe", "text.txt", "whole"]
 
 
+def test_a_killed_conversion_leaves_nothing_in_the_result(tmp_path):
+    """Killed while it wrote a shard: what is half-written is written again, and no trace of it stays."""
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    killed = (
+        "import os, signal, sys\n"
+        "from ones_lib import checkpoints, records\n"
+        "def half(tensors, path, metadata):\n"
+        "    path.write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "whole, done = records.save_file, []\n"
+        "records.save_file = lambda *a: done.append(1) or (half if len(done) == 3 else whole)(*a)\n"
+        "checkpoints.convert(sys.argv[1], sys.argv[2], 'average')\n"
+    )
+    command = [sys.executable, "-c", killed, str(tmp_path / "moe"), str(tmp_path / "dense")]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    work = tmp_path / ".dense.converting" / "model"
+    assert len(list(work.glob("*.safetensors"))) == 2
+    assert len(list(work.glob("*.tmp"))) == 1
+    convert(tmp_path / "moe", tmp_path / "dense", "average")
+    convert(tmp_path / "moe", tmp_path / "other", "average")
+    assert files(tmp_path / "dense") == files(tmp_path / "other")
+    assert not list((tmp_path / "dense").glob("*.tmp"))
+
+
 def test_unfinished_work_of_another_conversion_is_not_taken(tmp_path, monkeypatch):
     moe("mixtral").save_pretrained(tmp_path / "moe")
     with monkeypatch.context() as patch:
@@ -611,6 +636,22 @@ def test_a_checkpoint_larger_than_the_memory(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     subprocess.run(command, check=True, capture_output=True, env=environment)
     assert (tmp_path / "dense" / "config.json").exists()
+
+
+def test_a_hub_name_is_taken_from_the_cache(tmp_path, monkeypatch):
+    """As downloaded: by its name, and the card says which revision."""
+    moe("mixtral").save_pretrained(tmp_path / "snapshots" / "0123abc")
+    asked = []
+    monkeypatch.setattr(
+        checkpoints,
+        "snapshot_download",
+        lambda name, **_: asked.append(name) or str(tmp_path / "snapshots" / "0123abc"),
+    )
+    convert("owner/some-moe", tmp_path / "dense", "average")
+    assert asked == ["owner/some-moe"]
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "base_model: owner/some-moe" in card
+    assert '"revision": "0123abc"' in card
 
 
 def test_the_command_line(tmp_path, capsys):
