@@ -339,7 +339,6 @@ def _write_shards(plan: TwinPlan, config: Config, work: _Work) -> None:
             path = work.model / f"model-{i:05d}-of-{len(blocks):05d}.safetensors"
             if not path.exists():
                 made = _convert_block(plan, config, work, block)
-                plan.shards.close()
                 if writing is not None:
                     writing.result()
                 writing = writer.submit(write, path, *made)
