@@ -133,13 +133,17 @@ def convert(
             f" experts compute something else than down(act(gate) * up), found {method!r}"
         )
     shards = Shards(folder)
-    wide = options["k"] * _num_experts(config) if options.get("k") else d_ff
-    plan = TwinPlan(shards, config, architecture, method, wide)
+    plan = TwinPlan(shards, config, architecture, method, d_ff, options.get("k"))
     if isinstance(calibration, (str, Path)):
         calibration = text_blocks(calibration, folder, calibration_tokens, "train")
     if isinstance(check, (str, Path)):
         check = text_blocks(check, folder)
-    work = _Work(source, destination, plan, method, d_ff, options, calibration, calibration_tokens, approximate)
+    local = Path(source).expanduser().is_dir()
+    origin = {"source": folder.name} if local else {"source": str(source), "revision": folder.name}
+    text = None if calibration is None else f"token ids, sha256 {_digest(calibration)}"
+    data = {"calibration": text, "calibration_tokens": calibration_tokens}
+    chosen = {"method": method, "d_ff": d_ff, "options": options, **data, "approximate": approximate}
+    work = _Work(destination, plan, origin | chosen)
     work.begin()
     with nullcontext() if progress else without_bars():
         return _convert(plan, config, work, calibration, calibration_tokens, check)
@@ -195,41 +199,25 @@ def _read_config(folder: Path) -> Config:
     return config
 
 
-def _num_experts(config: Config) -> int:
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if hasattr(config, name):
-            return getattr(config, name)
-    raise ValueError(f"{config.model_type}: expected a number of experts in the configuration, found none")
+def _digest(ids: Tensor) -> str:
+    return hashlib.sha256(ids.long().numpy().tobytes()).hexdigest()
 
 
 class _Work:
     """The hidden folder in which a conversion is prepared: ``model`` becomes the destination."""
 
-    def __init__(self, source, destination, plan, method, d_ff, options, calibration, tokens, approximate) -> None:
-        self.destination, self.plan = destination, plan
-        self.method, self.options = method, options
+    def __init__(self, destination: Path, plan: TwinPlan, arguments: dict) -> None:
+        self.destination, self.plan, self.arguments = destination, plan, arguments
+        self.method, self.options = arguments["method"], arguments["options"]
         self.folder = destination.with_name(f".{destination.name}.converting")
         self.model, self.rows = self.folder / "model", self.folder / "rows"
         self.activations = self.folder / "activations"
-        files = [plan.shards.folder / "config.json", *plan.shards.paths()]
-        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        if calibration is not None:
-            calibration = f"token ids, sha256 {hashlib.sha256(calibration.long().numpy().tobytes()).hexdigest()}"
-        self.arguments = {
-            "source": plan.shards.folder.name if Path(source).expanduser().is_dir() else str(source),
-            "method": method,
-            "d_ff": d_ff,
-            "options": options,
-            "calibration": calibration,
-            "calibration_tokens": tokens,
-            "approximate": approximate,
-        }
-        if self.arguments["source"] == str(source):  # a hub name: the snapshot's folder is called by its revision
-            self.arguments["revision"] = plan.shards.folder.name
-        self.identity = json.dumps(
-            [str(plan.shards.folder.resolve()), self.arguments, stats, version("ones-lib"), version("transformers")],
-            default=str,
-        )
+        source = plan.shards.folder
+        stats = [
+            (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in (source / "config.json", *plan.shards.paths())
+        ]
+        versions = [version("ones-lib"), version("transformers")]
+        self.identity = json.dumps([str(source.resolve()), arguments, stats, versions])
 
     def begin(self) -> None:
         """Go on with the same conversion, or start over, if there is room."""

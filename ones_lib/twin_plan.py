@@ -38,7 +38,9 @@ def _natural(text: str) -> list:
 class TwinPlan:
     """What each shard of the twin is made of, and the twin's configuration."""
 
-    def __init__(self, shards: Shards, config: Config, architecture: Architecture, method: str, routed: int | None):
+    def __init__(
+        self, shards: Shards, config: Config, architecture: Architecture, method: str, d_ff: int | None, k: int | None
+    ) -> None:
         self.shards, self.architecture = shards, architecture
         self.ignored = getattr(
             model_class(config)._model_mapping[type(config)], "_keys_to_ignore_on_load_unexpected", []
@@ -55,8 +57,8 @@ class TwinPlan:
                 self._place(name)
         experts = self.experts(next(iter(self.modules)))
         self.num_experts, self.expert_width, self.d_model = len(experts), experts[0].d_ff, experts[0].d_model
-        check_width(routed, method, self.num_experts, self.expert_width)
-        self.routed_width = routed or self.expert_width
+        check_width(d_ff, method, self.num_experts, self.expert_width)
+        self.routed_width = self.num_experts * k if k else d_ff or self.expert_width
         self.width = self.routed_width
         if not architecture.one_expert:
             joined = [self._width(parts) for parts in self.shared.values()] or [0]
@@ -66,10 +68,10 @@ class TwinPlan:
         self._check_names()
 
     def _dropped(self, name: str) -> bool:
-        """Layers beyond the last, for the prediction of more than one token, which transformers does not load either."""
-        number = re.search(r"\.layers\.(\d+)", name)
-        beyond = number is not None and int(number[1]) >= self.num_blocks
-        return beyond or any(re.search(p, name) for p in [*(self.ignored or []), r"rotary_emb\.inv_freq$"])
+        """Layers beyond the last, for the prediction of more than one token, and what else transformers does not load."""
+        if number := re.search(r"\.layers\.(\d+)\.", name):
+            return int(number[1]) >= self.num_blocks or name.endswith("rotary_emb.inv_freq")
+        return any(re.search(pattern, name) for pattern in self.ignored or [])
 
     def _place(self, name: str) -> None:
         names = {module: part for part, module in self.architecture.names.items()}
@@ -130,9 +132,7 @@ class TwinPlan:
         if not self.architecture.one_expert:
             return self.dense_tensors(module, ffn)
         sizes = {"weight": (1, self.d_model), "bias": (1,)}
-        router = {
-            f"{module}.{name}": ffn.up.new_zeros(sizes[name.rsplit(".")[-1]]) for name in self.architecture.one_expert
-        }
+        router = {f"{module}.{n}": ffn.up.new_zeros(sizes[n.split(".")[-1]]) for n in self.architecture.one_expert}
         if not self.architecture.interleaved:
             return router | self.dense_tensors(f"{module}.experts.0", ffn)
         both = torch.stack([ffn.gate, ffn.up], dim=1).flatten(0, 1)  # gate and up by turns, [2h, d]

@@ -281,6 +281,22 @@ def test_the_gated_shared_expert_of_qwen2_is_kept_or_becomes_a_mean(tmp_path):
     assert "Approximate" in (tmp_path / "plain" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("layers", [3, 48])
+def test_layers_for_further_tokens_are_left_out(layers, tmp_path):
+    """GLM's and DeepSeek's files have one beyond the last, with experts of its own; transformers leaves out numbers 46 and 92,
+    but not from a model that has them."""
+    model = moe("glm4_moe", equal=True, num_hidden_layers=layers)
+    model.save_pretrained(tmp_path / "moe")
+    path = tmp_path / "moe" / "model.safetensors"
+    tensors = load_file(path)
+    last = {name: t for name, t in tensors.items() if f"layers.{layers - 1}." in name}
+    beyond = {name.replace(f"layers.{layers - 1}.", f"layers.{layers}."): t.clone() for name, t in last.items()}
+    save_file(tensors | beyond | {f"model.layers.{layers}.eh_proj.weight": torch.ones(2, 2)}, path, {"format": "pt"})
+    table = convert(tmp_path / "moe", tmp_path / "dense", "average")
+    assert len(table) == layers - 1
+    close(logits(load_language_model(tmp_path / "dense")), logits(model), atol=1e-4 if layers > 3 else 1e-5)
+
+
 # --- calibration, statistics, checks ----------------------------------------------------------------------------------
 
 
