@@ -211,14 +211,14 @@ ONE = {
 
 
 @pytest.mark.parametrize("method", ["sum", "average", "topk", "svd"])
-@pytest.mark.parametrize(
-    "kind", ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "ernie4_5_moe", "gpt_oss", "deepseek_v2"]
-)
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in ("deepseek_v3", "glm4_moe")])
 def test_one_expert_comes_back_by_every_method(kind, method, tmp_path):
+    """The routers of DeepSeek-V3 and GLM choose two of a group, so that one expert is none of their models."""
     known = AutoConfig.for_model(kind).to_dict()
     model = moe(kind, **{k: v for k, v in ONE.items() if k in known or k in CONFIGS[kind]})
     model.save_pretrained(tmp_path / "moe")
-    convert(tmp_path / "moe", tmp_path / "dense", method)
+    data = {"calibration": TOKENS} if kind == "switch_transformers" else {}  # short enough for its capacity
+    convert(tmp_path / "moe", tmp_path / "dense", method, **data)
     # A matrix is put together again from its singular triplets in float32.
     close(logits(load_language_model(tmp_path / "dense")), logits(model), atol=5e-5 if method == "svd" else 1e-5)
 
