@@ -155,7 +155,8 @@ class LanguageModel(nn.Module):
         """Logits [B, L - 1, V] of the tokens after the first of ``ids`` [B, L]."""
         sparse = self.training and getattr(self.model.config, "num_experts_per_tok", None) is not None
         output = self.model(ids, use_cache=False, **({"output_router_logits": True} if sparse else {}))
-        self._balance = output.aux_loss if sparse else 0.0
+        found = getattr(output, "aux_loss", None)  # None where all layers of an MoE class are dense
+        self._balance = 0.0 if found is None else found
         return output.logits[:, :-1]
 
     def balance_loss(self) -> Tensor | float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from ones_lib.data import docstrings
 from ones_lib.data.text import EMBEDDED_TASKS, HUB_TASKS
@@ -285,7 +286,7 @@ def language_study(
             "validation_sequences": language_validation,
             "versions": docstrings.versions() if embedded else None,
         },
-        model={"checkpoint": source} if source else language_moe,
+        model={"checkpoint": source, "files": _files_of(source)} if source else language_moe,
         teaching=training,
         learning=replace(training, steps=language_kd_steps, learning_rate=language_kd_learning_rate, evaluations=0),
         distillation=Distillation(language_temperature, language_alpha),
@@ -296,3 +297,9 @@ def language_study(
         processes=processes,
         allow_training=allow_training,
     )
+
+
+def _files_of(source: str) -> list:
+    """What tells a checkpoint that was changed from what records were made of; of a hub name nothing."""
+    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -25,6 +25,7 @@ from ones_lib.checkpoints import convert
 from ones_lib.experts import open_experts
 from ones_lib.gathering import gather
 from ones_lib.language_models import (
+    LanguageModel,
     load_language_model,
     model_class,
     model_inputs,
@@ -687,3 +688,15 @@ def test_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         checkpoints.main(["--help"])
     assert "qwen2_moe            -> qwen2_moe with one expert (--approximate: qwen2)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "switch_transformers"])
+def test_every_causal_twin_can_be_trained(kind, tmp_path):
+    """By the study's loop: logits, a balance loss that is a number, gradients for every weight but one expert's router."""
+    moe(kind).save_pretrained(tmp_path / "moe")
+    convert(tmp_path / "moe", tmp_path / "dense", "topk")
+    student = LanguageModel(load_language_model(tmp_path / "dense")).train()
+    loss = cross_entropy(student(TOKENS).flatten(0, 1), TOKENS[:, 1:].flatten()) + student.balance_loss()
+    loss.backward()
+    without = [name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all(re.search(r"mlp\.(gate|router)\.", name) for name in without), without
