@@ -458,6 +458,7 @@ def svd_kg(
     *,
     rank: int | None = None,
     scale: Scale | str = 1.0,
+    exact: bool | None = None,
     factors: Mapping[str, Iterable[Factors]] | None = None,
 ) -> FeedForwardWeights:
     """SVD-KG: ``W = scale * sum_i trunc_K(W_i)``, each expert's matrix cut to its K leading singular triplets.
@@ -470,6 +471,8 @@ def svd_kg(
         bank: experts, up [E, h, d].
         rank: K, triplets kept of every expert, 1 to min(h, d); default min(h, d) // E, but at least 1.
         scale: multiplies the matrices. E equal experts give E times their truncated matrix at scale 1.
+        exact: False cuts the matrices by :func:`truncated`'s fast way, True by their whole decomposition; None takes the fast
+            way for large matrices of which little is kept.
         factors: by matrix, the experts' ``(U, S, V^T)``, where they are known already.
     """
     experts = _experts(bank)
@@ -480,11 +483,40 @@ def svd_kg(
         tensors = (getattr(e, name).to(_compute_dtype(e.up)) for e in experts)
         if ndim == 1:
             return torch.stack(list(tensors)).mean(dim=0)
-        # One expert at a time: the factors of a large bank need not fit at once.
-        found = (torch.linalg.svd(w, full_matrices=False) for w in tensors) if factors is None else factors[name]
-        return _scaled(name, sum((u[:, :rank] * s[:rank]) @ vh[:rank] for u, s, vh in found), scale)
+        # One expert at a time: what is made of a large bank need not fit at once.
+        if factors is None:
+            cut = (truncated(w, rank, exact) for w in tensors)
+        else:
+            cut = ((u[:, :rank] * s[:rank]) @ vh[:rank] for u, s, vh in factors[name])
+        return _scaled(name, sum(cut), scale)
 
     return FeedForwardWeights(**{name: gathered(name, tensor.ndim) for name, tensor in experts[0].tensors()})
+
+
+def truncated(matrix: Tensor, rank: int, exact: bool | None = None) -> Tensor:
+    """The matrix [m, n] cut to its ``rank`` leading singular triplets.
+
+    The fast way projects it on a subspace that three rounds of randomised subspace iteration find (Halko, Martinsson and Tropp,
+    arXiv 0909.4061, algorithm 4.4; their theorem 10.6 bounds the error), with 32 directions to spare, always with the same
+    draw. What it leaves out, in the Frobenius norm, was less than 1% above the least possible for every spectrum that the
+    tests try, flat ones included.
+
+    Args:
+        exact: whether by the whole decomposition; None: unless the smaller side is at least 512 and 4 times the directions.
+    """
+    small, directions = min(matrix.shape), rank + 32
+    if exact or directions > small or (exact is None and (small < 512 or 4 * directions > small)):
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return (u[:, :rank] * s[:rank]) @ vh[:rank]
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    drawn = torch.randn(small, directions, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    basis = drawn.to(matrix.device)
+    for _ in range(3):
+        basis = torch.linalg.qr(tall.T @ (tall @ basis)).Q
+    image = tall @ basis
+    rotation = torch.linalg.eigh((image.T @ image).double()).eigenvectors[:, -rank:].to(matrix.dtype)
+    cut = (image @ rotation) @ (basis @ rotation).T
+    return cut if tall is matrix else cut.T
 
 
 def integer_in_range(name: str, value: int | None, *, default: int, high: int) -> int:

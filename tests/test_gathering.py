@@ -8,7 +8,7 @@ from conftest import equal_bank, random_bank
 
 from ones_lib import FeedForwardWeights, gather, gathering, gathering_methods
 from ones_lib.ffn import concatenate
-from ones_lib.gathering import register
+from ones_lib.gathering import register, truncated
 
 METHODS = ["sum", "average", "topk", "svd"]
 
@@ -185,6 +185,46 @@ def test_bank_is_left_as_it_was_and_no_gradient_flows(method):
 def test_a_sequence_of_experts_is_a_bank():
     bank = random_bank(3)
     assert_equal(gather([bank.expert(i) for i in range(3)], "svd"), gather(bank, "svd"))
+
+
+SPECTRA = {
+    "flat": torch.ones(200),
+    "of noise": torch.linalg.svdvals(torch.randn(300, 200, generator=torch.Generator().manual_seed(1))),
+    "slowly falling": 1 / torch.arange(1, 201).sqrt(),
+    "fast falling": 0.9 ** torch.arange(200),
+    "a step": torch.where(torch.arange(200) < 30, 10.0, 1.0),
+    "of low rank": torch.where(torch.arange(200) < 10, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)], ids=["tall", "wide"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_fast_cut_leaves_out_hardly_more_than_the_best(spectrum, shape):
+    """The least that any matrix of that rank leaves out is the norm of the other singular values (Eckart and Young)."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 200, generator=generator)).Q for n in shape)
+    matrix = (u * SPECTRA[spectrum]) @ v.T
+    for rank in (5, 30, 60):
+        cut = truncated(matrix, rank, exact=False)
+        assert torch.linalg.matrix_rank(cut, rtol=1e-4) <= rank
+        least = SPECTRA[spectrum][rank:].norm()
+        assert (matrix - cut).norm() <= 1.01 * least + 1e-5 * matrix.norm()
+    torch.testing.assert_close(truncated(matrix, 30, exact=False), truncated(matrix, 30, exact=False))
+
+
+def test_large_matrices_of_which_little_is_kept_are_cut_the_fast_way(monkeypatch):
+    bank = random_bank(2, 600, 520, biases=False)
+    exact = gather(bank, "svd", rank=20, exact=True)
+    calls, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
+    fast = gather(bank, "svd", rank=20)
+    assert not calls
+    for name in ("up", "down"):
+        left_out = [(getattr(bank, name).sum(dim=0) - getattr(f, name)).norm() for f in (fast, exact)]
+        assert left_out[0] < 1.01 * left_out[1]
+    gather(bank, "svd")  # half of the triplets: no less work the fast way
+    gather(random_bank(2, biases=False), "svd", rank=1)  # small
+    assert len(calls) == 8
 
 
 @pytest.mark.parametrize("method", METHODS)
