@@ -111,13 +111,13 @@ def _other_activations(teacher: Record, cache_dir: Path) -> dict[str, LayerActiv
 
 def conversion_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
     """One row a layer of every converted model right after gathering: ``model, seed, layer, d_ff, width, gate_sum, output_error,
-    seconds, record``; see :func:`ones_lib.checkpoints.convert`. Layers are numbered from 1."""
+    record``; see :func:`ones_lib.checkpoints.convert`. Layers are numbered from 1."""
     parts = []
     for entry in entries:
         if entry.stage == "gathered":
             record = records.find(entry.config)
             layers = pd.DataFrame(record.result["layers"]).assign(layer=lambda t: range(1, len(t) + 1))
-            columns = ["layer", "d_ff", "width", "gate_sum", "output_error", "seconds"]
+            columns = ["layer", "d_ff", "width", "gate_sum", "output_error"]
             names = {"model": entry.model, "seed": entry.config["seed"]}
             parts.append(layers[columns].assign(**names, record=record.folder.name))
     return pd.concat(parts, ignore_index=True)[["model", "seed", *columns, "record"]]
