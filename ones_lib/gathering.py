@@ -480,9 +480,9 @@ def svd_kg(
     rank = integer_in_range("rank", rank, default=max(1, full_rank // len(experts)), high=full_rank)
 
     def gathered(name: str, ndim: int) -> Tensor:
-        tensors = (getattr(e, name).to(_compute_dtype(e.up)) for e in experts)
+        tensors = (getattr(e, name) for e in experts)
         if ndim == 1:
-            return torch.stack(list(tensors)).mean(dim=0)
+            return torch.stack([t.to(_compute_dtype(t)) for t in tensors]).mean(dim=0)
         # One expert at a time: what is made of a large bank need not fit at once.
         if factors is None:
             cut = (truncated(w, rank, exact) for w in tensors)
@@ -494,29 +494,42 @@ def svd_kg(
 
 
 def truncated(matrix: Tensor, rank: int, exact: bool | None = None) -> Tensor:
-    """The matrix [m, n] cut to its ``rank`` leading singular triplets.
+    """The matrix [m, n] cut to its ``rank`` leading singular triplets, in float32 at least.
 
     The fast way projects it on a subspace that three rounds of randomised subspace iteration find (Halko, Martinsson and Tropp,
     arXiv 0909.4061, algorithm 4.4; their theorem 10.6 bounds the error), with 32 directions to spare, always with the same
     draw. What it leaves out, in the Frobenius norm, was less than 1% above the least possible for every spectrum that the
-    tests try, flat ones included.
+    tests try, flat ones included. The rounds of a matrix in bfloat16 are computed in that where the machine multiplies it
+    quickly: they only look for the subspace, on which the matrix is then projected in float32.
 
     Args:
         exact: whether by the whole decomposition; None: unless the smaller side is at least 512 and 4 times the directions.
     """
     small, directions = min(matrix.shape), rank + 32
+    precise = matrix.to(_compute_dtype(matrix))
     if exact or directions > small or (exact is None and (small < 512 or 4 * directions > small)):
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        u, s, vh = torch.linalg.svd(precise, full_matrices=False)
         return (u[:, :rank] * s[:rank]) @ vh[:rank]
-    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    drawn = torch.randn(small, directions, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    wide = matrix.shape[0] < matrix.shape[1]
+    rough = matrix if _multiplies_quickly(matrix) else precise
+    rough, precise = (rough.T, precise.T) if wide else (rough, precise)
+    drawn = torch.randn(small, directions, generator=torch.Generator().manual_seed(0), dtype=precise.dtype)
     basis = drawn.to(matrix.device)
     for _ in range(3):
-        basis = torch.linalg.qr(tall.T @ (tall @ basis)).Q
-    image = tall @ basis
-    rotation = torch.linalg.eigh((image.T @ image).double()).eigenvectors[:, -rank:].to(matrix.dtype)
+        found = rough.T @ (rough @ basis.to(rough.dtype))
+        basis = torch.linalg.qr(found.to(precise.dtype)).Q
+    image = precise @ basis
+    rotation = torch.linalg.eigh((image.T @ image).double()).eigenvectors[:, -rank:].to(precise.dtype)
     cut = (image @ rotation) @ (basis @ rotation).T
-    return cut if tall is matrix else cut.T
+    return cut.T if wide else cut
+
+
+def _multiplies_quickly(matrix: Tensor) -> bool:
+    """Whether products in the matrix's own precision, if that is low, are quicker than in float32."""
+    if matrix.dtype != torch.bfloat16:
+        return False
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.14; before it, not known
+    return matrix.device.type != "cpu" or able.get("avx512_bf16", False) or able.get("amx_bf16", False)
 
 
 def integer_in_range(name: str, value: int | None, *, default: int, high: int) -> int:

@@ -212,6 +212,19 @@ def test_the_fast_cut_leaves_out_hardly_more_than_the_best(spectrum, shape):
     torch.testing.assert_close(truncated(matrix, 30, exact=False), truncated(matrix, 30, exact=False))
 
 
+@pytest.mark.parametrize("quickly", [True, False])
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)], ids=["tall", "wide"])
+def test_the_fast_cut_of_a_matrix_in_bfloat16_is_as_good(shape, quickly, monkeypatch):
+    """Whether or not the machine is one that multiplies it quickly."""
+    monkeypatch.setattr(gathering, "_multiplies_quickly", lambda matrix: quickly)
+    matrix = (torch.randn(shape, generator=torch.Generator().manual_seed(0))).bfloat16()
+    for rank in (5, 30, 60):
+        cut = truncated(matrix, rank, exact=False)
+        assert cut.dtype == torch.float32
+        least = torch.linalg.svdvals(matrix.float())[rank:].norm()
+        assert (matrix.float() - cut).norm() <= 1.01 * least
+
+
 def test_large_matrices_of_which_little_is_kept_are_cut_the_fast_way(monkeypatch):
     bank = random_bank(2, 600, 520, biases=False)
     exact = gather(bank, "svd", rank=20, exact=True)
@@ -304,7 +317,7 @@ def test_concatenated_networks_add_up(form):
     x = torch.randn(6, 8)
     joined = concatenate(ffns)
     assert joined.d_ff == 12
-    torch.testing.assert_close(joined.apply(x), sum(ffn.apply(x) for ffn in ffns))
+    torch.testing.assert_close(joined.apply(x), sum(ffn.apply(x) for ffn in ffns), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="gate: expected all FFNs to be gated or none, found both"):
         concatenate([ffns[0], random_bank(1, gated=not form["gated"]).expert(0)])
 
@@ -312,7 +325,7 @@ def test_concatenated_networks_add_up(form):
 def test_a_widened_network_computes_the_same_and_all_of_it_learns(form):
     ffn, x = random_bank(1, **form).expert(0), torch.randn(6, 8)
     wide = ffn.widened(29).map(lambda t: t.clone().requires_grad_())
-    torch.testing.assert_close(wide.apply(x), ffn.apply(x))
+    torch.testing.assert_close(wide.apply(x), ffn.apply(x), atol=1e-4, rtol=1e-4)
     wide.apply(x).square().sum().backward()
     assert wide.down.grad.abs().sum(dim=0).min() > 0
     with pytest.raises(ValueError, match="d_ff: expected at least the 12 neurons that there are, found 11"):
