@@ -15,6 +15,7 @@ import re
 import shutil
 import time
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -56,6 +57,7 @@ from ones_lib.records import save_tensors, write_text
 from ones_lib.shards import Shards
 from ones_lib.twin_plan import TwinPlan, block_of
 
+TOKENS_A_PASS = 4096  # of a calibration: so many go through the MoE at a time
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # tokenizer and generation files; never code
 
 
@@ -238,8 +240,9 @@ class _Work:
             folder.mkdir(parents=True, exist_ok=True)
         write_text(mark, self.identity)
 
-    def activations_of(self, block: str) -> Path:
-        return self.activations / f"{block}.safetensors"
+    def activations_of(self, block: str, part: str = "*") -> Path:
+        """Where the activations of a part of the calibration are, or the pattern of all parts."""
+        return self.activations / f"{block}-{part}.safetensors"
 
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """What :func:`convert` returns, and router statistics ``layer, expert, frequency, mean_gate``, empty without a text."""
@@ -271,28 +274,31 @@ def _calibrate(plan: TwinPlan, config: Config, ids: Tensor | None, tokens: int, 
         count = max(1, tokens // length)
         ids = torch.randint(config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
     model = load_language_model(plan.shards.folder, device_map="auto", offload_folder=work.folder / "offload")
-    means: dict[str, Tensor] = {}
+    means, seen = defaultdict(list), Counter()
 
     def see(block: str, found: LayerActivations) -> None:
         tensors = {"gates": found.gates.float()}
         if given:
             tensors |= {"inputs": found.inputs, "outputs": found.outputs}
-        save_tensors(work.activations_of(block), tensors)
+        save_tensors(work.activations_of(block, f"{seen[block]:05d}"), tensors)
+        seen[block] += 1
 
     def see_gate(block: str) -> Callable:
         def hook(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
-            means[block] = output.float().sigmoid().mean()
+            means[block].append(output.float().sigmoid().mean())
 
         return hook
 
     for name, module in model.named_modules():
-        if name.endswith(f".{plan.architecture.mean_gated}_gate") and plan.architecture.mean_gated:
+        if plan.architecture.mean_gated and name.endswith(f".{plan.architecture.mean_gated}_gate"):
             module.register_forward_hook(see_gate(block_of(name)))
+    # Without the output layer, whose logits of all tokens at once might not fit.
+    run = model if config.is_encoder_decoder else model.base_model
+    passes = ids.split(max(1, TOKENS_A_PASS // ids.shape[1]))
     with torch.inference_mode(), watched_experts(model, see):
-        # Without the output layer, whose logits of all tokens at once might not fit.
-        run = model if config.is_encoder_decoder else model.base_model
-        run(**model_inputs(config, ids.to(model.device)), use_cache=False)
-    save_tensors(work.activations / "mean_gates.safetensors", means)
+        for batch in tqdm(passes, desc="calibration", unit="batch"):
+            run(**model_inputs(config, batch.to(model.device)), use_cache=False)
+    save_tensors(work.activations / "mean_gates.safetensors", {k: torch.stack(v).mean() for k, v in means.items()})
     shutil.rmtree(work.folder / "offload", ignore_errors=True)
     done.touch()
 
@@ -301,9 +307,11 @@ def _activations(
     plan: TwinPlan, config: Config, work: _Work, block: str
 ) -> tuple[Tensor | None, LayerActivations | None]:
     """The gates [N, E] of a block's MoE layer, and all that passed through it, as far as they are known."""
-    if not (path := work.activations_of(block)).exists():
+    pattern = work.activations_of(block)
+    parts = [load_file(path) for path in sorted(pattern.parent.glob(pattern.name))]
+    if not parts:
         return None, None
-    found = load_file(path)
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if "inputs" not in found:
         return found["gates"], None
     activation = ACT2FN[getattr(config, "hidden_act", None) or config.dense_act_fn]
@@ -372,6 +380,12 @@ def _gather_layer(plan: TwinPlan, config: Config, work: _Work, module: str) -> t
     scale = work.options.get("scale")
     on_data = "calibration" in options_of(work.method) or scale in ("scalar", "vector")
     given = given if on_data else None
+    if work.method in ("readout", "fit") and len(given.inputs) < 4 * plan.routed_width:
+        warnings.warn(
+            f"calibration_tokens: expected at least 4 for each of the {plan.routed_width} hidden neurons that"
+            f" {work.method!r} solves for, found {len(given.inputs)} in use; the twin may be far off on other text",
+            stacklevel=2,
+        )
     try:
         ffn = gather_precisely(experts, work.method, given, work.arguments["d_ff"], **work.options)
     except ValueError as error:

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from conftest import equal_bank, random_bank
 from test_gathering import METHODS, assert_equal, permuted
 
-from ones_lib import FeedForwardWeights, LayerActivations, collect_activations, gather, gathering_methods
+from ones_lib import (
+    FeedForwardWeights,
+    LayerActivations,
+    calibrated_gathering,
+    collect_activations,
+    gather,
+    gathering_methods,
+)
 from ones_lib.calibrated_gathering import _whitened_factors, squared_error
 from ones_lib.calibration import _Draw
 from ones_lib.gathering import needs_calibration, uses_calibration
@@ -457,3 +464,23 @@ def test_methods_that_keep_the_experts_width(method):
     bank = double_bank()
     with pytest.raises(ValueError, match=f"d_ff: expected the experts' 12 for method '{method}', found 24"):
         gather(bank, method, calibration=calibration_of(bank), d_ff=24)
+
+
+def test_a_large_readout_is_the_same_solved_the_quick_way(monkeypatch):
+    for biases in (True, False):
+        bank = double_bank(gated=True, biases=biases)
+        calibration = calibration_of(bank)
+        slow = gather(bank, "readout", calibration=calibration)
+        monkeypatch.setattr(calibrated_gathering, "LARGE", 1)
+        quick = gather(bank, "readout", calibration=calibration)
+        monkeypatch.undo()
+        assert_equal(quick, slow, atol=1e-8, rtol=1e-8)
+
+
+def test_a_large_fit_tries_one_start(monkeypatch):
+    bank = double_bank()
+    monkeypatch.setattr(calibrated_gathering, "LARGE", 1)
+    calibration = calibration_of(bank)
+    found = gather(bank, "fit", calibration=calibration, steps=5)
+    expected = gather(bank, "fit", calibration=calibration, steps=5, start="contribution_topk")
+    assert_equal(found, expected)

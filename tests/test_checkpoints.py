@@ -348,6 +348,24 @@ def test_calibration_gives_statistics_errors_and_data_for_methods(tmp_path):
     assert (down - weighted.down).abs().max() < 0.1 * down.abs().max()
 
 
+def test_a_calibration_in_parts_is_the_whole(tmp_path, monkeypatch):
+    text = with_tokenizer(tmp_path / "moe", "qwen2_moe")
+    arguments = {"calibration": text, "calibration_tokens": 512, "approximate": True}
+    whole = convert(tmp_path / "moe", tmp_path / "whole", "frequency_average", **arguments)
+    monkeypatch.setattr(checkpoints, "TOKENS_A_PASS", 128)
+    parts = convert(tmp_path / "moe", tmp_path / "parts", "frequency_average", **arguments)
+    pd.testing.assert_frame_equal(whole.drop(columns="seconds"), parts.drop(columns="seconds"), rtol=1e-5)
+    close(logits(load_language_model(tmp_path / "whole")), logits(load_language_model(tmp_path / "parts")), atol=1e-4)
+
+
+def test_too_few_tokens_to_solve_for_the_weights(tmp_path):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    with pytest.warns(
+        UserWarning, match="expected at least 4 for each of the 24 hidden neurons that 'readout' solves for"
+    ):
+        convert(tmp_path / "moe", tmp_path / "dense", "readout", calibration=TOKENS)
+
+
 def test_watched_experts_are_what_the_layer_computes():
     for kind in ("mixtral", "deepseek_v3", "gpt_oss", "switch_transformers"):
         model, seen = moe(kind), {}
