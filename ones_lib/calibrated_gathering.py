@@ -22,6 +22,7 @@ from ones_lib.gathering import (
     ROUTER_SCALES,
     chosen_width,
     combined,
+    experts_of,
     gather,
     gathering_methods,
     integer_in_range,
@@ -139,7 +140,7 @@ def contribution_topk(
     # In the experts' order, so that ties and the result are the same on every device.
     by_place = first.argsort()
     chosen = by_place[total[by_place].argsort(descending=True, stable=True)[:wanted].sort().values]
-    ffn = take_neurons([bank.expert(e) for e in range(num_experts)], first[chosen] // h, first[chosen] % h)
+    ffn = take_neurons(experts_of(bank), first[chosen] // h, first[chosen] % h)
     parts = dict(ffn.tensors()) | {"down": outputs[chosen].T}
     if bank.down_bias is not None:
         parts["down_bias"] = mean_gates @ bank.down_bias

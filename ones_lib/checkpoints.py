@@ -30,7 +30,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
-from transformers.activations import ACT2FN
 from transformers.utils.logging import tqdm
 
 from ones_lib.architectures import ARCHITECTURES, Config, architecture_of
@@ -39,6 +38,7 @@ from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights, concatenate
 from ones_lib.gathering import (
     ROUTER_SCALES,
+    check_options,
     gather_precisely,
     gathering_methods,
     needs_calibration,
@@ -46,6 +46,8 @@ from ones_lib.gathering import (
     scaled_output,
 )
 from ones_lib.language_models import (
+    activation_of,
+    block_length,
     load_language_model,
     model_inputs,
     perplexity,
@@ -53,7 +55,7 @@ from ones_lib.language_models import (
     watched_experts,
     without_bars,
 )
-from ones_lib.records import save_tensors, write_text
+from ones_lib.records import file_stamps, save_tensors, write_text
 from ones_lib.shards import Shards
 from ones_lib.twin_plan import TwinPlan, block_of
 
@@ -107,12 +109,8 @@ def convert(
         FileNotFoundError, FileExistsError, ValueError, TypeError, ConnectionError, OSError: what was found and what was
             expected, before long work starts; NaN when the tensor is read. Nothing is left behind.
     """
-    if method not in gathering_methods():
-        raise ValueError(f"method: expected one of {gathering_methods()}, found {method!r}")
-    known = [name for name in options_of(method) if name not in ("calibration", "d_ff")]
+    check_options(method, options)
     for name, value in options.items():
-        if name not in known:
-            raise TypeError(f"{name}: gathering method {method!r} has no such option, expected one of {known}")
         if not isinstance(value, (str, int, float, list, tuple, type(None))):
             raise TypeError(f"{name}: expected a number, text or list, found {type(value).__name__}")
     if method in ROUTER_SCALES:
@@ -215,11 +213,9 @@ class _Work:
         self.model, self.rows = self.folder / "model", self.folder / "rows"
         self.activations = self.folder / "activations"
         source = plan.shards.folder
-        stats = [
-            (f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in (source / "config.json", *plan.shards.paths())
-        ]
+        stamps = file_stamps([source / "config.json", *plan.shards.paths()])
         versions = [version("ones-lib"), version("transformers")]
-        self.identity = json.dumps([str(source.resolve()), arguments, stats, versions])
+        self.identity = json.dumps([str(source.resolve()), arguments, stamps, versions])
 
     def begin(self) -> None:
         """Go on with the same conversion, or start over, if there is room."""
@@ -270,7 +266,7 @@ def _calibrate(plan: TwinPlan, config: Config, ids: Tensor | None, tokens: int, 
         return
     given = ids is not None
     if not given:
-        length = min(512, getattr(config, "max_position_embeddings", None) or 512)
+        length = block_length(config)
         count = max(1, tokens // length)
         ids = torch.randint(config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
     model = load_language_model(plan.shards.folder, device_map="auto", offload_folder=work.folder / "offload")
@@ -314,9 +310,8 @@ def _activations(
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if "inputs" not in found:
         return found["gates"], None
-    activation = ACT2FN[getattr(config, "hidden_act", None) or config.dense_act_fn]
     tensors = (found[name].float() for name in ("inputs", "gates", "outputs"))
-    return found["gates"], LayerActivations(*tensors, activation)
+    return found["gates"], LayerActivations(*tensors, activation_of(config))
 
 
 def _write_shards(plan: TwinPlan, config: Config, work: _Work) -> None:
@@ -458,7 +453,7 @@ def _model_card(
     plan: TwinPlan, config: Config, work: _Work, layers: pd.DataFrame, perplexities: Mapping[str, float]
 ) -> str:
     arguments, architecture, name = work.arguments, plan.architecture, work.arguments["source"]
-    options = {**{k: v for k, v in arguments.items() if k in ("d_ff",) and v is not None}, **arguments["options"]}
+    options = ({} if arguments["d_ff"] is None else {"d_ff": arguments["d_ff"]}) | arguments["options"]
     given = "".join(f", {k} = {v}" for k, v in options.items())
     sums, sources = layers["gate_sum"], ", ".join(layers["gates"].unique())
     lines = [
@@ -485,7 +480,7 @@ def _model_card(
     if unused:
         lines.append(
             f"- {unused} neurons of each gathered layer have output weights of zero, because the class has one width for all"
-            f" layers; a conversion with a d_ff larger by that many would use them."
+            " layers; a conversion with a d_ff larger by that many would use them."
         )
     if architecture.one_expert:
         lines.append(
@@ -505,8 +500,7 @@ def _model_card(
         )
     if perplexities:
         lines.append(f"- Perplexity: MoE {perplexities['MoE']:.4g}, this model {perplexities['dense']:.4g}.")
-    made = {"ones_lib": version("ones-lib"), "transformers": version("transformers")}
-    made_by = ", ".join(f"{k} {v}" for k, v in made.items())
+    made_by = f"ones_lib {version('ones-lib')}, transformers {version('transformers')}"
     lines += ["", f"Made with {made_by}; arguments: `{json.dumps(arguments)}`.", ""]
     return "\n".join(lines)
 

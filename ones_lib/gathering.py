@@ -152,17 +152,12 @@ def gather_precisely(
     **options,
 ) -> FeedForwardWeights:
     """:func:`gather` with the result in the precision that it was computed in."""
-    if method not in _METHODS:
-        raise ValueError(f"method: expected one of {gathering_methods()}, found {method!r}")
-    known = [name for name in options_of(method) if name not in ("calibration", "d_ff")]
-    for name in options:
-        if name not in known:
-            raise TypeError(f"{name}: gathering method {method!r} has no such option, expected one of {known}")
+    check_options(method, options)
     scale = options.get("scale", 1.0)
     _check_scale(scale, method)
     if isinstance(bank, FeedForwardWeights):
         check_bank(bank)
-        experts = _experts(bank)
+        experts = experts_of(bank)
     else:
         experts = list(bank)
         check_alike(experts)
@@ -200,6 +195,16 @@ def gather_precisely(
         else:
             ffn = _gather_groups(experts, method, d_ff // first.d_ff, scale, options)
         return _scale_output(ffn, scale, calibration) if isinstance(scale, str) else ffn
+
+
+def check_options(method: str, options: Iterable[str]) -> None:
+    """Raise ValueError unless there is such a method, TypeError unless it has options of these names."""
+    if method not in _METHODS:
+        raise ValueError(f"method: expected one of {gathering_methods()}, found {method!r}")
+    known = [name for name in options_of(method) if name not in ("calibration", "d_ff")]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{name}: gathering method {method!r} has no such option, expected one of {known}")
 
 
 def check_width(d_ff: int | None, method: str, num_experts: int, h: int) -> None:
@@ -285,7 +290,7 @@ def check_bank(bank: FeedForwardWeights) -> None:
         raise ValueError(f"bank: expected experts stacked as up [E, h, d], found one FFN with up {list(bank.up.shape)}")
     if 0 in bank.up.shape:
         raise ValueError(f"bank: expected E, h and d of at least 1 in up [E, h, d], found {list(bank.up.shape)}")
-    _check_finite(_experts(bank))
+    _check_finite(experts_of(bank))
 
 
 def _check_finite(experts: Sequence[FeedForwardWeights]) -> None:
@@ -302,7 +307,8 @@ def count_non_finite(tensor: Tensor) -> int:
     return 0 if torch.isfinite(sums).all() else int((~torch.isfinite(tensor)).sum())
 
 
-def _experts(bank: FeedForwardWeights | Sequence[FeedForwardWeights]) -> Sequence[FeedForwardWeights]:
+def experts_of(bank: FeedForwardWeights | Sequence[FeedForwardWeights]) -> Sequence[FeedForwardWeights]:
+    """The experts of a bank one by one (views)."""
     return [bank.expert(e) for e in range(bank.num_experts)] if isinstance(bank, FeedForwardWeights) else bank
 
 
@@ -332,7 +338,7 @@ def combined(
     bank: FeedForwardWeights | Sequence[FeedForwardWeights], combine: Callable[[Tensor], Tensor]
 ) -> FeedForwardWeights:
     """The FFN of the tensors ``combine(stacked [E, n, ...])``, a few rows at a time."""
-    experts = _experts(bank)
+    experts = experts_of(bank)
     names = [name for name, _ in experts[0].tensors()]
     return FeedForwardWeights(**{n: torch.cat([combine(t) for t in _stacked_pieces(experts, n)]) for n in names})
 
@@ -405,7 +411,7 @@ def top_kg(
             times norm of the out-weights), or a tensor [E, h] of one's own.
         scale: multiplies up, gate and down, and the biases of the neurons.
     """
-    experts = _experts(bank)
+    experts = experts_of(bank)
     num_experts, h = len(experts), experts[0].d_ff
     width = chosen_width(k, d_ff, num_experts, h)
     if isinstance(importance, str):
@@ -475,7 +481,7 @@ def svd_kg(
             way for large matrices of which little is kept.
         factors: by matrix, the experts' ``(U, S, V^T)``, where they are known already.
     """
-    experts = _experts(bank)
+    experts = experts_of(bank)
     full_rank = min(experts[0].d_ff, experts[0].d_model)
     rank = integer_in_range("rank", rank, default=max(1, full_rank // len(experts)), high=full_rank)
 

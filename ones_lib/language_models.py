@@ -3,7 +3,6 @@ and the task to train and distil them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +24,9 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging as hf_logging
 
 from ones_lib.architectures import architecture_of, twin_config
-from ones_lib.calibration import LayerActivations
+from ones_lib.calibration import Activation, LayerActivations
 from ones_lib.data.keys import training_keys
-from ones_lib.data.text import TextData, pack, read_texts
+from ones_lib.data.text import TextData, end_tokens, pack, read_texts
 from ones_lib.training import Training
 
 BLOCK = 512  # tokens of a block of text, if the model can take so many
@@ -37,6 +36,21 @@ EVALUATION_BATCH = 16
 def model_class(config: PreTrainedConfig) -> type:
     """The Auto class that makes a language model of a configuration."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def language_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class itself."""
+    return model_class(config)._model_mapping[type(config)]
+
+
+def activation_of(config: PreTrainedConfig) -> Activation:
+    """The activation of a model's feed-forward networks."""
+    return ACT2FN[getattr(config, "hidden_act", None) or config.dense_act_fn]
+
+
+def block_length(config: PreTrainedConfig) -> int:
+    """Tokens of a block of text for a model."""
+    return min(BLOCK, getattr(config, "max_position_embeddings", None) or BLOCK)
 
 
 def load_language_model(folder: str | Path, **options) -> PreTrainedModel:
@@ -62,7 +76,7 @@ def text_blocks(text: str | Path, folder: str | Path, tokens: int | None = None,
         raise ValueError(f"{folder}: expected a tokenizer beside the model, to read text with: {error}") from error
     config = AutoConfig.from_pretrained(folder)
     texts = read_texts(text, split)
-    length = min(BLOCK, getattr(config, "max_position_embeddings", None) or BLOCK)
+    length = block_length(config)
     blocks = pack(texts, tokenizer, length)
     if int(blocks.max()) >= config.vocab_size:
         raise ValueError(
@@ -92,12 +106,9 @@ def next_token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
     """``exp`` of the mean negative log-likelihood of the tokens in blocks ``ids`` [n, L]."""
-    losses = [
-        next_token_losses(model, part).double().sum()
-        for part in hf_logging.tqdm(ids.split(4), desc="perplexity", unit="batch")
-    ]
-    predicted = list(model_inputs(model.config, ids[:1]).values())[-1].shape[1] - 1
-    return math.exp(sum(losses).item() / (len(ids) * predicted))
+    parts = hf_logging.tqdm(ids.split(4), desc="perplexity", unit="batch")
+    losses = torch.cat([next_token_losses(model, part) for part in parts])
+    return losses.double().mean().exp().item()
 
 
 @contextmanager
@@ -119,7 +130,7 @@ def watched_experts(model: PreTrainedModel, see: Callable[[str, LayerActivations
     Looked at are the experts' inputs, gates and outputs: all that is routed, without shared experts, with the scale of the
     gates that an architecture has. ``block`` is the module that holds the layer, such as ``model.layers.3``.
     """
-    activation = ACT2FN[getattr(model.config, "hidden_act", None) or model.config.dense_act_fn]
+    activation = activation_of(model.config)
 
     def hook(block: str) -> Callable:
         def see_layer(module: nn.Module, inputs: tuple, kwargs: dict, output: Tensor) -> None:
@@ -164,22 +175,23 @@ class LanguageModel(nn.Module):
         return self._balance
 
 
-def language_model(model: Mapping, data: TextData, seed: int) -> LanguageModel:
+def language_model(model: Mapping, data: TextData, seed: int, d_ff: int | None = None) -> LanguageModel:
     """A causal model as a study configures it.
 
     Args:
         model: either ``checkpoint``, the folder or hub name of a trained MoE, or ``model_type`` (of
             :data:`ones_lib.architectures.ARCHITECTURES`) and what its configuration takes, for a new one. With
-            ``num_experts`` of 1 it is the new dense model of the MoE's architecture, as wide as one expert.
+            ``num_experts`` of 1 it is the new dense model of the MoE's architecture.
         data: gives vocabulary and length.
         seed: of the initialisation.
+        d_ff: width of a dense model; None: one expert's.
     """
     if "checkpoint" in model and model.get("num_experts") != 1:
         return LanguageModel(load_language_model(model["checkpoint"], dtype=torch.float32))
     config = language_config(model, data)
     if model.get("num_experts") == 1:
         architecture = architecture_of(config, model.get("checkpoint", config.model_type))
-        config = twin_config(config, architecture, getattr(config, architecture.width))
+        config = twin_config(config, architecture, d_ff or getattr(config, architecture.width))
     with torch.random.fork_rng():
         set_seed(seed)
         return LanguageModel(model_class(config).from_config(config, dtype=torch.float32))
@@ -189,10 +201,8 @@ def language_config(model: Mapping, data: TextData) -> PreTrainedConfig:
     """The MoE's configuration in :func:`language_model`."""
     if "checkpoint" in model:
         return AutoConfig.from_pretrained(model["checkpoint"])
-    tokenizer = data.tokenizer
-    first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
-    last = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": first, "eos_token_id": last}
+    first, last = end_tokens(data.tokenizer)
+    tokens = {"pad_token_id": data.tokenizer.pad_token_id, "bos_token_id": first, "eos_token_id": last}
     sizes = {"vocab_size": data.vocab_size, "max_position_embeddings": data.corpus["train"].shape[1]}
     options = {k: v for k, v in model.items() if k not in ("model_type", "num_experts")}
     if model.get("num_experts", 1) > 1:

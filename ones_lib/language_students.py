@@ -8,23 +8,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ones_lib.architectures import architecture_of, twin_config
 from ones_lib.checkpoints import convert
 from ones_lib.data.text import TextData
 from ones_lib.gathering import gathering_methods
-from ones_lib.language_models import LanguageModel, language_config, load_language_model, model_class, without_bars
+from ones_lib.language_models import LanguageModel, load_language_model, without_bars
 
 #: The control that :func:`gathered_model` knows: what is left of the MoE without its experts.
 CONTROL = "zero_ffn"
-
-
-def converted_model(model: Mapping, options: Mapping, data: TextData) -> LanguageModel:
-    """The dense twin of an MoE with options of a gathering, not yet initialised."""
-    config = language_config(model, data)
-    architecture = architecture_of(config, model.get("checkpoint", config.model_type))
-    width = options.get("d_ff") or getattr(config, architecture.width)
-    twin = twin_config(config, architecture, width)
-    return LanguageModel(model_class(twin).from_config(twin, dtype=torch.float32))
 
 
 def gathered_model(teacher: LanguageModel, config: Mapping, data: TextData) -> tuple[LanguageModel, list[dict]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ones_lib.data import docstrings
 from ones_lib.data.text import EMBEDDED_TASKS, HUB_TASKS
 from ones_lib.distillation import Distillation
-from ones_lib.records import Records, project_root
+from ones_lib.records import Records, file_stamps, project_root
 from ones_lib.study import Study
 from ones_lib.training import Training
 
@@ -189,7 +189,7 @@ def text_study(
             "name": text_data,
             "text_dir": str(root / text_dir) if text_dir else "",
             "tasks": tuple(tasks) if corpus == "tasks" else (),
-            "corpus": str(root / corpus) if (root / corpus).exists() else corpus,
+            "corpus": _in_project(root, corpus),
             "tokenizer": tokenizer,
             "vocab_size": vocab_size,
             "sequence_length": sequence_length,
@@ -264,7 +264,7 @@ def language_study(
 ) -> Study:
     """The :class:`Study` of the notebook on published MoEs; paths are relative to the project's root."""
     root = project_root()
-    source = str(root / language_source) if language_source and (root / language_source).exists() else language_source
+    source = _in_project(root, language_source)
     training = Training(
         steps=language_teacher_steps,
         batch_size=language_batch_size,
@@ -272,7 +272,7 @@ def language_study(
         mixed_precision=mixed_precision,
         evaluations=5,
     )
-    corpus = str(root / language_corpus) if (root / language_corpus).exists() else language_corpus
+    corpus = _in_project(root, language_corpus)
     embedded = corpus == "docstrings"
     return Study(
         domain="language",
@@ -299,7 +299,12 @@ def language_study(
     )
 
 
+def _in_project(root: Path, name: str) -> str:
+    """The path of what the project's root holds by that name, else the name: of the hub, or a word."""
+    return str(root / name) if name and (root / name).exists() else name
+
+
 def _files_of(source: str) -> list:
     """What tells a checkpoint that was changed from what records were made of; of a hub name nothing."""
     files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return file_stamps(files)

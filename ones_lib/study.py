@@ -36,7 +36,7 @@ from ones_lib.distillation import Distillation
 from ones_lib.gathering import ROUTER_SCALES
 from ones_lib.integration import calibrated, integrate, integration_methods
 from ones_lib.language_models import LanguageModelling, language_model
-from ones_lib.language_students import converted_model, gathered_model
+from ones_lib.language_students import gathered_model
 from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.records import Record, Records, config_hash
 from ones_lib.text_tasks import finetuning_model, pretraining_model, text_task
@@ -381,7 +381,8 @@ def label(config: Config) -> str:
 def build_model(config: Config, data: Data) -> nn.Module:
     """The freshly initialised model of a configuration (a student's has its teacher's architecture, dense)."""
     if config["kind"] == "student" and config["domain"] == "language":
-        return converted_model(config["teacher"]["model"], config["options"], data)
+        dense = {**config["teacher"]["model"], "num_experts": 1}
+        return language_model(dense, data, config["seed"], config["options"].get("d_ff"))
     if config["kind"] == "student":
         teacher = build_model(config["teacher"], data)
         k = config["options"].get("k")

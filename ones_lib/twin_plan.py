@@ -13,7 +13,7 @@ from ones_lib.architectures import Architecture, Config, twin_config
 from ones_lib.experts import ExpertBanks
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering import check_width, count_non_finite
-from ones_lib.language_models import model_class
+from ones_lib.language_models import language_class, model_class
 from ones_lib.shards import Shards
 
 _ROUTER = ("gate.", "router.", "moe_statics.")
@@ -42,9 +42,7 @@ class TwinPlan:
         self, shards: Shards, config: Config, architecture: Architecture, method: str, d_ff: int | None, k: int | None
     ) -> None:
         self.shards, self.architecture = shards, architecture
-        self.ignored = getattr(
-            model_class(config)._model_mapping[type(config)], "_keys_to_ignore_on_load_unexpected", []
-        )
+        self.ignored = getattr(language_class(config), "_keys_to_ignore_on_load_unexpected", [])
         self.num_blocks = config.num_hidden_layers
         self.banks = ExpertBanks(str(shards.folder), shards.shapes, shards.read)
         self.modules = {_module_of(layer): layer for layer in self.banks if not self._dropped(layer)}
@@ -64,7 +62,7 @@ class TwinPlan:
             joined = [self._width(parts) for parts in self.shared.values()] or [0]
             self.width = max(self.routed_width + max(joined), *map(self._width, self.dense.values()), 0)
         self.config = twin_config(config, architecture, self.width)
-        self.config.architectures = [model_class(self.config)._model_mapping[type(self.config)].__name__]
+        self.config.architectures = [language_class(self.config).__name__]
         self._check_names()
 
     def _dropped(self, name: str) -> bool:
@@ -165,12 +163,18 @@ class TwinPlan:
             )
 
     def _dense_shapes(self, module: str, bias: bool, down_bias: bool) -> dict[str, list[int]]:
-        shapes = {"up": [self.width, self.d_model], "down": [self.d_model, self.width]}
-        if "gate" in self.architecture.names:
-            shapes["gate"] = shapes["up"]
-        names, twin = self.architecture.names, self.twin_module(module)
-        made = {f"{twin}.{names[part]}.weight": shape for part, shape in shapes.items()}
-        for part, shape in shapes.items():
-            if down_bias if part == "down" else bias:
-                made[f"{twin}.{names[part]}.bias"] = shape[:1]
-        return made
+        """Names and shapes of a feed-forward network in the twin."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, device="meta")
+
+        gated, width, d_model = "gate" in self.architecture.names, self.width, self.d_model
+        ffn = FeedForwardWeights(
+            up=empty(width, d_model),
+            down=empty(d_model, width),
+            gate=empty(width, d_model) if gated else None,
+            up_bias=empty(width) if bias else None,
+            gate_bias=empty(width) if bias and gated else None,
+            down_bias=empty(d_model) if down_bias else None,
+        )
+        return {name: list(tensor.shape) for name, tensor in self.dense_tensors(module, ffn).items()}

@@ -428,13 +428,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
+    """What begins and what ends a text: [CLS] and [SEP], else the beginning and the end of text of causal models."""
+    first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    last = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    return first, last
+
+
 def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     """Token ids [n, length], int32: the texts one after the other, [SEP] after each, cut into pieces between [CLS] and [SEP].
 
     With a tokenizer that has no such tokens, as most of causal models, its end of text stands after each and its beginning
     of text, where it has one, before each piece."""
-    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    end = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    first, end = end_tokens(tokenizer)
     before, after, between = ([] if i is None else [i] for i in (first, tokenizer.sep_token_id, end))
     parts = []
     for start in range(0, len(texts), 10_000):  # a large corpus as Python's integers would not fit into memory
