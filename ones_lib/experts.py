@@ -77,8 +77,7 @@ class ExpertBanks(Mapping[str, FeedForwardWeights]):
         """A layer's experts one by one, as they are stored: of a file they are in memory only when they are looked at."""
         parts = self._tensors[layer]
         if all(isinstance(at, str) for at in parts.values()):
-            bank = self[layer]
-            return [bank.expert(e) for e in range(bank.num_experts)]
+            return self[layer].experts()
         count = max(e for experts in parts.values() for e in experts) + 1
         for part, at in parts.items():
             if missing := sorted(set(range(count)) - set(at)):

@@ -81,6 +81,12 @@ class FeedForwardWeights:
         """Expert ``index`` of a bank as one FFN (views, no copy)."""
         return self.map(lambda tensor: tensor[index])
 
+    def experts(self) -> list[FeedForwardWeights]:
+        """All experts of a bank (views). Their gradients come back in one piece, those of :meth:`expert` one by one, each the
+        size of the bank."""
+        parts = {name: tensor.unbind() for name, tensor in self.tensors()}
+        return [FeedForwardWeights(**dict(zip(parts, one, strict=True))) for one in zip(*parts.values(), strict=True)]
+
     def neurons(self) -> Tensor:
         """Everything that belongs to one hidden neuron in a row: its up, gate and down weights and biases, [..., h, p]."""
         parts = [t.mT if name == "down" else t for name, t in self.tensors() if name != "down_bias"]

@@ -309,7 +309,7 @@ def count_non_finite(tensor: Tensor) -> int:
 
 def experts_of(bank: FeedForwardWeights | Sequence[FeedForwardWeights]) -> Sequence[FeedForwardWeights]:
     """The experts of a bank one by one (views)."""
-    return [bank.expert(e) for e in range(bank.num_experts)] if isinstance(bank, FeedForwardWeights) else bank
+    return bank.experts() if isinstance(bank, FeedForwardWeights) else bank
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

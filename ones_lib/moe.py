@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -109,30 +110,75 @@ def dispatch_plain(
 
 
 def dispatch(bank: FeedForwardWeights, x: Tensor, routing: Routing, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    """The same as :func:`dispatch_plain`, with all experts in one batched product.
+    """The same as :func:`dispatch_plain`, fast. Four ways, by size and by what the device can do:
 
-    Assignments are sorted by expert into a buffer [E, C, d], C being the fullest expert's load (at most the capacity), so
-    the work grows with E * C: no more than capacity_factor times the useful work in training, and with the imbalance of
-    the router in evaluation. Gated experts are not needed by WideNet and are left to :func:`dispatch_plain`.
+    - All of it small (N * E * h * d multiplications up to :data:`SMALL`): every expert on every token, in two batched products
+      without any sorting, and the gates, most of them zero, choose.
+    - Otherwise assignments are sorted by expert and each matrix of the bank is one grouped product,
+      ``torch.nn.functional.grouped_mm``, whose work is that of the assignments alone.
+    - Without gradients on a CPU, and with more than :data:`LARGE` hidden activations: expert by expert over the sorted rows, so
+      that an expert's activations are still in the cache when they are read again.
+    - So too where there is no grouped product for the dtype, the sizes or the device.
     """
     num_tokens, num_experts = len(x), bank.num_experts
-    flat = routing.experts.T.flatten()  # [k*N], choice-major
-    expert, order = flat.sort(stable=True)
-    load = torch.bincount(flat, minlength=num_experts)
-    position = torch.arange(len(flat), device=x.device) - (load.cumsum(0) - load)[expert]
-    if routing.capacity is None:
-        places = int(load.max())
-    else:
-        kept = position < routing.capacity
-        expert, order, position = expert[kept], order[kept], position[kept]
-        places = min(routing.capacity, len(flat))
-    token, slot = order % num_tokens, expert * places + position
+    dropping = routing.capacity is not None and routing.capacity < num_tokens  # an expert gets a token but once
+    if not dropping and num_tokens * bank.up.numel() <= SMALL:
+        output = _products(bank, x.expand(num_experts, -1, -1), activation, batched_linear)  # [E, N, d]
+        gates = routing.gates.new_zeros(num_tokens, num_experts).scatter(1, routing.experts, routing.gates)
+        return (gates.T[..., None] * output).sum(dim=0).to(x.dtype)
 
-    buffer = x.new_zeros(num_experts * places, x.shape[1]).index_copy(0, slot, x[token])
-    hidden = batched_linear(buffer.view(num_experts, places, -1), bank.up, bank.up_bias)
-    output = batched_linear(activation(hidden), bank.down, bank.down_bias).flatten(0, 1)[slot]
-    gates = routing.gates.T.flatten()[order, None]
+    expert, order = routing.experts.T.flatten().sort(stable=True)  # of [k*N], choice-major
+    load = torch.bincount(expert, minlength=num_experts)
+    if dropping:
+        position = torch.arange(len(expert), device=x.device) - (load.cumsum(0) - load).index_select(0, expert)
+        kept = position < routing.capacity
+        expert, order, load = expert[kept], order[kept], load.clamp(max=routing.capacity)
+    token = order % num_tokens
+    rows = x.index_select(0, token)  # whose gradient comes back much faster than that of x[token]
+
+    cached = not torch.is_grad_enabled() and x.device.type == "cpu" and len(rows) * bank.d_ff > LARGE
+    if cached or not _can_group(bank, x):
+        parts = zip(bank.experts(), rows.split(load.tolist()), strict=True)
+        output = torch.cat([ffn.apply(part, activation) for ffn, part in parts])
+    else:
+        grouped = partial(_grouped_linear, expert=expert, ends=load.cumsum(0, dtype=torch.int32))
+        output = _products(bank, rows, activation, grouped)
+    gates = routing.gates.T.flatten().index_select(0, order)[:, None]
     return torch.zeros_like(x).index_add(0, token, (gates * output).to(x.dtype))
+
+
+#: Multiplications below which :func:`dispatch` does all experts' work for all tokens; measured on two CPU cores, where sorting
+#: and grouping cost as much.
+SMALL = 2**21
+#: Hidden activations above which they do not stay in a CPU's cache: 16 MB of float32.
+LARGE = 2**22
+
+
+def _products(bank: FeedForwardWeights, x: Tensor, activation: Callable, linear: Callable) -> Tensor:
+    """A bank's experts on tokens, with ``linear(x, weight, bias)`` for each of its matrices."""
+    hidden = linear(x, bank.up, bank.up_bias)
+    hidden = activation(hidden) if bank.gate is None else activation(linear(x, bank.gate, bank.gate_bias)) * hidden
+    return linear(hidden, bank.down, bank.down_bias)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product with ``x`` is taken: the grouped one knows nothing of autocast."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _can_group(bank: FeedForwardWeights, x: Tensor) -> bool:
+    """Whether ``grouped_mm`` takes these: not double precision, rows of whole 16 bytes, a CPU or a GPU from Ampere on."""
+    dtype = _product_dtype(x)
+    aligned = all(width * dtype.itemsize % 16 == 0 for width in (bank.d_model, bank.d_ff))
+    runs = x.device.type == "cpu" or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0))
+    return runs and aligned and dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, expert: Tensor, ends: Tensor) -> Tensor:
+    """[n, in] -> [n, out], rows sorted by their ``expert`` [n], whose last ones end at ``ends`` [E]; weight [E, out, in]."""
+    dtype = _product_dtype(x)
+    y = F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
+    return y if bias is None else y + bias.index_select(0, expert).to(dtype)
 
 
 def batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -206,7 +252,8 @@ class MoEFeedForward(nn.Module):
         """[..., d] -> [..., d]. Where ``mask`` [...] is False (padding) the output is zero and no expert's place is taken."""
         tokens = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]  # [N, d]
         if self.router is None:
-            y = self.bank().expert(0).apply(tokens, self._activate)
+            (ffn,) = self.bank().experts()
+            y = ffn.apply(tokens, self._activate)
         else:
             routing = self.router(tokens)
             if self.training:
