@@ -499,10 +499,11 @@ def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progr
         model = finetuning_model(load(config["start"]), config["task"], config["seed"])
     else:
         model = build_model(config, data)
-    folder, history = records.begin(config), pd.DataFrame()
+    folder, history, logits = records.begin(config), pd.DataFrame(), None
     if config["training"] is not None:
         if "distillation" in config:
             distillation = Distillation(**config["distillation"])
+            logits = cache_dir / "teacher_logits" / config_hash(config["teacher"])
         else:
             teacher = None
         model, history = fit(
@@ -512,6 +513,7 @@ def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progr
             seed=config["seed"],
             teacher=teacher,
             distillation=distillation,
+            teacher_logits=logits,
             checkpoint=folder / "checkpoint.safetensors",
             progress=progress,
         )

@@ -25,7 +25,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ones_lib.distillation import Distillation, HiddenStates, adapt_routers, routers, sampled_experts
+from ones_lib.distillation import Distillation, HiddenStates, TeacherLogits, adapt_routers, routers, sampled_experts
 from ones_lib.records import model_tensors, save_tensors
 
 #: (step, steps, loss, accuracy): called now and then during training.
@@ -120,6 +120,7 @@ def fit(
     seed: int,
     teacher: nn.Module | None = None,
     distillation: Distillation | None = None,
+    teacher_logits: Path | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 1000,
     progress: Progress | None = None,
@@ -128,6 +129,7 @@ def fit(
 
     Args:
         seed: of everything that is drawn during training.
+        teacher_logits: folder for this teacher's logits, see :class:`ones_lib.distillation.TeacherLogits`; None keeps none.
         checkpoint: file to save to every ``checkpoint_every`` steps, and to go on from if it exists.
         progress: called every few steps.
 
@@ -157,7 +159,8 @@ def fit(
     ema = ModelEmaV3(model, decay=training.ema_decay) if training.ema_decay else None
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
-        lessons = _Lessons(model, teacher, task, distillation)
+        kept = None if teacher_logits is None else TeacherLogits(teacher_logits, teacher, training.steps)
+        lessons = _Lessons(model, teacher, task, distillation, kept)
 
     start, rows = 0, []
     modules = {"model": model} | ({"ema": ema.module} if ema is not None else {})
@@ -228,8 +231,17 @@ def _kept(model: nn.Module, ema: ModelEmaV3 | None) -> nn.Module:
 class _Lessons:
     """What a student learns from its teacher in a step, as a :class:`Distillation` asks for it."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, task: Task, distillation: Distillation) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        task: Task,
+        distillation: Distillation,
+        kept: TeacherLogits | None,
+    ) -> None:
         self.teacher, self.task, self.distillation = teacher, task, distillation
+        # Logits alone are kept, and those of a teacher that stays as it is.
+        self.kept = None if distillation.hidden_weight or distillation.router_rate else kept
         self.watched = [HiddenStates(m) for m in (student, teacher)] if distillation.hidden_weight else []
         if distillation.augmentations or distillation.router_rate:
             routers(teacher)  # a teacher without any is found before training
@@ -254,7 +266,10 @@ class _Lessons:
                 return distillation.loss(self.task.loss(logits, batch), logits, student_logits)
 
             adapt_routers(teacher, loss, distillation.router_rate)
-        passes = [self.task.forward(teacher, batch)]
+        if self.kept is None:
+            passes = [self.task.forward(teacher, batch)]
+        else:
+            passes = [self.kept.of(batch, lambda: self.task.forward(teacher, batch))]
         hidden = self.watched[1].last if self.watched else []
         if distillation.augmentations:
             with sampled_experts(teacher):

@@ -411,3 +411,38 @@ def test_losses_are_compared_from_the_same_start(study):
     table = results_table(entries, study.records)
     assert table.groupby("loss").size().to_dict() == {"KD": 2, "more": 2}
     assert table["record"].nunique() == len(table)
+
+
+@pytest.mark.parametrize("loss", [Distillation(), Distillation(augmentations=1)], ids=["kd", "augmented"])
+def test_logits_that_were_kept_are_those_that_would_be_computed(task, tmp_path, loss, monkeypatch):
+    """The second student of a seed learns the same without its teacher's pass; another teacher or seed shares nothing."""
+    passes = []
+
+    def distilled(folder, seed=3, teacher_seed=5, student_seed=1):
+        teacher = small_model(seed=teacher_seed)
+        teacher.register_forward_hook(lambda *_: passes.append(teacher_seed))
+        passes.clear()
+        kd = {"teacher": teacher, "distillation": loss, "teacher_logits": folder}
+        return weights(fit(small_model(num_experts=1, seed=student_seed), task, RECIPE, seed=seed, **kd)[0])
+
+    steps, each = RECIPE.steps, 1 + loss.augmentations
+    distilled(tmp_path / "a", student_seed=2)  # another student fills it
+    assert len(passes) == steps * each
+    read = distilled(tmp_path / "a")
+    assert len(passes) == steps * (each - 1)
+    computed = distilled(None)
+    assert len(passes) == steps * each
+    assert all(torch.equal(read[name], tensor) for name, tensor in computed.items())
+    for other in ({"seed": 4}, {"teacher_seed": 6}):
+        distilled(tmp_path / "a", **other)
+        assert len(passes) == steps * each
+    monkeypatch.setattr("ones_lib.distillation.LARGEST_CACHE", 100)
+    distilled(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_moves_or_watches_the_teacher_keeps_no_logits(task, tmp_path):
+    for loss in (Distillation(hidden_weight=0.5), Distillation(router_rate=0.01)):
+        kd = {"teacher": small_model(seed=5), "distillation": loss, "teacher_logits": tmp_path / "kept"}
+        fit(small_model(num_experts=1), task, RECIPE, seed=3, **kd)
+    assert not (tmp_path / "kept").exists()
