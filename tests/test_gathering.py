@@ -193,6 +193,8 @@ SPECTRA = {
     "slowly falling": 1 / torch.arange(1, 201).sqrt(),
     "fast falling": 0.9 ** torch.arange(200),
     "a step": torch.where(torch.arange(200) < 30, 10.0, 1.0),
+    "steep": torch.arange(1, 201.0) ** -2,
+    "a few large": torch.where(torch.arange(200) < 3, 300.0, 1.0) * torch.arange(1, 201.0) ** -0.3,
     "of low rank": torch.where(torch.arange(200) < 10, 1.0, 0.0),
 }
 
@@ -214,10 +216,13 @@ def test_the_fast_cut_leaves_out_hardly_more_than_the_best(spectrum, shape):
 
 @pytest.mark.parametrize("quickly", [True, False])
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300)], ids=["tall", "wide"])
-def test_the_fast_cut_of_a_matrix_in_bfloat16_is_as_good(shape, quickly, monkeypatch):
-    """Whether or not the machine is one that multiplies it quickly."""
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_fast_cut_of_a_matrix_in_bfloat16_is_as_good(spectrum, shape, quickly, monkeypatch):
+    """Whether or not the machine is one that multiplies it quickly, and however steep its spectrum is."""
     monkeypatch.setattr(gathering, "_multiplies_quickly", lambda matrix: quickly)
-    matrix = (torch.randn(shape, generator=torch.Generator().manual_seed(0))).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 200, generator=generator)).Q for n in shape)
+    matrix = ((u * SPECTRA[spectrum]) @ v.T).bfloat16()
     for rank in (5, 30, 60):
         cut = truncated(matrix, rank, exact=False)
         assert cut.dtype == torch.float32
