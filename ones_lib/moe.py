@@ -128,20 +128,21 @@ def dispatch(bank: FeedForwardWeights, x: Tensor, routing: Routing, activation: 
         return (gates.T[..., None] * output).sum(dim=0).to(x.dtype)
 
     expert, order = routing.experts.T.flatten().sort(stable=True)  # of [k*N], choice-major
-    load = torch.bincount(expert, minlength=num_experts)
+    ids = torch.arange(num_experts, device=x.device)
     if dropping:
-        position = torch.arange(len(expert), device=x.device) - (load.cumsum(0) - load).index_select(0, expert)
+        position = torch.arange(len(expert), device=x.device) - torch.searchsorted(expert, ids).index_select(0, expert)
         kept = position < routing.capacity
-        expert, order, load = expert[kept], order[kept], load.clamp(max=routing.capacity)
+        expert, order = expert[kept], order[kept]
+    ends = torch.searchsorted(expert, ids, right=True, out_int32=True)  # of each expert's rows
     token = order % num_tokens
     rows = x.index_select(0, token)  # whose gradient comes back much faster than that of x[token]
 
     cached = not torch.is_grad_enabled() and x.device.type == "cpu" and len(rows) * bank.d_ff > LARGE
     if cached or not _can_group(bank, x):
-        parts = zip(bank.experts(), rows.split(load.tolist()), strict=True)
+        parts = zip(bank.experts(), rows.tensor_split(ends[:-1].tolist()), strict=True)
         output = torch.cat([ffn.apply(part, activation) for ffn, part in parts])
     else:
-        grouped = partial(_grouped_linear, expert=expert, ends=load.cumsum(0, dtype=torch.int32))
+        grouped = partial(_grouped_linear, expert=expert, ends=ends)
         output = _products(bank, rows, activation, grouped)
     gates = routing.gates.T.flatten().index_select(0, order)[:, None]
     return torch.zeros_like(x).index_add(0, token, (gates * output).to(x.dtype))
@@ -174,10 +175,15 @@ def _can_group(bank: FeedForwardWeights, x: Tensor) -> bool:
     return runs and aligned and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
+# torch.compile compiles it in bfloat16 alone.
+_uncompiled_grouped_mm = torch.compiler.disable(F.grouped_mm)
+
+
 def _grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, expert: Tensor, ends: Tensor) -> Tensor:
     """[n, in] -> [n, out], rows sorted by their ``expert`` [n], whose last ones end at ``ends`` [E]; weight [E, out, in]."""
     dtype = _product_dtype(x)
-    y = F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
+    grouped_mm = F.grouped_mm if dtype == torch.bfloat16 else _uncompiled_grouped_mm
+    y = grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
     return y if bias is None else y + bias.index_select(0, expert).to(dtype)
 
 

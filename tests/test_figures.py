@@ -372,6 +372,7 @@ def test_speed_is_a_ratio_with_the_ends_of_both_quartiles():
     rows = [
         {"model": "m", "variant": variant, "batch_size": batch, "device": "CPU", "threads": 2}
         | dict(zip(("median_ms", "low_ms", "high_ms"), values, strict=True))
+        | {"precision": "float32", "mode": "eager", "weight_bytes": 10 if variant == "dense" else 22}
         | {"flops": 100 if variant == "dense" else 150}
         for variant, values in times.items()
         for batch in (1, 8)
@@ -384,6 +385,26 @@ def test_speed_is_a_ratio_with_the_ends_of_both_quartiles():
     bar = drawn["this library's MoE"][2][0].get_segments()[0][:, 1]
     np.testing.assert_allclose(bar, [4 / 4, 8 / 1])
     np.testing.assert_allclose(drawn["arithmetic of the experts used"].get_ydata(), [1.5, 1.5])
+    np.testing.assert_allclose(drawn["weights read, one example"].get_ydata(), [2.2])
+
+
+def test_ways_of_dispatch_are_drawn_over_this_librarys():
+    times = {"ours": (2.0, 1.0, 4.0), "loop": (6.0, 4.0, 8.0), "batched_mm": (1.0, 1.0, 1.0)}
+    rows = [
+        {"layer": "l", "variant": variant, "precision": "float32", "direction": direction, "batch_size": batch}
+        | dict(zip(("median_ms", "low_ms", "high_ms"), values, strict=True))
+        | {"device": "CPU", "threads": 2}
+        for variant, values in times.items()
+        for direction in ("forward", "forward and backward")
+        for batch in (1, 8)
+        if (variant, batch) != ("batched_mm", 8)
+    ]
+    top, bottom = figures.dispatch_speed(pd.DataFrame(rows)).axes
+    drawn = dict(zip(*reversed(top.get_legend_handles_labels()), strict=True))
+    assert [t.get_text() for t in bottom.get_yticklabels()] == ["8, f32", "1, f32"]
+    np.testing.assert_allclose(drawn["plain loop"][0].get_xdata().astype(float), [3, 3])
+    np.testing.assert_allclose(drawn["transformers, batched_mm"][0].get_xdata().astype(float), [0.5])
+    np.testing.assert_allclose(drawn["plain loop"][2][0].get_segments()[0][:, 0], [1, 8])
 
 
 def language_rows():
