@@ -768,7 +768,7 @@ def inference_speed(table: pd.DataFrame) -> Figure:
         ax.set_xticks(flops.index, [str(b) for b in flops.index])
         ax.minorticks_off()
         ax.axhline(1, color="0.45", linewidth=0.8, zorder=1.6)
-    fig.supylabel("MoE time / student time")
+    fig.supylabel("MoE time / student time", fontsize=plt.rcParams["axes.labelsize"])
     _legend_of_all(fig)
     fig.supxlabel(
         "batch size\nmedians; bars: from quartile to quartile of both; grey: as fast as the student", fontsize=7
@@ -792,7 +792,7 @@ def dispatch_speed(table: pd.DataFrame) -> Figure:
     layers, directions = (list(dict.fromkeys(table[key])) for key in ("layer", "direction"))
     lines = len(table[["precision", "batch_size"]].drop_duplicates())
     size = (TWO_COLUMNS, 1.1 + 2 * (0.4 + 0.22 * lines))
-    fig, axes = plt.subplots(len(directions), len(layers), figsize=size, sharex="row", squeeze=False)
+    fig, axes = plt.subplots(len(directions), len(layers), figsize=size, squeeze=False)
     colours = dict(zip(WAYS, (_COLOURS[i] for i in (0, 1, 3, 2, 4, 5)), strict=True))
     markers = dict(zip(WAYS, "osDv^P", strict=True))
     for row, direction in zip(axes, directions, strict=True):
@@ -814,7 +814,7 @@ def dispatch_speed(table: pd.DataFrame) -> Figure:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=3)
     device, threads = table["device"].iloc[0], table["threads"].iloc[0]
-    fig.supylabel("batch size, precision", fontsize=8)
+    fig.supylabel("batch size, precision", fontsize=plt.rcParams["axes.labelsize"])
     fig.supxlabel(
         f"time / this library's ({device}, {threads} thread(s)); bars: from quartile to quartile of both", fontsize=7
     )

@@ -30,7 +30,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ones_lib.calibration import Calibration, LayerActivations, collect_activations
-from ones_lib.data import ImageData, image_data
+from ones_lib.data import ImageData, image_data, images
+from ones_lib.data.images import available_cores
 from ones_lib.data.text import TextData, text_data
 from ones_lib.distillation import Distillation
 from ones_lib.gathering import ROUTER_SCALES
@@ -528,11 +529,7 @@ def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progr
 
 
 def _default_processes() -> int:
-    return 1 if torch.accelerator.is_available() else _cores()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if torch.accelerator.is_available() else available_cores()
 
 
 def _needed(config: Config) -> list[Config]:
@@ -573,7 +570,6 @@ def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Pa
     before them what others need."""
     context = multiprocessing.get_context("spawn")
     reports, stop = context.Queue(), context.Event()
-    threads = max(1, _cores() // processes)
     waiting, running = dict(missing), {}  # key -> configuration; future -> key
     progress = {key: _bar_progress(bar, label(config)) for key, config in missing.items()}
     needs = {key: {config_hash(other) for other in _needed(config)} for key, config in missing.items()}
@@ -586,7 +582,7 @@ def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Pa
                 return
             progress[key](*report)
 
-    with ProcessPoolExecutor(processes, context, _start_worker, (threads, reports, stop)) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker, (processes, reports, stop)) as pool:
         try:
             while waiting or running:
                 unfinished = {*waiting, *running.values()}
@@ -606,10 +602,11 @@ def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Pa
             raise
 
 
-def _start_worker(threads: int, reports: multiprocessing.Queue, stop) -> None:
+def _start_worker(processes: int, reports: multiprocessing.Queue, stop) -> None:
     global _REPORTS, _STOP
     _REPORTS, _STOP = reports, stop
-    torch.set_num_threads(threads)
+    images.SIDE_BY_SIDE = processes
+    torch.set_num_threads(max(1, available_cores() // processes))
     gc.freeze()  # what is imported stays: the collections after each training need not look at it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

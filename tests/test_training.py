@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ones_lib import Distillation
-from ones_lib.data import image_data
+from ones_lib import study as study_module
+from ones_lib.data import image_data, images
 from ones_lib.explorer import moe_records
 from ones_lib.records import Records, config_hash, load_tensors, model_tensors, save_tensors
 from ones_lib.study import Study, _steps, build_model
@@ -446,3 +447,20 @@ def test_what_moves_or_watches_the_teacher_keeps_no_logits(task, tmp_path):
         kd = {"teacher": small_model(seed=5), "distillation": loss, "teacher_logits": tmp_path / "kept"}
         fit(small_model(num_experts=1), task, RECIPE, seed=3, **kd)
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(2, 2), (2, 1), (64, 64), (64, 3), (64, 1)])
+def test_trainings_side_by_side_share_the_cores(cores, processes, monkeypatch):
+    """Threads and loader processes of all of them together are not more than the cores (but one loader each at least)."""
+    set_to = []
+    for module in (images, study_module):
+        monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(images, "SIDE_BY_SIDE", 1)
+    monkeypatch.setattr(study_module.threading.Thread, "start", lambda self: None)
+    monkeypatch.setattr(study_module.gc, "freeze", lambda: None)
+    study_module._start_worker(processes, None, None)
+    assert set_to == [cores // processes]
+    loaders = images.worker_count([])
+    assert loaders >= 1
+    assert loaders == 1 or processes * (loaders + 1) <= cores

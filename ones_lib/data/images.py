@@ -318,6 +318,15 @@ def _hub_readers(name: str, cache_dir: str | None) -> tuple[dict, list[str]]:
     return readers, sorted(class_to_idx, key=class_to_idx.get)
 
 
+#: Trainings that share this machine's cores: set in each by what starts them.
+SIDE_BY_SIDE = 1
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_count(data: Sequence | Dataset) -> int:
-    """Loader processes for a split: none for tensors in memory, else one for every core but the first."""
-    return 0 if isinstance(data, TensorImages) else max(1, (os.cpu_count() or 2) - 1)
+    """Loader processes for a split: none for tensors in memory, else one for every core of this training's share but the first."""
+    return 0 if isinstance(data, TensorImages) else max(1, available_cores() // SIDE_BY_SIDE - 1)
