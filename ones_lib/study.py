@@ -15,15 +15,18 @@ import multiprocessing
 import os
 import platform
 import queue
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 from accelerate.utils import set_seed
 from torch import nn
@@ -347,13 +350,15 @@ class Study:
         if missing:
             self.open_data()  # drawn once, and bad data is found, before any process starts
             steps = sum(_steps(config) for config in missing.values())
-            with tqdm(total=steps, desc=description, unit="step", mininterval=2, dynamic_ncols=True) as bar:
+            bar = tqdm(total=steps, desc=description, unit="step", mininterval=2, dynamic_ncols=True)
+            with bar, _teacher_logits(self.cache_dir) as logits:
                 processes = min(self.processes or _default_processes(), len(missing))
+                where = (self.records, self.cache_dir, logits)
                 if processes == 1:
                     for config in missing.values():  # teachers stand before their students
-                        carry_out(config, self.records, self.cache_dir, _bar_progress(bar, label(config)))
+                        carry_out(config, *where, _bar_progress(bar, label(config)))
                 else:
-                    _run_parallel(missing, self.records, self.cache_dir, processes, bar)
+                    _run_parallel(missing, where, processes, bar)
         return [self.records.find(config) for config in configs]
 
     def load_model(self, record: Record) -> nn.Module:
@@ -466,8 +471,11 @@ def record_activations(
     return collect_activations(model.double(), task.forward, [batch], max_tokens)
 
 
-def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progress | None = None) -> Record:
-    """Train or gather what a configuration asks for, and leave its record; the records that it needs must be there."""
+def carry_out(
+    config: Config, records: Records, cache_dir: Path, teacher_logits: Path, progress: Progress | None = None
+) -> Record:
+    """Train or gather what a configuration asks for, and leave its record; the records that it needs must be there. Students
+    share their teachers' logits in the folder ``teacher_logits``."""
     started = time.perf_counter()
     data = _open_data(config["domain"], _frozen(config["data"]), cache_dir)
     task, result, teacher, distillation = task_of(config, data), {}, None, None
@@ -504,7 +512,7 @@ def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progr
     if config["training"] is not None:
         if "distillation" in config:
             distillation = Distillation(**config["distillation"])
-            logits = cache_dir / "teacher_logits" / config_hash(config["teacher"])
+            logits = teacher_logits / config_hash(config["teacher"])
         else:
             teacher = None
         model, history = fit(
@@ -526,6 +534,20 @@ def carry_out(config: Config, records: Records, cache_dir: Path, progress: Progr
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _teacher_logits(cache_dir: Path) -> Iterator[Path]:
+    """A folder for the logits that students share, while this process trains them: they are gigabytes, and made in seconds."""
+    root = cache_dir / "teacher_logits"
+    for left in root.glob("*"):
+        if not psutil.pid_exists(int(left.name)):  # it was killed
+            shutil.rmtree(left, ignore_errors=True)
+    folder = root / str(os.getpid())
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _default_processes() -> int:
@@ -565,7 +587,7 @@ def _bar_progress(bar: tqdm, name: str) -> Progress:
     return progress
 
 
-def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Path, processes: int, bar: tqdm) -> None:
+def _run_parallel(missing: Mapping[str, Config], where: tuple[Records, Path, Path], processes: int, bar: tqdm) -> None:
     """Carry out configurations in processes of their own, each as soon as those it needs are there; the longest first, but
     before them what others need."""
     context = multiprocessing.get_context("spawn")
@@ -590,7 +612,7 @@ def _run_parallel(missing: Mapping[str, Config], records: Records, cache_dir: Pa
                 wanted = set().union(*(needs[key] for key in waiting))
                 candidates.sort(key=lambda key: (key not in wanted, -_steps(waiting[key])))
                 for key in candidates[: processes - len(running)]:
-                    running[pool.submit(_work, key, waiting.pop(key), records, cache_dir)] = key
+                    running[pool.submit(_work, key, waiting.pop(key), *where)] = key
                 done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 drain()
                 for future in done:
@@ -617,13 +639,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(key: str, config: Config, records: Records, cache_dir: Path) -> None:
+def _work(key: str, config: Config, records: Records, cache_dir: Path, teacher_logits: Path) -> None:
     def progress(*report) -> None:
         if _STOP.is_set():
             raise KeyboardInterrupt("another training failed or the study was interrupted")
         _REPORTS.put((key, *report))
 
-    carry_out(config, records, cache_dir, progress)
+    carry_out(config, records, cache_dir, teacher_logits, progress)
     _release_memory()
 
 

@@ -1,6 +1,7 @@
 """The training loop: resume, divergence, recipes; and the study's records around it."""
 
 import json
+import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -13,7 +14,7 @@ from ones_lib import study as study_module
 from ones_lib.data import image_data, images
 from ones_lib.explorer import moe_records
 from ones_lib.records import Records, config_hash, load_tensors, model_tensors, save_tensors
-from ones_lib.study import Study, _steps, build_model
+from ones_lib.study import Study, _steps, build_model, carry_out
 from ones_lib.tables import ablation_table, layer_error, results_table, retention_table
 from ones_lib.training import Diverged, Training, fit
 from ones_lib.upcycling import Upcycled
@@ -440,6 +441,26 @@ def test_logits_that_were_kept_are_those_that_would_be_computed(task, tmp_path, 
     monkeypatch.setattr("ones_lib.distillation.LARGEST_CACHE", 100)
     distilled(tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_kept_logits_go_when_the_students_are_done(study):
+    """And those of a process that was killed go with them."""
+    root = study.cache_dir / "teacher_logits"
+    (root / str(2**22 + 1)).mkdir(parents=True)  # no process has such a number
+    (root / str(os.getppid())).mkdir()
+    seen = []
+
+    def watched(config, records, cache_dir, teacher_logits, progress):
+        record = carry_out(config, records, cache_dir, teacher_logits, progress)
+        seen.extend(teacher_logits.glob("*/*"))
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_module, "carry_out", watched)
+        study.processes = 1
+        study.run([study.student("average", 0)])
+    assert len(seen) == study.learning.steps
+    assert [folder.name for folder in root.iterdir()] == [str(os.getppid())]
 
 
 def test_what_moves_or_watches_the_teacher_keeps_no_logits(task, tmp_path):
