@@ -218,15 +218,17 @@ def _backward(forward: Callable[[], Tensor], leaves: list[Tensor], gradient: Ten
 def _in_turns(functions: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Tensor]:
     """Seconds a call, a number for each block of calls. All take their turns, so that what changes on the way, of the
     machine or of its memory, meets them alike."""
-    timers, sizes, times = {}, {}, {name: [] for name in functions}
+    timers, calls, times = {}, {}, {name: [] for name in functions}
     for name, function in functions.items():
         function()
         timers[name] = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-        sizes[name] = math.ceil(BLOCK_SECONDS / timers[name].timeit(1).median)
+        calls[name] = math.ceil(BLOCK_SECONDS / timers[name].timeit(1).median)
     started = time.perf_counter()
-    while len(times[name]) < LEAST_BLOCKS or time.perf_counter() - started < seconds * len(functions):
+    while min(map(len, times.values())) < LEAST_BLOCKS or time.perf_counter() - started < seconds * len(functions):
         for name, timer in timers.items():
-            times[name].append(timer.timeit(sizes[name]).median)
+            # timeit warms up twice each time, which long calls need not.
+            long = partial(timer.blocked_autorange, min_run_time=2 * BLOCK_SECONDS)
+            times[name] += (long() if calls[name] == 1 else timer.timeit(calls[name])).times
     return {name: torch.tensor(found, dtype=torch.float64) for name, found in times.items()}
 
 
