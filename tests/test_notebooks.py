@@ -79,6 +79,7 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
         "other_teachers",
         "other_distillations",
         "inference_speed",
+        "dispatch_speed",
         "language_spectra",
         "language_errors",
         "language_perplexity",
