@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
@@ -77,13 +78,16 @@ class TeacherLogits:
 
     Args:
         folder: of this teacher's configuration; made when needed, can be deleted at any time.
-        teacher: its weights, the precision and torch's version are part of what a batch's file is found by.
+        teacher: its weights and the precision are part of what a batch's file is found by.
         steps: of the training: logits of which so many are larger than :data:`LARGEST_CACHE` are not kept.
     """
 
     def __init__(self, folder: Path, teacher: nn.Module, steps: int) -> None:
-        self.folder, self.steps, self.keeping = folder, steps, True
-        self._weights = _digest(model_tensors(teacher).values())
+        self.folder, self.teacher, self.steps, self.keeping = folder, teacher, steps, True
+
+    @cached_property
+    def _weights(self) -> str:
+        return _digest(model_tensors(self.teacher).values())
 
     def of(self, batch: Tensor | tuple, compute: Callable[[], Tensor]) -> Tensor:
         """Logits of a batch: read, or else computed and kept."""
@@ -92,7 +96,7 @@ class TeacherLogits:
         tensors = [batch] if torch.is_tensor(batch) else [part for part in batch if part is not None]
         device = tensors[0].device
         precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        path = self.folder / f"{_digest(tensors, self._weights, torch.__version__, str(precision))}.safetensors"
+        path = self.folder / f"{_digest(tensors, self._weights, str(precision))}.safetensors"
         if path.exists():
             return load_file(path)["logits"].to(device)
         logits = compute()

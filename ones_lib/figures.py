@@ -746,10 +746,11 @@ def inference_speed(table: pd.DataFrame) -> Figure:
     """
     keys = ["model", "precision", "device", "threads"]
     panels = list(table.groupby(keys, sort=False))
-    fig, axes = plt.subplots(
-        math.ceil(len(panels) / 2), min(len(panels), 2), figsize=(TWO_COLUMNS, 0.6 + 2.2 * math.ceil(len(panels) / 2))
-    )
-    for ax, ((model, precision, device, threads), part) in zip(np.atleast_1d(axes).flat, panels, strict=False):
+    rows = math.ceil(len(panels) / 2)
+    fig, axes = plt.subplots(rows, min(len(panels), 2), figsize=(TWO_COLUMNS, 0.6 + 2.2 * rows), squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    for ax, ((model, precision, device, threads), part) in zip(axes.flat, panels, strict=False):
         for mode, of_mode in part.groupby("mode", sort=False):
             times = of_mode.set_index(["variant", "batch_size"])
             dense = times.loc["dense"]

@@ -527,25 +527,23 @@ def truncated(matrix: Tensor, rank: int, exact: bool | None = None) -> Tensor:
     tall = precise.T if wide else precise
     rough = (matrix.T if wide else matrix) if _multiplies_quickly(matrix) else tall
 
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return _product(a, b.to(a.dtype))
-
     drawn = torch.randn(small, directions, generator=torch.Generator().manual_seed(0), dtype=tall.dtype)
-    start = torch.linalg.qr(product(rough.T, product(rough, drawn.to(matrix.device))).to(tall.dtype)).Q
-    image = product(rough, start)
-    squares = torch.linalg.eigvalsh((image.T.to(tall.dtype) @ image.to(tall.dtype)).double())
+    start = torch.linalg.qr(_product(rough.T, _product(rough, drawn.to(matrix.device))).to(tall.dtype)).Q
+    image = _product(rough, start)
+    seen = image.to(tall.dtype)
+    squares = torch.linalg.eigvalsh((seen.T @ seen).double())
     if squares[-1] > STEEP * squares[0]:
         return whole()
     if rough is not tall and squares[-1] > ROUGH * squares[0]:
-        rough, image = tall, product(tall, start)
+        rough, image = tall, _product(tall, start)
     # T_2 of 2 A^T A / c - 1, which maps the squares that are to be left out, up to c, to [-1, 1].
     twice = 2 / squares[0].item()
-    once = twice * product(rough.T, image).to(tall.dtype) - start
-    filtered = 2 * (twice * product(rough.T, product(rough, once)).to(tall.dtype) - once) - start
+    once = twice * _product(rough.T, image).to(tall.dtype) - start
+    filtered = 2 * (twice * _product(rough.T, _product(rough, once)).to(tall.dtype) - once) - start
     basis = torch.linalg.qr(filtered).Q
-    image = product(tall, basis)
+    image = _product(tall, basis)
     rotation = torch.linalg.eigh((image.T @ image).double()).eigenvectors[:, -rank:].to(tall.dtype)
-    cut = product(image @ rotation, (basis @ rotation).T)
+    cut = _product(image @ rotation, (basis @ rotation).T)
     return cut.T if wide else cut
 
 
@@ -556,8 +554,9 @@ ROUGH = 50
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, [m, k] and [k, n]. In float32 on a CPU as a convolution with kernels of one place, which goes to oneDNN: on
-    AMD's CPUs twice as fast as ``@`` of the MKL that PyTorch comes with."""
+    """``a @ b``, [m, k] and [k, n], in the dtype of ``a``. In float32 on a CPU as a convolution with kernels of one place, which
+    goes to oneDNN: on AMD's CPUs twice as fast as ``@`` of the MKL that PyTorch comes with."""
+    b = b.to(a.dtype)
     if a.device.type != "cpu" or a.dtype != torch.float32:
         return a @ b
     m, k = a.shape

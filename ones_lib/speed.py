@@ -24,6 +24,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.moe import MoEFeedForward, Router, Routing, batched_linear, dispatch, dispatch_plain
+from ones_lib.training import default_device
 
 LEAST_BLOCKS = 5
 BLOCK_SECONDS = 0.02  # what is shorter is timed several times in a row
@@ -97,7 +98,7 @@ def measure_dispatch(
         precisions: names of torch's dtypes.
         seconds: at least that long for each number, and at least 5 blocks.
     """
-    device, rows = _device(), []
+    device, rows = default_device(), []
     d_model, d_ff, num_experts, top_k = (layer[key] for key in ("d_model", "d_ff", "num_experts", "top_k"))
     cases = [(precision, batch_size) for precision in precisions for batch_size in batch_sizes]
     for precision, batch_size in tqdm(cases, desc=name):
@@ -155,17 +156,17 @@ def measure_speed(
         seconds: at least that long for each number, and at least 5 blocks.
         precisions: names of torch's dtypes.
         modes: ``eager``, ``compiled`` (:func:`torch.compile`, one graph a batch size), or both.
-
     """
     if unknown := set(modes) - set(MODES):
         raise ValueError(f"modes: expected of {MODES}, found {sorted(unknown)}")
-    device, rows = _device(), []
+    device, rows = default_device(), []
     moe, dense = moe.eval().to(device), moe.dense_twin().eval().to(device)
     tokens = moe.patch_embed.num_patches + moe.num_prefix_tokens
     channels, size = moe.patch_embed.proj.in_channels, moe.patch_embed.img_size
     one_hot = partial(dispatch_one_hot, group_size=tokens)
     ways = {"moe": dispatch, "moe_plain": dispatch_plain, "moe_gshard": one_hot}
     models = {"dense": dense} | {variant: _dispatching(moe, way) for variant, way in ways.items()}
+    flops = _flops(moe, dense, torch.randn(1, channels, *size, device=device))
     cases = [(p, m, b) for p in precisions for m in modes for b in batch_sizes]
     for precision, mode, batch_size in tqdm(cases, desc=name):
         about = {"model": name, "precision": precision, "mode": mode, "batch_size": batch_size}
@@ -175,17 +176,16 @@ def measure_speed(
             torch.compiler.reset()
             del passes["moe_plain"]  # which rows an expert gets is known only on the way: no graph
             passes = {v: partial(torch.compile(models[v], dynamic=False), x) for v in passes}
-        flops = _flops(moe, dense, x)
         with torch.inference_mode():
-            used = {variant: _weight_bytes(models[variant], x) for variant in passes}
+            used = {kind: _weight_bytes(models[kind], x) for kind in ("dense", "moe")}
             peaks = {variant: _peak_bytes(run, device) for variant, run in passes.items()} if mode == "eager" else {}
             times = _in_turns(passes, seconds)
         for variant, of_variant in times.items():
-            found = _summary(of_variant)
+            found, kind = _summary(of_variant), "dense" if variant == "dense" else "moe"
             found["images_per_second"] = 1000 * batch_size / found["median_ms"]
             found["parameters"] = sum(p.numel() for p in models[variant].parameters())
-            found["flops"] = flops["dense" if variant == "dense" else "moe"]
-            found["weight_bytes"] = used[variant]
+            found["flops"] = batch_size * flops[kind]
+            found["weight_bytes"] = used[kind]
             found["peak_mb"] = peaks[variant] / 1e6 if peaks else math.nan
             rows.append({**about, "variant": variant, **found})
     return pd.DataFrame(rows).assign(**_where(device))
@@ -196,15 +196,11 @@ def available_modes(modes: Sequence[str]) -> list[str]:
     found = list(modes)
     if "compiled" in found:
         try:
-            torch.compile(torch.sin)(torch.ones(8, device=_device()))
+            torch.compile(torch.sin)(torch.ones(8, device=default_device()))
         except torch._dynamo.exc.BackendCompilerFailed as error:
             found.remove("compiled")
             warnings.warn(f"modes: torch.compile does not run here, so without it: {error}", stacklevel=2)
     return found
-
-
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def _where(device: torch.device) -> dict[str, str | int]:
@@ -248,6 +244,7 @@ def _dispatching(moe: nn.Module, way: Callable[..., Tensor]) -> nn.Module:
 
 
 def _flops(moe: nn.Module, dense: nn.Module, x: Tensor) -> dict[str, int]:
+    """Operations that a pass of ``x`` takes at least."""
     # The fused attention of some devices is not counted.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         dense(x)

@@ -44,7 +44,7 @@ from ones_lib.language_students import gathered_model
 from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.records import Record, Records, config_hash
 from ones_lib.text_tasks import finetuning_model, pretraining_model, text_task
-from ones_lib.training import Progress, Task, Training, fit
+from ones_lib.training import Progress, Task, Training, default_device, fit
 from ones_lib.upcycling import upcycle
 from ones_lib.vision import ImageClassification, classification_model
 
@@ -434,10 +434,6 @@ def recipe_of(config: Config) -> Mapping:
     return config["training"] or recipe_of(config["start"])
 
 
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
 def load_record(record: Record, cache_dir: Path) -> tuple[nn.Module, Task]:
     """The trained model of a record, in eval mode, and the task that it was trained for."""
     data = _open_data(record.config["domain"], _frozen(record.config["data"]), cache_dir)
@@ -492,9 +488,9 @@ def carry_out(
     elif config["kind"] == "student":
         calibration = None
         if "calibration_examples" in config:
-            teacher.to(_device())
+            teacher.to(default_device())
             batches = calibration_batches(
-                task, recipe_of(config["teacher"]), config["calibration_examples"], device=_device()
+                task, recipe_of(config["teacher"]), config["calibration_examples"], device=default_device()
             )
             calibration = Calibration(task.forward, batches)
         made = time.perf_counter()

@@ -108,6 +108,11 @@ class Task(Protocol):
         """Scores of every validation example by metric, [n] each, and what else is worth keeping of the predictions."""
 
 
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 class Diverged(RuntimeError):
     """The loss became NaN or infinite."""
 

@@ -377,7 +377,11 @@ def test_speed_is_a_ratio_with_the_ends_of_both_quartiles():
         for variant, values in times.items()
         for batch in (1, 8)
     ]
-    (ax,) = figures.inference_speed(pd.DataFrame(rows)).axes
+    table = pd.DataFrame(rows)
+    assert (
+        len(figures.inference_speed(pd.concat([table.assign(model=m) for m in "abc"])).axes) == 3
+    )  # none is left empty
+    (ax,) = figures.inference_speed(table).axes
     handles, labels = ax.get_legend_handles_labels()
     drawn = dict(zip(labels, handles, strict=True))
     np.testing.assert_allclose(drawn["this library's MoE"][0].get_ydata().astype(float), [3, 3])
