@@ -36,6 +36,7 @@ from ones_lib.architectures import ARCHITECTURES, Config, architecture_of
 from ones_lib.calibrated_gathering import squared_error
 from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights, concatenate
+from ones_lib.files import UNFINISHED, file_stamps, save_tensors, write_text
 from ones_lib.gathering import (
     ROUTER_SCALES,
     check_options,
@@ -55,7 +56,6 @@ from ones_lib.language_models import (
     watched_experts,
     without_bars,
 )
-from ones_lib.records import file_stamps, save_tensors, write_text
 from ones_lib.shards import Shards
 from ones_lib.twin_plan import TwinPlan, block_of
 
@@ -223,7 +223,7 @@ class _Work:
         if self.folder.exists() and (not mark.exists() or mark.read_text() != self.identity):
             warnings.warn(f"{self.folder}: unfinished work of another conversion, starting over", stacklevel=3)
             shutil.rmtree(self.folder)
-        for unfinished in self.folder.rglob("*.tmp"):  # of a process that was killed while it wrote
+        for unfinished in self.folder.rglob(f"*{UNFINISHED}*"):  # of a process that was killed while it wrote
             unfinished.unlink()
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         done = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors")) if self.folder.exists() else 0

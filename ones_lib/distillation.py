@@ -16,8 +16,8 @@ from accelerate.utils import reduce
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ones_lib.files import model_tensors, save_tensors
 from ones_lib.moe import Router
-from ones_lib.records import model_tensors, save_tensors
 
 
 def soft_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

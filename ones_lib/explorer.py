@@ -26,12 +26,12 @@ from PIL import Image
 from torch import nn
 
 from ones_lib import figures, spectra
+from ones_lib.execution import record_activations
 from ones_lib.experts import ExpertBanks, open_experts
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering import gathering_methods, uses_calibration
 from ones_lib.records import Record, Records, project_root
 from ones_lib.spectra import FactoredBank
-from ones_lib.study import record_activations
 
 Source = Record | Path | str | nn.Module
 DPI = 110

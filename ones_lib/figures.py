@@ -25,8 +25,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch.utils.data import DataLoader
 
 from ones_lib.data import ImageData
+from ones_lib.files import write_text, written_beside
 from ones_lib.metrics import LOWER_IS_BETTER, main_metric
-from ones_lib.records import project_root, write_text
+from ones_lib.records import project_root
 
 ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2  # inches, the usual widths of a paper's columns
 
@@ -1026,8 +1027,12 @@ def save_figure(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path,
     """Write ``name.png``, ``name.pdf`` and what :func:`save_table` writes, ``table`` being what is drawn."""
     save_table(table, name, folder, records)
     path = project_root() / folder / name
-    fig.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})  # the same figure gives the same file
-    fig.savefig(path.with_suffix(".png"))
+    for suffix, metadata in {
+        ".pdf": {"CreationDate": None},
+        ".png": None,
+    }.items():  # the same figure gives the same file
+        with written_beside(path.with_suffix(suffix)) as beside:
+            fig.savefig(beside, metadata=metadata)
 
 
 def save_table(table: pd.DataFrame, name: str, folder: str | Path, records: Iterable[str] = ()) -> None:

@@ -25,8 +25,9 @@ from transformers.utils import logging as hf_logging
 
 from ones_lib.architectures import architecture_of, twin_config
 from ones_lib.calibration import Activation, LayerActivations
-from ones_lib.data.keys import training_keys
+from ones_lib.data.keys import WHOLE, Share, training_keys
 from ones_lib.data.text import TextData, end_tokens, pack, read_texts
+from ones_lib.processes import merged, own_share
 from ones_lib.training import Training
 
 BLOCK = 512  # tokens of a block of text, if the model can take so many
@@ -219,12 +220,15 @@ class LanguageModelling:
         self.data = data
 
     def batches(
-        self, training: Training, seed: int, start: int, device: torch.device, rank: int = 0, world_size: int = 1
+        self, training: Training, seed: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[Tensor]:
         """Token ids [B, L]."""
         ids = self.data.corpus["train"]
-        for keys in training_keys(len(ids), training.batch_size, seed, start, training.steps, rank, world_size):
+        for keys in training_keys(len(ids), training.batch_size, seed, start, training.steps, share):
             yield ids[keys[:, 0]].long().to(device)
+
+    def count(self, batch: Tensor) -> int:
+        return batch[:, 1:].numel()
 
     def forward(self, model: nn.Module, batch: Tensor) -> Tensor:
         return model(batch)
@@ -239,10 +243,10 @@ class LanguageModelling:
     def predict(self, model: nn.Module, device: torch.device) -> Mapping[str, Tensor]:
         """Of every token of the validation sequences but the first: ``loss`` (nats), ``accuracy`` (right or not)."""
         model.eval()
-        parts = []
-        for ids in self.data.corpus["validation"].split(EVALUATION_BATCH):
+        parts, every = [], self.data.corpus["validation"].split(EVALUATION_BATCH)
+        for ids in own_share(every):
             batch = ids.long().to(device)
             logits, labels = model(batch).flatten(0, 1).float(), batch[:, 1:].flatten()
             losses = F.cross_entropy(logits, labels, reduction="none")
             parts.append(torch.stack([losses, logits.argmax(dim=-1) == labels]).cpu())
-        return dict(zip(self.metrics, torch.cat(parts, dim=1), strict=True))
+        return dict(zip(self.metrics, torch.cat(merged(parts, len(every)), dim=1), strict=True))

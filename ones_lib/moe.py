@@ -13,9 +13,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from ones_lib.ffn import FeedForwardWeights
+from ones_lib.processes import world_size
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,15 @@ class Routing:
     capacity: int | None = None
 
     def balance_loss(self) -> Tensor:
-        """``E * sum_i fraction_i * mean_prob_i``: 1 when balanced; fraction_i is expert i's share of all assignments."""
+        """``E * sum_i fraction_i * mean_prob_i``: 1 when balanced; fraction_i is expert i's share of all assignments, over all
+        processes of a training, whose mean of this is then that of the whole batch (Qiu et al., arXiv 2501.11873)."""
         num_experts = self.probabilities.shape[-1]
-        fraction = torch.bincount(self.experts.flatten(), minlength=num_experts) / self.experts.numel()
-        return num_experts * (fraction * self.probabilities.mean(dim=0)).sum()
+        counts = torch.bincount(self.experts.flatten(), minlength=num_experts)
+        if world_size() == 1:
+            return num_experts * (counts / self.experts.numel() * self.probabilities.mean(dim=0)).sum()
+        counts = reduce(counts, "sum")
+        tokens = counts.sum() / self.experts.shape[1] / world_size()  # of one process, on average
+        return num_experts * (counts / counts.sum() * self.probabilities.sum(dim=0) / tokens).sum()
 
 
 class Router(nn.Module):

@@ -7,30 +7,41 @@
         weights.safetensors  the model
         predictions.safetensors   score of every validation example by metric, and what was predicted
         history.csv          the course of the training
-        result.json          numbers, wall time, versions, hardware, when it was finished
+        result.json          numbers, wall time, how it was carried out, versions, hardware, state of the code, checksums
 
-Work in progress lives in ``<kind>-<hash>.partial`` with its checkpoint, and is moved into place when whole.
+Work in progress lives in ``<kind>-<hash>.partial`` with its checkpoint, and is moved into place when whole. Whoever works on
+it holds the lock ``<root>/locks/<kind>-<hash>.lock``, which the system takes back from a process that is killed.
+
+``python -m ones_lib.records RECORD OTHER`` says in what two records differ.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import math
 import os
 import platform
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ones_lib.files import checksum, load_tensors, remove_unfinished, save_tensors, write_text, written_beside
 
 FORMAT = 1  # raised when what a configuration means has changed
 
@@ -43,17 +54,17 @@ def config_hash(config: Mapping) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """A finished record in ``folder``."""
+    """A finished record in ``folder``. What is read from it is checked: ValueError if a file is not as it was written."""
 
     folder: Path
 
     @cached_property
     def config(self) -> dict:
-        return json.loads((self.folder / "config.json").read_text())
+        return self._json("config.json")
 
     @cached_property
     def result(self) -> dict:
-        return json.loads((self.folder / "result.json").read_text())
+        return self._json("result.json")
 
     @cached_property
     def history(self) -> pd.DataFrame:
@@ -62,11 +73,35 @@ class Record:
     @cached_property
     def predictions(self) -> dict[str, Tensor]:
         """Scores by metric, [n] each, and what else the task's ``predict`` gives."""
-        return load_file(self.folder / "predictions.safetensors")
+        return load_file(self._checked("predictions.safetensors"))
 
     def load_weights(self, model: nn.Module) -> nn.Module:
-        load_tensors(self.folder / "weights.safetensors", model)
+        load_tensors(self._checked("weights.safetensors"), model)
         return model
+
+    def weights(self) -> dict[str, Tensor]:
+        return load_file(self._checked("weights.safetensors"))
+
+    def _json(self, name: str) -> dict:
+        path = self.folder / name
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: expected a record's {name}, found none")
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: expected JSON, found something else ({error})") from error
+
+    def _checked(self, name: str) -> Path:
+        """The path of a file whose checksum is that which was written with it (records of before there were any have none)."""
+        path, expected = self.folder / name, self.result.get("sha256", {}).get(name)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: expected this file of a finished record, found none; delete the record")
+        if expected is not None and (found := checksum(path)) != expected:
+            raise ValueError(
+                f"{path}: expected the file as it was written, SHA-256 {expected}, found {found} of {path.stat().st_size}"
+                " bytes; delete the record, and it is made again"
+            )
+        return path
 
 
 class Records:
@@ -74,9 +109,16 @@ class Records:
 
     def __init__(self, root: str | Path, redo_before: str = "") -> None:
         self.root = Path(root)
-        self.redo_before = datetime.fromisoformat(redo_before) if redo_before else None
+        try:
+            self.redo_before = datetime.fromisoformat(redo_before) if redo_before else None
+        except ValueError as error:
+            raise ValueError(f"redo_before: expected a time such as 2026-01-31T12:00:00+00:00 ({error})") from error
+        if self.redo_before is not None and self.redo_before.tzinfo is None:
+            raise ValueError(f"redo_before: expected a time with its zone, such as +00:00, found {redo_before!r}")
 
     def folder(self, config: Mapping) -> Path:
+        if not re.fullmatch(r"\w+", config["kind"]):
+            raise ValueError(f"kind: expected a word, found {config['kind']!r}")
         return self.root / f"{config['kind']}-{config_hash(config)}"
 
     def find(self, config: Mapping) -> Record | None:
@@ -90,7 +132,23 @@ class Records:
 
     def all(self, kind: str) -> list[Record]:
         """Every finished record of a kind, such as ``moe``."""
-        return [Record(result.parent) for result in sorted(self.root.glob(f"{kind}-*/result.json"))]
+        return [Record(result.parent) for result in sorted(self.root.glob(f"{kind}-*/result.json")) if _final(result)]
+
+    @contextmanager
+    def lock(self, config: Mapping) -> Iterator[None]:
+        """Held by the one who works on a record; another one waits, and finds it finished then."""
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{self.folder(config).name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{self.folder(config).name}: another run is at it, waiting for that", file=sys.stderr, flush=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def table(self, config: Mapping, compute: Callable[[], pd.DataFrame] | None) -> tuple[pd.DataFrame, str]:
         """A table that is made once, such as of timings, and then found, and its record's name. None: it must be there."""
@@ -98,32 +156,43 @@ class Records:
         if record is None and compute is None:
             raise ValueError(f"records: expected {self.folder(config)}, found none; it is made by a run that may train")
         if record is None:
-            history, partial, final = compute(), self.begin(config), self.folder(config)
-            history.to_csv(partial / "history.csv", index=False)
-            record = self._put(partial, final, {})
+            with self.lock(config):
+                record = self.find(config)
+                if record is None:
+                    history, partial = compute(), self.begin(config)
+                    with written_beside(partial / "history.csv") as beside:
+                        history.to_csv(beside, index=False)
+                    record = self._put(partial, self.folder(config), {})
         return record.history, record.folder.name
 
+    def partial(self, config: Mapping) -> Path:
+        """The folder of work in progress."""
+        return self.folder(config).with_suffix(".partial")
+
     def begin(self, config: Mapping) -> Path:
-        """The folder to work in; what an interrupted run left there is still there."""
-        partial = self.folder(config).with_suffix(".partial")
+        """The folder to work in; what an interrupted run left there is still there, but for files that it left half-written."""
+        partial = self.partial(config)
         partial.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(partial)
         write_text(partial / "config.json", json.dumps(config, indent=1, sort_keys=True))
         return partial
 
     def finish(
         self,
         config: Mapping,
-        model: nn.Module,
+        weights: Mapping[str, Tensor],
         history: pd.DataFrame,
         predictions: Mapping[str, Tensor],
         result: Mapping,
     ) -> Record:
         """Write what is missing into the folder of work in progress and move it into place."""
         partial, final = self.begin(config), self.folder(config)
-        save_tensors(partial / "weights.safetensors", model_tensors(model))
-        save_tensors(partial / "predictions.safetensors", predictions)
-        history.to_csv(partial / "history.csv", index=False)
-        return self._put(partial, final, result)
+        tensors = {"weights.safetensors": weights, "predictions.safetensors": predictions}
+        for name, content in tensors.items():
+            save_tensors(partial / name, content)
+        with written_beside(partial / "history.csv") as beside:
+            history.to_csv(beside, index=False)
+        return self._put(partial, final, {**result, "sha256": {name: checksum(partial / name) for name in tensors}})
 
     @staticmethod
     def _put(partial: Path, final: Path, result: Mapping) -> Record:
@@ -137,57 +206,126 @@ class Records:
         return Record(final)
 
 
+def _final(result: Path) -> bool:
+    """Whether a result is in its place: a process can be killed after it is written, and before it is moved."""
+    return not result.parent.name.endswith(".partial")
+
+
 def project_root() -> Path:
     """The folder that holds ``run_all.sh``, upwards from here; else the working directory."""
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "run_all.sh").exists()), here)
 
 
+PACKAGES = (
+    *("torch", "torchvision", "timm", "transformers", "tokenizers", "datasets", "accelerate", "safetensors"),
+    *("numpy", "scipy", "scikit-learn", "pandas", "matplotlib"),
+)
+
+
 def provenance() -> dict:
-    """Versions and hardware, for the record."""
-    packages = ("torch", "timm", "transformers", "accelerate", "numpy", "matplotlib")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    """Versions, hardware and the state of the code, for the record."""
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "device": device,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "code": code_state(),
     }
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, a shared one once (safetensors refuses tensors that share memory)."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+@cache
+def processor() -> str:
+    """The CPU's name, if the system tells."""
+    told = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", told.read_text()) if told.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside and move into place."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
+@cache
+def code_state() -> str:
+    """The commit of this library's repository, with ``-dirty`` where files differ from it; ``unknown`` outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
-def file_stamps(files: Iterable[Path]) -> list[list]:
-    """Name, size and time of change of files: what tells those that were changed."""
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def compare(record: Record, other: Record) -> pd.DataFrame:
+    """In what two records differ, a row each: ``part, what, record, other``; no rows: in nothing but when and how fast.
+
+    Parts are ``config``, ``result`` (metrics, versions, hardware, code), ``history`` (the first report that differs), ``weights``
+    and ``predictions`` (tensors that differ, with the largest difference).
+    """
+    rows = []
+    for part in ("config", "result"):
+        found = [dict(_leaves(getattr(r, part))) for r in (record, other)]
+        for what in sorted({*found[0], *found[1]}):
+            values = [leaves.get(what, "(none)") for leaves in found]
+            if values[0] != values[1] and not _ignored(what):
+                rows.append((part, what, *values))
+    rows += _history_differences(record, other)
+    for part in ("weights", "predictions"):
+        ours, theirs = (r.weights() if part == "weights" else r.predictions for r in (record, other))
+        for name in sorted({*ours, *theirs}):
+            pair = [tensors.get(name) for tensors in (ours, theirs)]
+            if any(t is None for t in pair) or pair[0].shape != pair[1].shape:
+                rows.append((part, name, *("(none)" if t is None else f"shape {list(t.shape)}" for t in pair)))
+            elif not torch.equal(*pair):
+                most = (pair[0].double() - pair[1].double()).abs().max().item()
+                rows.append((part, name, f"differs by up to {most:.3g}", ""))
+    return pd.DataFrame(rows, columns=["part", "what", "record", "other"])
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors beside and move into place."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata)
-    os.replace(beside, path)
+def _leaves(value, name: str = "") -> Iterator[tuple[str, object]]:
+    """Names such as ``teacher.seed`` with the plain values there."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
 
 
-def load_tensors(path: Path, model: nn.Module) -> None:
-    """Copy a file's tensors into a model of the same parameters; ValueError names the first that does not fit."""
-    target = model_tensors(model)
-    with safe_open(path, "pt") as file, torch.no_grad():
-        if odd := sorted(set(file.keys()) ^ set(target)):
-            raise ValueError(
-                f"{path}: expected the tensors of {type(model).__name__}, in one of the two only: {odd[:5]}"
-            )
-        for name, tensor in target.items():
-            stored = file.get_tensor(name)
-            if stored.shape != tensor.shape:
-                raise ValueError(f"{path}: {name}: expected shape {list(tensor.shape)}, found {list(stored.shape)}")
-            tensor.copy_(stored)
+def _ignored(what: str) -> bool:
+    """Times, and the checksums of what is compared itself."""
+    return what in ("finished", "wall_seconds", "gathering_seconds") or what.startswith("sha256.")
+
+
+def _history_differences(record: Record, other: Record) -> list[tuple]:
+    histories = [r.folder / "history.csv" for r in (record, other)]
+    texts = [path.read_text().strip() for path in histories]
+    if not all(texts):  # not trained
+        return [] if texts[0] == texts[1] else [("history", "reports", *(text.count("\n") for text in texts))]
+    a, b = (r.history.drop(columns="seconds", errors="ignore") for r in (record, other))
+    if list(a) != list(b) or len(a) != len(b):
+        return [("history", "reports", f"{len(a)} of {list(a)}", f"{len(b)} of {list(b)}")]
+    for (_, ours), (_, theirs) in zip(a.iterrows(), b.iterrows(), strict=True):
+        for what in a:
+            both_none = all(isinstance(v, float) and math.isnan(v) for v in (ours[what], theirs[what]))
+            if ours[what] != theirs[what] and not both_none:
+                return [("history", f"{what} at step {ours['step']:g}", ours[what], theirs[what])]
+    return []
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ones_lib.records", description=compare.__doc__.partition("\n")[0])
+    parser.add_argument("record", type=Path, help="folder of a record")
+    parser.add_argument("other", type=Path, help="folder of another")
+    options = parser.parse_args(arguments)
+    try:
+        table = compare(Record(options.record), Record(options.other))
+    except (OSError, ValueError) as error:
+        print(f"records: {error}", file=sys.stderr)
+        return 2
+    if table.empty:
+        print("the same, but for times")
+        return 0
+    with pd.option_context("display.max_colwidth", 60, "display.width", 200):
+        print(table.to_string(index=False))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,8 @@ from pathlib import Path
 from ones_lib.data import docstrings
 from ones_lib.data.text import EMBEDDED_TASKS, HUB_TASKS
 from ones_lib.distillation import Distillation
-from ones_lib.records import Records, file_stamps, project_root
+from ones_lib.files import file_stamps
+from ones_lib.records import Records, project_root
 from ones_lib.study import Study
 from ones_lib.training import Training
 

@@ -7,50 +7,32 @@ parallel processes where that is faster, each after the teacher it needs.
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import json
-import math
-import multiprocessing
-import os
-import platform
-import queue
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
-import psutil
-import torch
-from accelerate.utils import set_seed
 from torch import nn
-from tqdm import tqdm
 
-from ones_lib.calibration import Calibration, LayerActivations, collect_activations
-from ones_lib.data import ImageData, image_data, images
-from ones_lib.data.images import available_cores
-from ones_lib.data.text import TextData, text_data
 from ones_lib.distillation import Distillation
+from ones_lib.execution import (
+    Config,
+    Data,
+    Execution,
+    frozen,
+    label,
+    load_record,
+    needed,
+    open_data,
+    run_all,
+    steps_of,
+    write_plan,
+)
 from ones_lib.gathering import ROUTER_SCALES
-from ones_lib.integration import calibrated, integrate, integration_methods
-from ones_lib.language_models import LanguageModelling, language_model
-from ones_lib.language_students import gathered_model
+from ones_lib.integration import calibrated, integration_methods
 from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.records import Record, Records, config_hash
-from ones_lib.text_tasks import finetuning_model, pretraining_model, text_task
-from ones_lib.training import Progress, Task, Training, default_device, fit
-from ones_lib.upcycling import upcycle
-from ones_lib.vision import ImageClassification, classification_model
-
-CALIBRATION_BATCH = 64  # examples: with their tokens at every depth enough for a measure, and small for a large model
-Config = dict
-Data = ImageData | TextData
+from ones_lib.training import Training
 
 
 @dataclass(frozen=True)
@@ -87,6 +69,7 @@ class Study:
         finetune_kd: fine-tune what was distilled with KD again, from the fine-tuned teacher.
         processes: trainings side by side; 0 chooses: one on a GPU, else one a core. Not part of any configuration.
         allow_training: False makes a missing record an error.
+        execution: how the work is done; by default as ``run_all.sh`` was told.
     """
 
     domain: str
@@ -104,6 +87,7 @@ class Study:
     finetune_kd: bool = True
     processes: int = 0
     allow_training: bool = True
+    execution: Execution = field(default_factory=Execution.from_environment)
 
     def __post_init__(self) -> None:
         self.seeds = list(self.seeds)
@@ -300,7 +284,7 @@ class Study:
                 axis = {"teacher": name}
                 result.append(Entry("moe", "trained", teacher, axis))
                 result.append(Entry("dense", "trained", self.dense(seed), axis))
-                more = _steps(teacher) + _steps(teacher.get("start", {})) - self.teaching.steps + max(budgets)
+                more = steps_of(teacher) + steps_of(teacher.get("start", {})) - self.teaching.steps + max(budgets)
                 result.append(Entry("dense_long", "trained", self.dense(seed, more), axis))
                 for method in methods:
                     for budget in budgets:
@@ -334,13 +318,16 @@ class Study:
     # --- doing it ----------------------------------------------------------------------------------------------------
 
     def open_data(self) -> Data:
-        return _open_data(self.domain, _frozen(self.data), self.cache_dir)
+        return open_data(self.domain, frozen(self.data), self.cache_dir)
 
     def run(self, configs: Iterable[Config], description: str = "") -> list[Record]:
         """Records of all configurations, in their order; those not yet there are computed, each with its teacher."""
         configs = list(configs)
-        wanted = {config_hash(c): c for config in configs for c in (*_needed(config), config)}
+        wanted = {config_hash(c): c for config in configs for c in (*needed(config), config)}
         missing = {key: config for key, config in wanted.items() if self.records.find(config) is None}
+        if self.execution.plan:
+            self.open_data()
+            write_plan(Path(self.execution.plan), missing, self.cache_dir)
         if missing and not self.allow_training:
             first = label(next(iter(missing.values())))
             raise ValueError(
@@ -349,16 +336,7 @@ class Study:
             )
         if missing:
             self.open_data()  # drawn once, and bad data is found, before any process starts
-            steps = sum(_steps(config) for config in missing.values())
-            bar = tqdm(total=steps, desc=description, unit="step", mininterval=2, dynamic_ncols=True)
-            with bar, _teacher_logits(self.cache_dir) as logits:
-                processes = min(self.processes or _default_processes(), len(missing))
-                where = (self.records, self.cache_dir, logits)
-                if processes == 1:
-                    for config in missing.values():  # teachers stand before their students
-                        carry_out(config, *where, _bar_progress(bar, label(config)))
-                else:
-                    _run_parallel(missing, where, processes, bar)
+            run_all(missing, self.records, self.cache_dir, self.execution, self.processes, description)
         return [self.records.find(config) for config in configs]
 
     def load_model(self, record: Record) -> nn.Module:
@@ -375,279 +353,3 @@ class Study:
                 values = {"step": history["step"], "value": scale * history[f"val_{metric}"]}
                 parts.append(pd.DataFrame({"model": model, "seed": config["seed"], **values}))
         return pd.concat(parts, ignore_index=True)
-
-
-def label(config: Config) -> str:
-    """Short name of a configuration, for people."""
-    if config["kind"] == "finetuned":
-        return f"{config['task']}: {label(config['start'])}"
-    return f"{config.get('method', config['kind'])}, seed {config['seed']}"
-
-
-def build_model(config: Config, data: Data) -> nn.Module:
-    """The freshly initialised model of a configuration (a student's has its teacher's architecture, dense)."""
-    if config["kind"] == "student" and config["domain"] == "language":
-        dense = {**config["teacher"]["model"], "num_experts": 1}
-        return language_model(dense, data, config["seed"], config["options"].get("d_ff"))
-    if config["kind"] == "student":
-        teacher = build_model(config["teacher"], data)
-        k = config["options"].get("k")
-        return teacher.dense_twin(d_ff=k and k * teacher.moe_layers()[0].num_experts)
-    if "upcycling" in config:
-        return upcycle(build_model(config["start"], data), seed=config["seed"], **config["upcycling"])
-    if config["kind"] == "finetuned":
-        return finetuning_model(build_model(config["start"], data), config["task"], config["seed"])
-    build = {"image": classification_model, "text": pretraining_model, "language": language_model}[config["domain"]]
-    return build(config["model"], data, config["seed"])
-
-
-def task_of(config: Config, data: Data) -> Task:
-    """What a configuration's model does and is measured by; a student does what its teacher does."""
-    if config["kind"] == "student":
-        return task_of(config["teacher"], data)
-    if config["domain"] == "language":
-        return LanguageModelling(data)
-    if config["domain"] == "image":
-        return ImageClassification(data)
-    return text_task(config.get("task", "masked_lm"), data)
-
-
-def calibration_batches(
-    task: Task,
-    recipe: Mapping,
-    examples: int,
-    batch_size: int = 64,
-    device: torch.device | None = None,
-    seed: int = 0,
-) -> list:
-    """Batches of a task's training data, always the same ones for a ``seed``; ``recipe`` are the arguments of the
-    :class:`Training` that they are drawn as for, but for mixup. ``batch_size`` is not above the recipe's."""
-    batch_size = min(batch_size, recipe["batch_size"])
-    training = replace(Training(**recipe), mixup=0.0, batch_size=batch_size, steps=math.ceil(examples / batch_size))
-    with torch.random.fork_rng():
-        set_seed(seed)  # of the batches' masks
-        return list(task.batches(training, seed=seed, start=0, device=device or torch.device("cpu")))
-
-
-def recipe_of(config: Config) -> Mapping:
-    """The training recipe of a model, or of what it was made of."""
-    return config["training"] or recipe_of(config["start"])
-
-
-def load_record(record: Record, cache_dir: Path) -> tuple[nn.Module, Task]:
-    """The trained model of a record, in eval mode, and the task that it was trained for."""
-    data = _open_data(record.config["domain"], _frozen(record.config["data"]), cache_dir)
-    return _load(record, data).eval(), task_of(record.config, data)
-
-
-def _load(record: Record, data: Data) -> nn.Module:
-    model = build_model(record.config, data)
-    return model if _published(record.config) else record.load_weights(model)
-
-
-def _published(config: Config) -> bool:
-    """Whether the weights are those of a checkpoint, of which a record keeps no copy."""
-    return config["kind"] == "moe" and "checkpoint" in config.get("model", {})
-
-
-def record_activations(
-    record: Record, cache_dir: Path, max_tokens: int = 4096, seed: int = 0
-) -> dict[str, LayerActivations]:
-    """Activations by layer of a record's model on one batch of its own training data, always the same one for a ``seed``.
-
-    Layers have the names that :func:`open_experts` gives them. In float64, so that what is made of them does not depend on
-    the number of threads.
-    """
-    model, task = load_record(record, cache_dir)
-    recipe = recipe_of(record.config)
-    (batch,) = calibration_batches(task, recipe, min(CALIBRATION_BATCH, recipe["batch_size"]), seed=seed)
-    batch = batch._replace(
-        **{k: v.double() for k, v in batch._asdict().items() if torch.is_tensor(v) and v.is_floating_point()}
-    )
-    return collect_activations(model.double(), task.forward, [batch], max_tokens)
-
-
-def carry_out(
-    config: Config, records: Records, cache_dir: Path, teacher_logits: Path, progress: Progress | None = None
-) -> Record:
-    """Train or gather what a configuration asks for, and leave its record; the records that it needs must be there. Students
-    share their teachers' logits in the folder ``teacher_logits``."""
-    started = time.perf_counter()
-    data = _open_data(config["domain"], _frozen(config["data"]), cache_dir)
-    task, result, teacher, distillation = task_of(config, data), {}, None, None
-
-    def load(other: Config) -> nn.Module:
-        return _load(records.find(other), data)
-
-    if "teacher" in config:
-        teacher = load(config["teacher"])
-    if config["kind"] == "student" and "start" in config:
-        model = load(config["start"])
-    elif config["kind"] == "student" and config["domain"] == "language":
-        model, result["layers"] = gathered_model(teacher, config, data)
-    elif config["kind"] == "student":
-        calibration = None
-        if "calibration_examples" in config:
-            teacher.to(default_device())
-            batches = calibration_batches(
-                task, recipe_of(config["teacher"]), config["calibration_examples"], device=default_device()
-            )
-            calibration = Calibration(task.forward, batches)
-        made = time.perf_counter()
-        options = {"seed": config["seed"], "calibration": calibration, **config["options"]}
-        model, report = integrate(teacher.eval(), config["method"], **options)
-        result["gathering_seconds"] = time.perf_counter() - made
-        result["integration"] = report.table().to_dict("records")
-    elif "upcycling" in config:
-        model = upcycle(load(config["start"]), seed=config["seed"], **config["upcycling"])
-    elif config["kind"] == "finetuned":
-        model = finetuning_model(load(config["start"]), config["task"], config["seed"])
-    else:
-        model = build_model(config, data)
-    folder, history, logits = records.begin(config), pd.DataFrame(), None
-    if config["training"] is not None:
-        if "distillation" in config:
-            distillation = Distillation(**config["distillation"])
-            logits = teacher_logits / config_hash(config["teacher"])
-        else:
-            teacher = None
-        model, history = fit(
-            model,
-            task,
-            Training(**config["training"]),
-            seed=config["seed"],
-            teacher=teacher,
-            distillation=distillation,
-            teacher_logits=logits,
-            checkpoint=folder / "checkpoint.safetensors",
-            progress=progress,
-        )
-    predictions = task.predict(model, next(model.parameters()).device)
-    result["metrics"] = {metric: predictions[metric].double().mean().item() for metric in task.metrics}
-    result["parameters"] = sum(p.numel() for p in model.parameters())
-    result["wall_seconds"] = time.perf_counter() - started
-    return records.finish(config, nn.Module() if _published(config) else model, history, predictions, result)
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _teacher_logits(cache_dir: Path) -> Iterator[Path]:
-    """A folder for the logits that students share, while this process trains them: they are gigabytes, and made in seconds."""
-    root = cache_dir / "teacher_logits"
-    for left in root.glob("*"):
-        if not psutil.pid_exists(int(left.name)):  # it was killed
-            shutil.rmtree(left, ignore_errors=True)
-    folder = root / str(os.getpid())
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _default_processes() -> int:
-    return 1 if torch.accelerator.is_available() else available_cores()
-
-
-def _needed(config: Config) -> list[Config]:
-    """The configurations whose models this one starts or learns from, those that need none first."""
-    direct = [config[role] for role in ("start", "teacher") if role in config]
-    return [found for other in direct for found in (*_needed(other), other)]
-
-
-def _steps(config: Config) -> int:
-    return config["training"]["steps"] if config.get("training") else 0
-
-
-def _frozen(data: Mapping) -> str:
-    return json.dumps(data, sort_keys=True)
-
-
-@lru_cache(maxsize=2)
-def _open_data(domain: str, data: str, cache_dir: Path) -> Data:
-    return {"image": image_data, "text": text_data, "language": text_data}[domain](
-        **json.loads(data), cache_dir=cache_dir
-    )
-
-
-def _bar_progress(bar: tqdm, name: str) -> Progress:
-    seen = 0
-
-    def progress(step: int, steps: int, loss: float, accuracy: float) -> None:
-        nonlocal seen
-        bar.set_postfix_str(f"{name}: loss {loss:.3f}, accuracy {accuracy:.1%}", refresh=False)
-        bar.update(step - seen)
-        seen = step
-
-    return progress
-
-
-def _run_parallel(missing: Mapping[str, Config], where: tuple[Records, Path, Path], processes: int, bar: tqdm) -> None:
-    """Carry out configurations in processes of their own, each as soon as those it needs are there; the longest first, but
-    before them what others need."""
-    context = multiprocessing.get_context("spawn")
-    reports, stop = context.Queue(), context.Event()
-    waiting, running = dict(missing), {}  # key -> configuration; future -> key
-    progress = {key: _bar_progress(bar, label(config)) for key, config in missing.items()}
-    needs = {key: {config_hash(other) for other in _needed(config)} for key, config in missing.items()}
-
-    def drain() -> None:
-        while True:
-            try:
-                key, *report = reports.get_nowait()
-            except queue.Empty:
-                return
-            progress[key](*report)
-
-    with ProcessPoolExecutor(processes, context, _start_worker, (processes, reports, stop)) as pool:
-        try:
-            while waiting or running:
-                unfinished = {*waiting, *running.values()}
-                candidates = [key for key in waiting if unfinished.isdisjoint(needs[key])]
-                wanted = set().union(*(needs[key] for key in waiting))
-                candidates.sort(key=lambda key: (key not in wanted, -_steps(waiting[key])))
-                for key in candidates[: processes - len(running)]:
-                    running[pool.submit(_work, key, waiting.pop(key), *where)] = key
-                done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                drain()
-                for future in done:
-                    key = running.pop(future)
-                    future.result()
-            drain()
-        except BaseException:
-            stop.set()  # the workers end at their next report
-            raise
-
-
-def _start_worker(processes: int, reports: multiprocessing.Queue, stop) -> None:
-    global _REPORTS, _STOP
-    _REPORTS, _STOP = reports, stop
-    images.SIDE_BY_SIDE = processes
-    torch.set_num_threads(max(1, available_cores() // processes))
-    gc.freeze()  # what is imported stays: the collections after each training need not look at it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed notebook must not leave its workers behind; what they had done is in their checkpoints."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _work(key: str, config: Config, records: Records, cache_dir: Path, teacher_logits: Path) -> None:
-    def progress(*report) -> None:
-        if _STOP.is_set():
-            raise KeyboardInterrupt("another training failed or the study was interrupted")
-        _REPORTS.put((key, *report))
-
-    carry_out(config, records, cache_dir, teacher_logits, progress)
-    _release_memory()
-
-
-def _release_memory() -> None:
-    """Left alone, a worker grows with every training: models and optimizers hold one another in cycles, and glibc keeps what
-    batches of many lengths have left in pieces."""
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)

@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 
 from ones_lib.calibration import LayerActivations
+from ones_lib.execution import record_activations
 from ones_lib.metrics import LOWER_IS_BETTER, benefit_retention, main_metric, rank_correlation, retention_interval
 from ones_lib.records import Record, Records
 from ones_lib.spectra import output_error
-from ones_lib.study import Entry, Study, record_activations
+from ones_lib.study import Entry, Study
 
 AVERAGE = "average"  # the task and the metric that stand for the mean of all tasks' main metrics
 _VALUES = ("data", "model", "stage", "seed", "metric", "value", "retention", "record")

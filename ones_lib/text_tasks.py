@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,11 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import DataCollatorForLanguageModeling
 
-from ones_lib.data import evaluation_keys, training_keys
+from ones_lib.data import Share, evaluation_keys, training_keys
+from ones_lib.data.keys import WHOLE
 from ones_lib.data.text import TASKS, TextData
 from ones_lib.metrics import best_no_answer_threshold, squad_scores
+from ones_lib.processes import merged, own_share
 from ones_lib.text import (
     WideNetForMaskedLM,
     WideNetForQuestionAnswering,
@@ -82,20 +84,28 @@ class MaskedLanguageModelling:
     def __init__(self, data: TextData) -> None:
         self.data = data
 
-    def mask(self, ids: Tensor, generator: torch.Generator | None = None) -> MaskedBatch:
-        """Choose and mask tokens [B, L]; without a generator by the global one."""
+    def mask(self, ids: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Choose and mask tokens [B, L], without a generator by the global one: ids with masks, and labels, -100 where nothing
+        is to be predicted."""
         collator = DataCollatorForLanguageModeling(self.data.tokenizer, mlm_probability=self.data.mask_rate)
         collator.generator, ids = generator, ids.long()
-        masked, labels = collator.torch_mask_tokens(ids.clone(), torch.isin(ids, self.data.special_ids))
-        predicted = labels != -100
-        return MaskedBatch(masked, predicted, labels[predicted])
+        return collator.torch_mask_tokens(ids.clone(), torch.isin(ids, self.data.special_ids))
 
     def batches(
-        self, training: Training, seed: int, start: int, device: torch.device, rank: int = 0, world_size: int = 1
+        self, training: Training, seed: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[MaskedBatch]:
         ids = self.data.corpus["train"]
-        for keys in training_keys(len(ids), training.batch_size, seed, start, training.steps, rank, world_size):
-            yield MaskedBatch(*(tensor.to(device) for tensor in self.mask(ids[keys[:, 0]])))
+        for keys in training_keys(len(ids), training.batch_size, seed, start, training.steps):
+            masked, labels = self.mask(ids[keys[:, 0]])  # the whole batch's, the same in every process
+            for part in zip(share.of(masked), share.of(labels), strict=True):
+                yield self._batch(*part, device)
+
+    def _batch(self, masked: Tensor, labels: Tensor, device: torch.device) -> MaskedBatch:
+        predicted = labels != -100
+        return MaskedBatch(masked.to(device), predicted.to(device), labels[predicted].to(device))
+
+    def count(self, batch: MaskedBatch) -> int:
+        return len(batch.labels)
 
     def forward(self, model: nn.Module, batch: MaskedBatch) -> Tensor:
         """Logits of the masked positions [n, V]."""
@@ -111,13 +121,14 @@ class MaskedLanguageModelling:
         """Of every masked token of the validation sequences: ``loss`` (nats), ``accuracy`` (right or not)."""
         model.eval()
         parts, generator = [], torch.Generator().manual_seed(0)
-        for ids in self.data.corpus["validation"].split(EVALUATION_BATCH):
-            batch = MaskedBatch(*(tensor.to(device) for tensor in self.mask(ids, generator)))
+        every = [self.mask(ids, generator) for ids in self.data.corpus["validation"].split(EVALUATION_BATCH)]
+        for masked, labels in own_share(every):
+            batch = self._batch(masked, labels, device)
             with torch.inference_mode():
                 logits = self.forward(model, batch).float()
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             parts.append(torch.stack([losses, logits.argmax(dim=-1) == batch.labels]).cpu())
-        return dict(zip(self.metrics, torch.cat(parts, dim=1), strict=True))
+        return dict(zip(self.metrics, torch.cat(merged(parts, len(every)), dim=1), strict=True))
 
 
 class TokenBatch(NamedTuple):
@@ -136,10 +147,10 @@ class _Finetuning:
         self.data, self.name, self.spec = data, name, TASKS[name]
 
     def batches(
-        self, training: Training, seed: int, start: int, device: torch.device, rank: int = 0, world_size: int = 1
+        self, training: Training, seed: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[TokenBatch]:
         size = len(self.data.encoded(self.name, "train"))
-        for keys in training_keys(size, training.batch_size, seed, start, training.steps, rank, world_size):
+        for keys in training_keys(size, training.batch_size, seed, start, training.steps, share):
             yield self._batch("train", keys[:, 0], device)
 
     def _batch(self, split: str, index: Tensor, device: torch.device) -> TokenBatch:
@@ -151,9 +162,15 @@ class _Finetuning:
         rows = (encoded.ids[index, :length], mask, encoded.types[index, :length], encoded.targets[index])
         return TokenBatch(*(tensor.to(device) for tensor in rows))
 
-    def _evaluation_batches(self, split: str, device: torch.device) -> Iterator[TokenBatch]:
-        for keys in evaluation_keys(len(self.data.encoded(self.name, split)), EVALUATION_BATCH):
-            yield self._batch(split, keys[:, 0], device)
+    def count(self, batch: TokenBatch) -> int:
+        return len(batch.ids)
+
+    @torch.inference_mode()
+    def _evaluate(self, split: str, device: torch.device, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
+        """``compute(batch)`` of all batches of a split, joined on the last axis."""
+        every = evaluation_keys(len(self.data.encoded(self.name, split)), EVALUATION_BATCH)
+        parts = [compute(self._batch(split, keys[:, 0], device)).cpu() for keys in own_share(every)]
+        return torch.cat(merged(parts, len(every)), dim=-1)
 
     def _splits(self) -> dict[str, str]:
         """Validation splits that are there, and what is added to the names of their metrics."""
@@ -183,9 +200,7 @@ class Classification(_Finetuning):
         model.eval()
         result = {}
         for split, suffix in self._splits().items():
-            with torch.inference_mode():
-                batches = self._evaluation_batches(split, device)
-                predicted = torch.cat([self.forward(model, b).argmax(dim=-1).cpu() for b in batches])
+            predicted = self._evaluate(split, device, lambda batch: self.forward(model, batch).argmax(dim=-1))
             result[f"accuracy{suffix}"] = (predicted == self.data.encoded(self.name, split).targets).float()
             result[f"predicted{suffix}"] = predicted
         return result
@@ -219,11 +234,12 @@ class QuestionAnswering(_Finetuning):
         model.eval()
         split = self.spec.validation[0]
         encoded, rows = self.data.encoded(self.name, split), self.data.rows(self.name)[split]
-        parts = []
-        with torch.inference_mode():
-            for batch in self._evaluation_batches(split, device):
-                parts.append([tensor.cpu() for tensor in best_spans(self.forward(model, batch).float())])
-        score, first, last, null = (torch.cat(part) for part in zip(*parts, strict=True))
+
+        def spans(batch: TokenBatch) -> Tensor:
+            return torch.stack([part.double() for part in best_spans(self.forward(model, batch).float())])
+
+        score, first, last, null = self._evaluate(split, device, spans)
+        score, first, last, null = score.float(), first.long(), last.long(), null.float()
         texts, odds = span_texts(list(rows["context"]), encoded, score, first, last, null)
         answers = [answer["text"] for answer in rows["answers"]]
         result = squad_scores(texts, answers)

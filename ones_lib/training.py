@@ -2,6 +2,10 @@
 
 What a step does is a function of (seed, step) and of the weights before it: the batch, its augmentation, mixup, dropout and
 the router's noise. So a run that goes on from a checkpoint ends with the weights of one that was never interrupted.
+
+Under torchrun every process takes its part of each batch; what a step minimises is the mean over the whole batch, as in one
+process. Batches and masks are the same ones; dropout, the router's noise and mixup's pairs are drawn by each process for its
+part, and an expert's capacity is counted in it.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,14 +24,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from safetensors import safe_open
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ones_lib.data.keys import WHOLE, Share
 from ones_lib.distillation import Distillation, HiddenStates, TeacherLogits, adapt_routers, routers, sampled_experts
-from ones_lib.records import model_tensors, save_tensors
+from ones_lib.files import model_tensors, opened, save_tensors
+from ones_lib.processes import in_pieces_like, is_main, rank, shard_model, whole_tensors, world_size
 
 #: (step, steps, loss, accuracy): called now and then during training.
 Progress = Callable[[int, int, float, float], None]
@@ -91,9 +97,12 @@ class Task(Protocol):
     metrics: tuple[str, ...]
 
     def batches(
-        self, training: Training, seed: int, start: int, device: torch.device, rank: int, world_size: int
+        self, training: Training, seed: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterable:
-        """Batches of the steps from ``start`` on."""
+        """Batches of the steps from ``start`` on: of each the parts of this process's ``share``."""
+
+    def count(self, batch) -> int:
+        """How many predictions ``loss`` is the mean of."""
 
     def forward(self, model: nn.Module, batch) -> Tensor:
         """Logits."""
@@ -128,6 +137,8 @@ def fit(
     teacher_logits: Path | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 1000,
+    device_batch: int = 0,
+    shard: bool = False,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, pd.DataFrame]:
     """Train ``model`` on ``task``, with KD from ``teacher`` if there is one (frozen, in eval mode, on the same batches).
@@ -136,6 +147,10 @@ def fit(
         seed: of everything that is drawn during training.
         teacher_logits: folder for this teacher's logits, see :class:`ones_lib.distillation.TeacherLogits`; None keeps none.
         checkpoint: file to save to every ``checkpoint_every`` steps, and to go on from if it exists.
+        device_batch: examples that one process takes at a time; the gradients of as many as its part of a batch needs are
+            added up (gradient accumulation). 0: all of its part at once.
+        shard: spread weights, gradients and optimizer state of model and teacher over the processes,
+            :func:`ones_lib.processes.shard_model`.
         progress: called every few steps.
 
     Returns:
@@ -148,13 +163,18 @@ def fit(
     if (teacher is None) != (distillation is None):
         raise ValueError("teacher, distillation: expected both or neither")
     AcceleratorState._reset_state()  # else the first precision used in a process would be the only one
-    accelerator = Accelerator(mixed_precision=training.mixed_precision)
+    accelerator = Accelerator(mixed_precision=training.mixed_precision, cpu=not torch.accelerator.is_available())
     device = accelerator.device
-    if training.batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"batch_size: expected a multiple of {accelerator.num_processes} processes, found {training.batch_size}"
-        )
+    share = _share(training.batch_size, device_batch)
     model.to(device)
+    if shard:
+        refused = {"ema_decay": training.ema_decay, "router_rate": distillation.router_rate if distillation else 0}
+        for name, value in refused.items():
+            if value:
+                raise ValueError(
+                    f"{name}: expected 0 with a model that is spread over processes (shard), found {value}"
+                )
+        shard_model(model)  # before the optimizer, which then holds the pieces
     fused = {"fused": True} if training.optimizer == "adamw" else {}
     optimizer = create_optimizer_v2(
         model, training.optimizer, lr=training.learning_rate, weight_decay=training.weight_decay, **fused
@@ -164,7 +184,11 @@ def fit(
     ema = ModelEmaV3(model, decay=training.ema_decay) if training.ema_decay else None
     if teacher is not None:
         teacher.to(device).eval().requires_grad_(False)
-        kept = None if teacher_logits is None else TeacherLogits(teacher_logits, teacher, training.steps)
+        if shard:
+            shard_model(teacher)
+        kept = None
+        if teacher_logits is not None and not shard:
+            kept = TeacherLogits(teacher_logits, teacher, training.steps * share.parts)
         lessons = _Lessons(model, teacher, task, distillation, kept)
 
     start, rows = 0, []
@@ -173,13 +197,14 @@ def fit(
         modules["teacher"] = teacher  # its routers move
     if checkpoint is not None and checkpoint.exists():
         start, rows = _load_checkpoint(checkpoint, modules, optimizer)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    batches = iter(task.batches(training, seed, start, device, accelerator.process_index, accelerator.num_processes))
+    wrapped = model if shard else accelerator.prepare(model)
+    optimizer = accelerator.prepare(optimizer)
+    batches = iter(task.batches(training, seed, start, device, share))
     evaluation_steps = {round(training.steps * (i + 1) / training.evaluations) for i in range(training.evaluations)}
 
     def report(step: int) -> None:
         """Add a row for the steps since the last report; raise if one of their losses is not finite."""
-        losses = torch.stack([loss for loss, _ in recent]).cpu()
+        losses, accuracies = accelerator.reduce(torch.stack(recent).T.contiguous(), "mean").cpu()
         if not losses.isfinite().all():
             bad = int((~losses.isfinite()).nonzero()[0])
             raise Diverged(
@@ -187,7 +212,7 @@ def fit(
                 f" learning rate {optimizer.param_groups[0]['lr']:.2g}); a lower learning_rate or clip_norm may help"
             )
         row = {"step": step, "loss": losses.mean().item()}
-        row["train_accuracy"] = torch.stack([accuracy for _, accuracy in recent]).mean().item()
+        row["train_accuracy"] = accuracies.mean().item()
         if step in evaluation_steps:
             predictions = task.predict(_kept(model, ema), device)
             row |= {f"val_{metric}": predictions[metric].double().mean().item() for metric in task.metrics}
@@ -199,34 +224,63 @@ def fit(
             progress(step, training.steps, row["loss"], row["train_accuracy"])
 
     started, seconds_before = time.perf_counter(), rows[-1]["seconds"] if rows else 0.0
-    recent: list[tuple[Tensor, Tensor]] = []
+    recent: list[Tensor] = []  # loss and accuracy of a step, [2]
     parameters = list(model.parameters())
     model.train()
     for step in range(start + 1, training.steps + 1):
-        set_seed((seed * 1_000_003 + step * 97 + accelerator.process_index) % 2**32)
-        batch = next(batches)  # after the seed: mixup draws from the global generators
+        step_seed = (seed * 1_000_003 + step * 97) % 2**32
+        set_seed(step_seed)
+        parts = [next(batches) for _ in range(share.parts)]  # after the seed: masks and mixup are drawn by it
+        if share.world_size > 1:
+            set_seed((step_seed + 1 + share.rank) % 2**32)
         scheduler.step_update(step)
-        with accelerator.autocast():
-            logits = task.forward(wrapped, batch)
-            loss = task.loss(logits, batch)
-            if teacher is not None:
-                loss = lessons.loss(loss, logits, batch)
-            total = loss + training.balance_weight * model.balance_loss()
-        accelerator.backward(total)
+        scores = 0
+        for number, (batch, weight) in enumerate(zip(parts, _weights(parts, task, share, accelerator), strict=True), 1):
+            # Gradients of all but the last part stay in the process that has them.
+            with wrapped.no_sync() if hasattr(wrapped, "no_sync") and number < share.parts else nullcontext():
+                with accelerator.autocast():
+                    logits = task.forward(wrapped, batch)
+                    loss = task.loss(logits, batch)
+                    if teacher is not None:
+                        loss = lessons.loss(loss, logits, batch)
+                    total = loss + training.balance_weight * model.balance_loss()
+                accelerator.backward(weight * total)
+            accuracy = task.accuracy(logits.detach(), batch)
+            scores = scores + weight * torch.stack([loss.detach().float(), accuracy])
         accelerator.clip_grad_norm_(parameters, training.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         if ema is not None:
             ema.update(model)
-        recent.append((loss.detach(), task.accuracy(logits.detach(), batch)))
+        recent.append(scores)
         saving = checkpoint is not None and step % checkpoint_every == 0 and step < training.steps
         if step % REPORT_EVERY == 0 or step in evaluation_steps or saving or step == training.steps:
             report(step)
-        if saving and accelerator.is_main_process:
+        if saving:
             _save_checkpoint(checkpoint, modules, optimizer, step, rows)
     if teacher is not None:
         lessons.close()
     return _kept(model, ema).eval(), pd.DataFrame(rows)
+
+
+def _share(batch_size: int, device_batch: int) -> Share:
+    """This process's part of every batch, in as few equal pieces of at most ``device_batch`` as there can be."""
+    if batch_size % world_size():
+        raise ValueError(f"batch_size: expected a multiple of {world_size()} processes, found {batch_size}")
+    if device_batch < 0:
+        raise ValueError(f"device_batch: expected a number of at least 0, found {device_batch}")
+    own = batch_size // world_size()
+    size = next(n for n in range(min(device_batch or own, own), 0, -1) if own % n == 0)
+    return Share(rank(), world_size(), own // size)
+
+
+def _weights(parts: list, task: Task, share: Share, accelerator: Accelerator) -> list[Tensor | float]:
+    """What each part's mean loss has to count, so that the mean over processes of their sum is that over the whole batch."""
+    if share.world_size == share.parts == 1:
+        return [1.0]
+    counts = torch.tensor([task.count(part) for part in parts], dtype=torch.float32, device=accelerator.device)
+    total = accelerator.reduce(counts.sum(), "sum")
+    return list(counts * share.world_size / total)
 
 
 def _kept(model: nn.Module, ema: ModelEmaV3 | None) -> nn.Module:
@@ -294,21 +348,24 @@ def _save_checkpoint(
         tensors |= {f"{prefix}.{name}": tensor for name, tensor in model_tensors(module).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-    save_tensors(path, tensors, {"step": str(step), "history": json.dumps(rows)})
+    tensors = whole_tensors(tensors)
+    if is_main():
+        save_tensors(path, tensors, {"step": str(step), "history": json.dumps(rows)})
 
 
 def _load_checkpoint(
     path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[dict]]:
     state: dict[int, dict[str, Tensor]] = {}
-    with safe_open(path, "pt") as file, torch.no_grad():
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    with opened(path) as file, torch.no_grad():
         for prefix, module in modules.items():
             for name, tensor in model_tensors(module).items():
-                tensor.copy_(file.get_tensor(f"{prefix}.{name}"))
+                tensor.copy_(in_pieces_like(file.get_tensor(f"{prefix}.{name}"), tensor))
         for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = file.get_tensor(key)
+                state.setdefault(int(index), {})[name] = in_pieces_like(file.get_tensor(key), parameters[int(index)])
         metadata = file.metadata()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(metadata["step"]), json.loads(metadata["history"])

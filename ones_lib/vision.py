@@ -20,9 +20,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ones_lib.data import ImageData, evaluation_keys, training_keys
+from ones_lib.data import ImageData, Share, evaluation_keys, training_keys
 from ones_lib.data.images import worker_count
+from ones_lib.data.keys import WHOLE
 from ones_lib.moe import MoEFeedForward, MoEModel, SoftMoEFeedForward
+from ones_lib.processes import merged, own_share
 from ones_lib.training import Training
 
 
@@ -170,18 +172,21 @@ class ImageClassification:
         self.label_smoothing = 0.0
 
     def batches(
-        self, training: Training, seed: int, start: int, device: torch.device, rank: int = 0, world_size: int = 1
+        self, training: Training, seed: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[ImageBatch]:
-        """Training batches of the steps from ``start`` on."""
+        """Training batches of the steps from ``start`` on. Mixup pairs the images of one process's part of a batch."""
         self.label_smoothing = training.label_smoothing
         mixup = None
         if training.mixup:
             mixup = Mixup(training.mixup, label_smoothing=training.label_smoothing, num_classes=self.data.num_classes)
-        keys = training_keys(len(self.data.train), training.batch_size, seed, start, training.steps, rank, world_size)
+        keys = training_keys(len(self.data.train), training.batch_size, seed, start, training.steps, share)
         for images, labels in self._loader(self.data.train, keys):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             mixed, targets = (images, None) if mixup is None else mixup(images, labels)
             yield ImageBatch(mixed, labels, targets)
+
+    def count(self, batch: ImageBatch) -> int:
+        return len(batch.labels)
 
     def forward(self, model: nn.Module, batch: ImageBatch) -> Tensor:
         return model(batch.images)
@@ -197,12 +202,11 @@ class ImageClassification:
     def predict(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
         """Of every validation image whether it is right, the class predicted, and its label, [n] each."""
         model.eval()
-        predicted, label = [], []
+        parts, keys = [], evaluation_keys(len(self.data.val), batch_size=250)
         with torch.inference_mode():
-            for images, labels in self._loader(self.data.val, evaluation_keys(len(self.data.val), batch_size=250)):
-                predicted.append(model(images.to(device)).argmax(dim=-1).cpu())
-                label.append(labels)
-        predicted, label = torch.cat(predicted), torch.cat(label)
+            for images, labels in self._loader(self.data.val, own_share(keys)):
+                parts.append(torch.stack([model(images.to(device)).argmax(dim=-1).cpu(), labels]))
+        predicted, label = torch.cat(merged(parts, len(keys)), dim=1)
         return {"accuracy": (predicted == label).float(), "predicted": predicted, "label": label}
 
     def _loader(self, split, keys) -> DataLoader:

@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from ones_lib import FeedForwardWeights, experts
+from ones_lib.execution import load_record, record_activations
 from ones_lib.experts import open_experts
+from ones_lib.files import model_tensors
 from ones_lib.language_models import model_class
-from ones_lib.records import model_tensors
-from ones_lib.study import load_record, record_activations
 
 SMALL = {
     "vocab_size": 32,

@@ -9,8 +9,10 @@ from test_text_data import REAL, SMALL, local, open_local  # noqa: F401  a fixtu
 
 from ones_lib import Distillation
 from ones_lib.data.text import HUB_TASKS, TASKS, EncodedText, text_data
-from ones_lib.records import Records, model_tensors
-from ones_lib.study import Study, build_model
+from ones_lib.execution import build_model
+from ones_lib.files import model_tensors
+from ones_lib.records import Records
+from ones_lib.study import Study
 from ones_lib.tables import AVERAGE, main_metrics, results_table, retention_table, with_average
 from ones_lib.text_tasks import (
     LONGEST_ANSWER,
@@ -52,7 +54,7 @@ def test_masks_are_berts(data):
     generator = torch.Generator().manual_seed(0)
     ids = torch.tensor(ordinary)[torch.randint(len(ordinary), (4000, 100), generator=generator)]
     ids[:, 0], ids[:, -1] = data.tokenizer.cls_token_id, data.tokenizer.sep_token_id
-    batch = task.mask(ids, generator)
+    batch = task._batch(*task.mask(ids, generator), torch.device("cpu"))
     assert not batch.predicted[:, [0, -1]].any()
     assert batch.predicted[:, 1:-1].float().mean().item() == pytest.approx(0.15, abs=0.002)
     assert torch.equal(batch.labels, ids[batch.predicted])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -9,12 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
-from ones_lib import Distillation
-from ones_lib import study as study_module
+from ones_lib import Distillation, execution
 from ones_lib.data import image_data, images
+from ones_lib.execution import build_model, carry_out, steps_of
 from ones_lib.explorer import moe_records
-from ones_lib.records import Records, config_hash, load_tensors, model_tensors, save_tensors
-from ones_lib.study import Study, _steps, build_model, carry_out
+from ones_lib.files import load_tensors, model_tensors, save_tensors
+from ones_lib.records import Records, config_hash
+from ones_lib.study import Study
 from ones_lib.tables import ablation_table, layer_error, results_table, retention_table
 from ones_lib.training import Diverged, Training, fit
 from ones_lib.upcycling import Upcycled
@@ -306,7 +308,7 @@ def test_curves_refer_to_the_teacher_with_the_same_number_of_experts(study):
     assert set(teachers["retention"].dropna()) <= {1.0}
     budgets = study.budget_entries(["average"], [2, 3])
     assert {entry.axes.get("budget") for entry in budgets} == {None, 2, 3}
-    assert sum(_steps(entry.config) for entry in budgets) == 2 * (6 + 9 + 6 + 2 + 3)
+    assert sum(steps_of(entry.config) for entry in budgets) == 2 * (6 + 9 + 6 + 2 + 3)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
@@ -446,21 +448,23 @@ def test_logits_that_were_kept_are_those_that_would_be_computed(task, tmp_path, 
 def test_kept_logits_go_when_the_students_are_done(study):
     """And those of a process that was killed go with them."""
     root = study.cache_dir / "teacher_logits"
-    (root / str(2**22 + 1)).mkdir(parents=True)  # no process has such a number
-    (root / str(os.getppid())).mkdir()
+    host, other = socket.gethostname(), f"other-host-{2**22 + 1}"
+    running = f"{host}-{os.getppid()}"
+    for name in (f"{host}-{2**22 + 1}", running, other):  # no process here has the first one's number
+        (root / name).mkdir(parents=True)
     seen = []
 
-    def watched(config, records, cache_dir, teacher_logits, progress):
-        record = carry_out(config, records, cache_dir, teacher_logits, progress)
-        seen.extend(teacher_logits.glob("*/*"))
+    def watched(config, place, progress):
+        record = carry_out(config, place, progress)
+        seen.extend(place.teacher_logits.glob("*/*"))
         return record
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_module, "carry_out", watched)
+        patch.setattr(execution, "carry_out", watched)
         study.processes = 1
         study.run([study.student("average", 0)])
     assert len(seen) == study.learning.steps
-    assert [folder.name for folder in root.iterdir()] == [str(os.getppid())]
+    assert {folder.name for folder in root.iterdir()} == {running, other}
 
 
 def test_what_moves_or_watches_the_teacher_keeps_no_logits(task, tmp_path):
@@ -474,13 +478,13 @@ def test_what_moves_or_watches_the_teacher_keeps_no_logits(task, tmp_path):
 def test_trainings_side_by_side_share_the_cores(cores, processes, monkeypatch):
     """Threads and loader processes of all of them together are not more than the cores (but one loader each at least)."""
     set_to = []
-    for module in (images, study_module):
+    for module in (images, execution):
         monkeypatch.setattr(module, "available_cores", lambda: cores)
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     monkeypatch.setattr(images, "SIDE_BY_SIDE", 1)
-    monkeypatch.setattr(study_module.threading.Thread, "start", lambda self: None)
-    monkeypatch.setattr(study_module.gc, "freeze", lambda: None)
-    study_module._start_worker(processes, None, None)
+    monkeypatch.setattr(execution.threading.Thread, "start", lambda self: None)
+    monkeypatch.setattr(execution.gc, "freeze", lambda: None)
+    execution._start_worker(processes, None, None)
     assert set_to == [cores // processes]
     loaders = images.worker_count([])
     assert loaders >= 1

@@ -6,6 +6,6 @@ the whole stream of training batches is a function of (seed, step): it can go on
 """
 
 from ones_lib.data.images import ImageData, image_data
-from ones_lib.data.keys import evaluation_keys, training_keys
+from ones_lib.data.keys import Share, evaluation_keys, training_keys
 
-__all__ = ["ImageData", "evaluation_keys", "image_data", "training_keys"]
+__all__ = ["ImageData", "Share", "evaluation_keys", "image_data", "training_keys"]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.data import create_transform
 from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ones_lib.data import glyphs
+from ones_lib.files import save_tensors
 
 INCEPTION_MEAN_STD = 0.5  # pixels are scaled to [-1, 1], as in the authors' input pipeline
 
@@ -237,9 +238,7 @@ def _glyphs(num_classes: int, train: int, val: int, image_size: int, distortion:
     if not path.exists():
         tensors, characters = glyphs.make_glyphs(**parameters)
         cache_dir.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(tensors, partial)
-        os.replace(partial, path)
+        save_tensors(path, tensors)
     tensors = load_file(path)
     std, mean = (value.item() for value in torch.std_mean(tensors["train_images"].float()))
     splits = {

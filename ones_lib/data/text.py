@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from safetensors.torch import load_file, save_file
+from filelock import FileLock
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ones_lib.data import docstrings
+from ones_lib.files import save_tensors
 
 ANSWER_COLUMNS = ("id", "context", "question", "answers")
 
@@ -228,17 +230,18 @@ def _embedded_folder(cache_dir: Path) -> Path:
 
 def _made_once(folder: Path, make) -> Path:
     """``folder``, filled by ``make`` if it is not there; it appears only when whole."""
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        partial.mkdir(parents=True)
-        try:
-            make(partial)
-            os.replace(partial, folder)
-        except OSError:
-            if not folder.exists():  # another process may have been faster
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    locks = folder.parent / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{folder.name}.lock"):  # another process may be at it, and is waited for
+        if not folder.exists():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+            partial.mkdir()
+            try:
+                make(partial)
+                os.replace(partial, folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -385,7 +388,7 @@ def _tokenized(
         made = _open_tokenizer(tokenizer) if tokenizer else train_tokenizer(texts["train"], vocab_size)
         made.save_pretrained(folder)
         packed = {split: pack(part, made, length) for split, part in texts.items()}
-        save_file(packed, folder / "tokens.safetensors")
+        save_tensors(folder / "tokens.safetensors", packed)
 
     folder = _made_once(cache_dir / f"tokens-{digest.hexdigest()[:16]}", make)
     counts = {split: tensor.numel() for split, tensor in load_file(folder / "tokens.safetensors").items()}

@@ -1,0 +1,106 @@
+"""Files that are whole or not there: written beside, moved into place; tensors as safetensors; what tells files apart."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+UNFINISHED = ".tmp"
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A file to write in the place of ``path``, moved there when all went well, removed when not.
+
+    Raises:
+        OSError: it could not be written, as on a full disk; the file is named, and how much room there is.
+    """
+    beside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}{path.suffix}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        room = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(
+            number, f"could not be written, with {room / 1e6:,.1f} MB free there: {error}", str(path)
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a process that was killed had begun to write in a folder that nobody else writes to."""
+    for left in folder.glob(f"*{UNFINISHED}*"):
+        left.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    with written_beside(path) as beside:
+        beside.write_text(text)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors."""
+    with written_beside(path) as beside:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata)
+
+
+def load_tensors(path: Path, model: nn.Module) -> None:
+    """Copy a file's tensors into a model of the same parameters; ValueError names the first that does not fit."""
+    target = model_tensors(model)
+    with opened(path) as file, torch.no_grad():
+        if odd := sorted(set(file.keys()) ^ set(target)):
+            raise ValueError(
+                f"{path}: expected the tensors of {type(model).__name__}, in one of the two only: {odd[:5]}"
+            )
+        for name, tensor in target.items():
+            stored = file.get_tensor(name)
+            if stored.shape != tensor.shape:
+                raise ValueError(f"{path}: {name}: expected shape {list(tensor.shape)}, found {list(stored.shape)}")
+            tensor.copy_(stored)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator:
+    """A safetensors file.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a safetensors file, found none")
+    try:
+        file = safe_open(path, "pt")
+    except SafetensorError as error:
+        found = f"{path.stat().st_size} bytes that are none ({error})"
+        raise ValueError(f"{path}: expected a whole safetensors file, found {found}") from error
+    with file:
+        yield file
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, a shared one once (safetensors refuses tensors that share memory)."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_stamps(files: Iterable[Path]) -> list[list]:
+    """Name, size and time of change of files: what tells those that were changed."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,0 +1,99 @@
+"""What tests/test_processes.py runs in one process and under torchrun: some trainings, and what came of them.
+
+    python tests/fit_worker.py OUT CACHE [DEVICE_BATCH [shard [interrupt]]]
+
+Dropout and the router's noise are each process's own, and an expert's capacity is counted in it: here there is none of them.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+torch.randn_like = torch.zeros_like  # the router's noise
+
+from accelerate import PartialState
+
+from ones_lib import Distillation
+from ones_lib.data import image_data
+from ones_lib.data.text import text_data
+from ones_lib.files import model_tensors, save_tensors
+from ones_lib.language_models import LanguageModelling, language_model
+from ones_lib.processes import is_main, join, whole_tensors, world_size
+from ones_lib.text_tasks import finetuning_model, pretraining_model, text_task
+from ones_lib.training import Training, fit
+from ones_lib.vision import ImageClassification, classification_model
+
+RECIPE = Training(steps=8, batch_size=16, learning_rate=0.1, evaluations=2, label_smoothing=0.1, optimizer="sgd")
+IMAGES = {"name": "glyphs", "image_size": 16, "num_classes": 4, "train_per_class": 20, "val_per_class": 70}
+WIDENET = {"name": "widenet_tiny_patch16_224", "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 2, "d_ff": 8}
+WIDENET |= {"num_experts": 4, "capacity_factor": 100.0}
+TEXT = {"embedding_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+TEXT |= {"num_experts": 4, "num_experts_per_tok": 2, "capacity_factor": None, "hidden_dropout_prob": 0.0}
+MISTRAL = {"model_type": "mixtral", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
+MISTRAL |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+class Stop(Exception):
+    pass
+
+
+def cases(cache):
+    images = ImageClassification(image_data(**IMAGES, cache_dir=cache))
+    yield "moe", classification_model(WIDENET, images.data, 0), images, {}
+    dense = {**WIDENET, "num_experts": 1, "share_depth": False}
+    yield "dense", classification_model(dense, images.data, 1), images, {}
+    student = classification_model({**WIDENET, "num_experts": 1}, images.data, 2)
+    yield (
+        "student",
+        student,
+        images,
+        {"teacher": classification_model(WIDENET, images.data, 5), "distillation": Distillation()},
+    )
+    text = text_data(
+        "docstrings",
+        vocab_size=300,
+        sequence_length=32,
+        max_corpus=400,
+        max_train=100,
+        max_validation=40,
+        cache_dir=cache,
+    )
+    yield "masked_lm", pretraining_model(TEXT, text, 0), text_task("masked_lm", text), {}
+    yield "answers", finetuning_model(pretraining_model(TEXT, text, 1), "answer", 0), text_task("answer", text), {}
+    yield "causal", language_model({**MISTRAL, "num_experts": 1}, text, 0), LanguageModelling(text), {}
+
+
+def main(out, cache, device_batch="0", *flags):
+    out = Path(out)
+    join() if "RANK" in os.environ else PartialState(cpu=True)
+    for name, model, task, teaching in cases(cache):
+        checkpoint = out / f"{name}.checkpoint.safetensors"
+        how = {"seed": 3, "device_batch": int(device_batch), "shard": "shard" in flags, **teaching}
+
+        def stop(step, *_):
+            if step >= 5:
+                raise Stop
+
+        if "interrupt" in flags:
+            try:
+                fit(model, task, RECIPE, checkpoint=checkpoint, checkpoint_every=4, progress=stop, **how)
+            except Stop:
+                model, _, teaching = next(rest for again, *rest in cases(cache) if again == name)
+                how |= {"checkpoint": checkpoint, **teaching}
+        trained, history = fit(model, task, RECIPE, **how)
+        predictions = task.predict(trained, torch.device("cpu"))
+        tensors = whole_tensors(model_tensors(trained))
+        if is_main():
+            save_tensors(out / f"{name}.safetensors", tensors)
+            save_tensors(out / f"{name}.predictions.safetensors", {m: predictions[m] for m in task.metrics})
+            history.drop(columns="seconds").to_csv(out / f"{name}.csv", index=False)
+    if is_main():
+        (out / "world.json").write_text(json.dumps(world_size()))
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

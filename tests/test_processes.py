@@ -1,0 +1,156 @@
+"""Several processes of one training, on the CPU over gloo: the same course as in one."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ones_lib import Distillation
+from ones_lib.data.keys import Share
+from ones_lib.execution import Execution
+from ones_lib.moe import Routing
+from ones_lib.processes import shard_model
+from ones_lib.records import Records
+from ones_lib.study import Study
+from ones_lib.training import Training, _share, fit
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+WORKER = str(Path(__file__).with_name("fit_worker.py"))
+
+
+def run_worker(folder, cache, *arguments, launcher=(sys.executable,)):
+    folder.mkdir()
+    command = [*launcher, WORKER, str(folder), str(cache), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, text_cache):
+    return run_worker(tmp_path_factory.mktemp("one") / "out", text_cache)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "launcher"),
+    [((), TORCHRUN), (("4",), (sys.executable,)), (("4", "shard", "interrupt"), TORCHRUN)],
+    ids=["two processes", "accumulation", "two with shards, accumulation and a restart"],
+)
+def test_the_course_is_that_of_one_process(one, text_cache, tmp_path, arguments, launcher):
+    """Loss curve, weights and predictions: an MoE, a dense model, a student, masked text, answers, causal text."""
+    other = run_worker(tmp_path / "out", text_cache, *arguments, launcher=launcher)
+    assert json.loads((other / "world.json").read_text()) == (2 if launcher is TORCHRUN else 1)
+    for name in ("moe", "dense", "student", "masked_lm", "answers", "causal"):
+        expected, found = (pd.read_csv(folder / f"{name}.csv") for folder in (one, other))
+        np.testing.assert_allclose(found, expected, atol=3e-5, rtol=0, err_msg=name)
+        # A part of a batch has a balance of its own: that of gradients added up is their mean.
+        tolerance = 3e-4 if "4" in arguments and name in ("moe", "masked_lm") else 1e-5
+        for kind in ("", ".predictions"):
+            expected, found = (load_file(folder / f"{name}{kind}.safetensors") for folder in (one, other))
+            assert list(found) == list(expected)
+            for key, tensor in expected.items():
+                torch.testing.assert_close(found[key], tensor, atol=tolerance, rtol=tolerance, msg=f"{name}: {key}")
+
+
+def test_shares_cover_a_batch_once():
+    batch = torch.arange(48)
+    for world_size, parts in [(1, 1), (2, 1), (3, 4), (4, 12)]:
+        shares = [Share(rank, world_size, parts).of(batch) for rank in range(world_size)]
+        assert {len(part) for share in shares for part in share} == {48 // world_size // parts}
+        assert torch.equal(torch.cat([torch.cat(share) for share in shares]).sort().values, batch)
+
+
+@pytest.mark.parametrize(("device_batch", "parts"), [(0, 1), (48, 1), (99, 1), (47, 2), (16, 3), (5, 12), (1, 48)])
+def test_parts_are_as_few_as_there_can_be(device_batch, parts):
+    assert _share(48, device_batch).parts == parts
+
+
+def test_balance_loss_of_parts_is_that_of_the_whole(monkeypatch):
+    """Its mean over processes, each with the counts of all, hand-made: two of different size, as padding makes them."""
+    from ones_lib import moe
+
+    torch.manual_seed(0)
+    probabilities = torch.rand(12, 4).softmax(dim=-1)
+    experts = probabilities.topk(2).indices
+    whole = Routing(experts, torch.ones(12, 2), probabilities).balance_loss()
+    monkeypatch.setattr(moe, "world_size", lambda: 2)
+    every = torch.bincount(experts.flatten(), minlength=4)
+    monkeypatch.setattr(moe, "reduce", lambda counts, how: every)
+    parts = [Routing(experts[s], torch.ones(1), probabilities[s]).balance_loss() for s in (slice(0, 4), slice(4, 12))]
+    torch.testing.assert_close(sum(parts) / 2, whole)
+
+
+# --- studies ---------------------------------------------------------------------------------------------------------
+
+
+def tiny_study(folder, **execution):
+    recipe = Training(steps=6, batch_size=16, learning_rate=5e-3)
+    return Study(
+        domain="image",
+        data={"name": "glyphs", "image_size": 16, "num_classes": 4, "train_per_class": 20, "val_per_class": 5},
+        model={"name": "widenet_tiny_patch16_224", "patch_size": 4, "num_experts": 4, "renormalize": True}
+        | {"embed_dim": 8, "depth": 2, "num_heads": 2, "d_ff": 12},
+        teaching=recipe,
+        learning=replace(recipe, steps=3),
+        distillation=Distillation(),
+        seeds=[0],
+        records=Records(folder / "records"),
+        cache_dir=folder / "cache",
+        processes=1,
+        calibration_examples=16,
+        execution=Execution(**execution),
+    )
+
+
+def test_a_study_under_torchrun_is_found_by_one_without(tmp_path):
+    """The same records; the dense baseline, in which nothing is drawn, has the same course."""
+    launched = tiny_study(tmp_path, launch="torchrun --standalone --nproc_per_node 2", device_batch=4)
+    configs = [launched.moe(0), launched.dense(0), launched.student("average", 0), launched.student("fit", 0)]
+    found = launched.run(configs)
+    how = {"processes": 2, "device_batch": 4, "shard": False, "deterministic": False}
+    assert all(record.result["execution"] == how for record in found)
+    gathered = launched.records.find(launched.student("fit", 0, budget=0))
+    assert gathered.result["execution"]["processes"] == 1  # the first process's work
+    here = tiny_study(tmp_path, launch="false")
+    assert [record.folder for record in here.run(configs)] == [record.folder for record in found]
+    assert sorted(p.name for p in (tmp_path / "records").glob(".*")) == []
+
+    alone = tiny_study(tmp_path / "alone")
+    (dense,) = alone.run([alone.dense(0)])
+    np.testing.assert_allclose(dense.history["loss"], found[1].history["loss"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("launch", "message"),
+    [
+        ("no-such-launcher -n 2", "launch: could not start 'no-such-launcher'"),
+        ("false", "launch: exit status 1, and 1 of 1 left to do; from false -m ones_lib.execution"),
+        ("true", "launch: exit status 0, and 1 of 1 left to do"),
+        (sys.executable, "RuntimeError: launch: expected a launcher that sets WORLD_SIZE and RANK for each process"),
+        ("torchrun --standalone --nproc_per_node 3", "batch_size: expected a multiple of 3 processes, found 16"),
+    ],
+)
+def test_a_launch_that_fails_says_why(tmp_path, launch, message):
+    study = tiny_study(tmp_path, launch=launch)
+    with pytest.raises(RuntimeError, match=message.replace("(", r"\(")):
+        study.run([study.dense(0)])
+    assert not list((tmp_path / "records").glob("dense-????????????????"))
+
+
+def test_shards_need_processes_and_refuse_what_cannot_be_in_pieces(tmp_path):
+    with pytest.raises(ValueError, match="shard: expected a launch command, such as 'torchrun --nproc_per_node 8'"):
+        Execution(shard=True)
+    with pytest.raises(RuntimeError, match="shard: expected several processes, started by torchrun, found one"):
+        shard_model(torch.nn.Linear(2, 2))
+    study = tiny_study(tmp_path)
+    with pytest.raises(ValueError, match=r"ema_decay: expected 0 with a model that is spread.*found 0.9"):
+        fit(torch.nn.Linear(2, 2), None, replace(study.teaching, ema_decay=0.9), seed=0, shard=True)
