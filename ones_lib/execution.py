@@ -79,7 +79,7 @@ class Execution:
         shard: spread models over the processes, see the same.
         deterministic: deterministic algorithms alone (``torch.use_deterministic_algorithms``); they cost time on a GPU, none
             on a CPU, and what has no such algorithm is an error.
-        plan: file to write what would be done to, in the place of doing it.
+        plan: file to write what would be done to, in the place of doing it. Records that are not there are then None.
     """
 
     launch: str = ""
@@ -116,10 +116,6 @@ class Workplace:
     cache_dir: Path
     teacher_logits: Path
     execution: Execution = Execution()
-
-
-class Planned(Exception):
-    """Nothing was done: it was written to a plan."""
 
 
 def label(config: Config) -> str:
@@ -330,15 +326,9 @@ def run_all(
 
 
 def write_plan(path: Path, configs: Mapping[str, Config], cache_dir: Path) -> None:
-    """Add configurations to a plan in the place of carrying them out.
-
-    Raises:
-        Planned: always.
-    """
+    """Add configurations to a plan, in the place of carrying them out."""
     plan = json.loads(path.read_text()) if path.exists() else {"configs": {}}
-    plan = {"configs": plan["configs"] | dict(configs), "cache_dir": str(cache_dir)}
-    write_text(path, json.dumps(plan))
-    raise Planned(f"{len(configs)} to do")
+    write_text(path, json.dumps({"configs": plan["configs"] | dict(configs), "cache_dir": str(cache_dir)}))
 
 
 @contextmanager

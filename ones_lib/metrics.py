@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
-from torchmetrics.functional.text import squad
 
 #: Metrics of which less is better, in nats; all others are parts of one, shown in per cent.
 LOWER_IS_BETTER = ("loss",)
@@ -120,6 +119,8 @@ def squad_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -
     Case, punctuation and articles do not count. No answers at all stand for an unanswerable question, which the empty
     prediction alone answers rightly, as in SQuAD 2.0.
     """
+    from torchmetrics.functional.text import squad  # half a second to import, which all that starts would pay
+
     scores = {"f1": [], "exact_match": []}
     for text, right in zip(predictions, answers, strict=True):
         target = {"id": "0", "answers": {"text": list(right) or [""], "answer_start": [0] * max(1, len(right))}}

@@ -16,8 +16,6 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 PATIENCE = timedelta(days=1)  # of processes that wait while the first gathers or converts
 
@@ -120,6 +118,8 @@ def shard_model(model: nn.Module) -> None:
     Raises:
         RuntimeError: there is no process group.
     """
+    from torch.distributed.fsdp import fully_shard  # half a second to import, which all that starts would pay
+
     if not dist.is_initialized():
         raise RuntimeError("shard: expected several processes, started by torchrun, found one")
     for blocks in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
@@ -135,7 +135,7 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors that may be in pieces, whole, those on the CPU; all processes have to ask for them, and the first gets them."""
     result = {}
     for name, tensor in tensors.items():
-        full = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
         if is_main():
             result[name] = full
     return result
@@ -143,6 +143,8 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def in_pieces_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, spread over the processes as ``like`` is; as it is, if that is whole too or of another shape."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+    if not hasattr(like, "placements") or tensor.shape != like.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,22 @@ from ones_lib.training import Training
 def call_with(function: Callable, namespace: Mapping):
     """Call ``function`` with those of a namespace's variables that it has parameters for (a notebook's ``globals()``)."""
     return function(**{name: namespace[name] for name in inspect.signature(function).parameters})
+
+
+@contextmanager
+def _named(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors inside name the notebook's parameter: ``names`` by the field that it sets."""
+    try:
+        yield
+    except ValueError as error:
+        field, colon, rest = str(error).partition(":")
+        raise ValueError(f"{names.get(field, field)}{colon}{rest}") from error
+
+
+def _prefixed(prefix: str, **names: str) -> dict[str, str]:
+    """The parameters of a recipe whose names begin with a prefix, and those of other names."""
+    fields = ("batch_size", "learning_rate", "warmup", "weight_decay", "optimizer", "temperature", "alpha")
+    return {field: f"{prefix}{field}" for field in fields} | names
 
 
 def image_study(
@@ -69,19 +86,22 @@ def image_study(
     The KD recipe is the teacher's but for steps, learning rate and, since only what it ends with is looked at, evaluations.
     """
     root = project_root()
-    teaching = Training(
-        steps=teacher_steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        optimizer=optimizer,
-        label_smoothing=label_smoothing,
-        mixup=mixup,
-        ema_decay=ema_decay,
-        mixed_precision=mixed_precision,
-        evaluations=5,
-    )
+    with _named({"steps": "teacher_steps"}):
+        teaching = Training(
+            steps=teacher_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            optimizer=optimizer,
+            label_smoothing=label_smoothing,
+            mixup=mixup,
+            ema_decay=ema_decay,
+            mixed_precision=mixed_precision,
+            evaluations=5,
+        )
+    with _named({"steps": "kd_steps", "learning_rate": "kd_learning_rate"}):
+        learning = replace(teaching, steps=kd_steps, learning_rate=kd_learning_rate, evaluations=0)
     return Study(
         domain="image",
         data={
@@ -109,7 +129,7 @@ def image_study(
             "proj_drop_rate": drop_rate,
         },
         teaching=teaching,
-        learning=replace(teaching, steps=kd_steps, learning_rate=kd_learning_rate, evaluations=0),
+        learning=learning,
         distillation=Distillation(temperature, alpha),
         calibration_examples=calibration_examples,
         seeds=seeds,
@@ -168,23 +188,33 @@ def text_study(
     processes: int,
     allow_training: bool,
 ) -> Study:
-    """The :class:`Study` of the text notebook's flat parameters; paths are relative to the project's root.
-
-    Data, columns and labels of all tasks are checked here, before anything is trained.
-    """
+    """The :class:`Study` of the text notebook's flat parameters; paths are relative to the project's root."""
     root = project_root()
-    pretraining = Training(
-        steps=text_teacher_steps,
-        batch_size=text_batch_size,
-        learning_rate=text_learning_rate,
-        warmup=text_warmup,
-        weight_decay=text_weight_decay,
-        optimizer=text_optimizer,
-        mixed_precision=mixed_precision,
-        evaluations=5,
-    )
+    with _named(_prefixed("text_", steps="text_teacher_steps")):
+        pretraining = Training(
+            steps=text_teacher_steps,
+            batch_size=text_batch_size,
+            learning_rate=text_learning_rate,
+            warmup=text_warmup,
+            weight_decay=text_weight_decay,
+            optimizer=text_optimizer,
+            mixed_precision=mixed_precision,
+            evaluations=5,
+        )
     tasks = tasks or list(EMBEDDED_TASKS if text_data == "docstrings" else HUB_TASKS)
-    study = Study(
+    with _named({"steps": "text_kd_steps", "learning_rate": "text_kd_learning_rate"}):
+        learning = replace(pretraining, steps=text_kd_steps, learning_rate=text_kd_learning_rate, evaluations=0)
+    with _named(_prefixed("finetune_", steps="finetune_steps")):
+        finetuning = replace(
+            pretraining,
+            steps=finetune_steps,
+            batch_size=finetune_batch_size,
+            learning_rate=finetune_learning_rate,
+            evaluations=0,
+        )
+    with _named(_prefixed("text_")):
+        distillation = Distillation(text_temperature, text_alpha)
+    return Study(
         domain="text",
         data={
             "name": text_data,
@@ -216,27 +246,18 @@ def text_study(
             "initializer_range": initializer_range,
         },
         teaching=pretraining,
-        learning=replace(pretraining, steps=text_kd_steps, learning_rate=text_kd_learning_rate, evaluations=0),
-        distillation=Distillation(text_temperature, text_alpha),
+        learning=learning,
+        distillation=distillation,
         calibration_examples=calibration_examples,
         seeds=text_seeds,
         records=Records(root / records_dir, redo_before),
         cache_dir=root / "runs" / "cache",
         tasks=tasks,
-        finetuning=replace(
-            pretraining,
-            steps=finetune_steps,
-            batch_size=finetune_batch_size,
-            learning_rate=finetune_learning_rate,
-            evaluations=0,
-        ),
+        finetuning=finetuning,
         finetune_kd=finetune_kd,
         processes=processes,
         allow_training=allow_training,
     )
-    for task in tasks:
-        study.open_data().rows(task)
-    return study
 
 
 def language_study(
@@ -266,15 +287,20 @@ def language_study(
     """The :class:`Study` of the notebook on published MoEs; paths are relative to the project's root."""
     root = project_root()
     source = _in_project(root, language_source)
-    training = Training(
-        steps=language_teacher_steps,
-        batch_size=language_batch_size,
-        learning_rate=language_learning_rate,
-        mixed_precision=mixed_precision,
-        evaluations=5,
-    )
+    with _named(_prefixed("language_", steps="language_teacher_steps")):
+        training = Training(
+            steps=language_teacher_steps,
+            batch_size=language_batch_size,
+            learning_rate=language_learning_rate,
+            mixed_precision=mixed_precision,
+            evaluations=5,
+        )
     corpus = _in_project(root, language_corpus)
     embedded = corpus == "docstrings"
+    with _named({"steps": "language_kd_steps", "learning_rate": "language_kd_learning_rate"}):
+        learning = replace(training, steps=language_kd_steps, learning_rate=language_kd_learning_rate, evaluations=0)
+    with _named(_prefixed("language_")):
+        distillation = Distillation(language_temperature, language_alpha)
     return Study(
         domain="language",
         data={
@@ -289,8 +315,8 @@ def language_study(
         },
         model={"checkpoint": source, "files": _files_of(source)} if source else language_moe,
         teaching=training,
-        learning=replace(training, steps=language_kd_steps, learning_rate=language_kd_learning_rate, evaluations=0),
-        distillation=Distillation(language_temperature, language_alpha),
+        learning=learning,
+        distillation=distillation,
         calibration_examples=language_calibration,
         seeds=language_seeds,
         records=Records(root / records_dir, redo_before),

@@ -318,7 +318,11 @@ class Study:
     # --- doing it ----------------------------------------------------------------------------------------------------
 
     def open_data(self) -> Data:
-        return open_data(self.domain, frozen(self.data), self.cache_dir)
+        """The data, of all tasks, checked."""
+        data = open_data(self.domain, frozen(self.data), self.cache_dir)
+        for task in self.tasks:
+            data.rows(task)
+        return data
 
     def run(self, configs: Iterable[Config], description: str = "") -> list[Record]:
         """Records of all configurations, in their order; those not yet there are computed, each with its teacher."""
@@ -328,6 +332,7 @@ class Study:
         if self.execution.plan:
             self.open_data()
             write_plan(Path(self.execution.plan), missing, self.cache_dir)
+            return [self.records.find(config) for config in configs]
         if missing and not self.allow_training:
             first = label(next(iter(missing.values())))
             raise ValueError(

@@ -10,6 +10,7 @@ part, and an expert's capacity is counted in it.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import time
@@ -24,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -84,6 +85,11 @@ class Training:
         for name in ("warmup", "label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number from 0 to below 1, found {getattr(self, name)}")
+        if self.optimizer not in list_optimizers():
+            close = difflib.get_close_matches(self.optimizer, list_optimizers(), n=3)
+            raise ValueError(
+                f"optimizer: expected one of timm's, such as {close or ['adamw', 'lamb']}, found {self.optimizer!r}"
+            )
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision: expected 'no', 'bf16' or 'fp16', found {self.mixed_precision!r}")
 

@@ -11,9 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-
-torch.randn_like = torch.zeros_like  # the router's noise
-
 from accelerate import PartialState
 
 from ones_lib import Distillation
@@ -67,7 +64,7 @@ def cases(cache):
 
 
 def main(out, cache, device_batch="0", *flags):
-    out = Path(out)
+    out, torch.randn_like = Path(out), torch.zeros_like  # of the router's noise
     join() if "RANK" in os.environ else PartialState(cpu=True)
     for name, model, task, teaching in cases(cache):
         checkpoint = out / f"{name}.checkpoint.safetensors"

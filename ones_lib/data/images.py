@@ -90,7 +90,7 @@ def image_data(
         counts = (num_classes or 300, train_per_class or 300, val_per_class or 50)
         return _glyphs(*counts, image_size, distortion, Path(cache_dir))
     if name == "folder":
-        splits, classes = _folder_readers(Path(data_dir), data_dir)
+        splits, classes = _folder_readers(data_dir)
     elif "/" in name:
         splits, classes = _hub_readers(name, str(data_dir) or None)
     else:
@@ -252,10 +252,15 @@ def _glyphs(num_classes: int, train: int, val: int, image_size: int, distortion:
     return ImageData("glyphs", characters, 1, image_size, splits["train"], splits["val"], report)
 
 
-def _folder_readers(root: Path, given: str | Path) -> tuple[dict, list[str]]:
-    if not str(given):
+def folder_classes(data_dir: str | Path) -> list[str]:
+    """The classes of a folder in ImageNet's layout, by name; no picture is looked for.
+
+    Raises:
+        FileNotFoundError, ValueError: a split is missing, or has no classes or others than the first.
+    """
+    if not str(data_dir):
         raise ValueError("data_dir: expected a folder with train/<class>/* and val/<class>/*, found none given")
-    readers, classes = {}, None
+    root, classes = Path(data_dir), None
     for split in ("train", "val"):
         folder = root / split
         if not folder.is_dir():
@@ -272,8 +277,12 @@ def _folder_readers(root: Path, given: str | Path) -> tuple[dict, list[str]]:
                 f"{folder}: expected the {len(classes)} classes of {root / 'train'}, found {len(names)};"
                 f" in one of the two only: {odd[:5]}"
             )
-        readers[split] = _FolderReader(folder, classes)
-    return readers, classes
+    return classes
+
+
+def _folder_readers(data_dir: str | Path) -> tuple[dict, list[str]]:
+    classes = folder_classes(data_dir)
+    return {split: _FolderReader(Path(data_dir) / split, classes) for split in ("train", "val")}, classes
 
 
 class _FolderReader:

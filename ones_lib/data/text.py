@@ -263,22 +263,37 @@ def _task_rows(task: str, folder: Path | None, max_train: int | None, max_valida
     return result
 
 
-def _from_files(folder: Path, split: str, optional: bool = False) -> Dataset | None:
-    readers = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    for ending, reader in readers.items():
-        if (path := folder / f"{split}{ending}").exists():
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def find_split(folder: Path, split: str) -> Path:
+    """The file of a task's split.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or an empty one.
+    """
+    for path in (folder / f"{split}{ending}" for ending in _READERS):
+        if path.exists():
             if not path.stat().st_size:
                 raise ValueError(f"{path}: expected at least one row, found an empty file")
-            try:
-                return load_dataset(reader, data_files=str(path), split="train", keep_in_memory=True)
-            except DatasetGenerationError as error:
-                raise ValueError(f"{path}: could not be read: {error.__cause__ or error}") from error
-    if optional:
-        return None
+            return path
     found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
     raise FileNotFoundError(
-        f"text_dir: expected {folder / split} with one of the endings {', '.join(readers)}, found in {folder}: {found}"
+        f"text_dir: expected {folder / split} with one of the endings {', '.join(_READERS)}, found in {folder}: {found}"
     )
+
+
+def _from_files(folder: Path, split: str, optional: bool = False) -> Dataset | None:
+    try:
+        path = find_split(folder, split)
+    except FileNotFoundError:
+        if optional:
+            return None
+        raise
+    try:
+        return load_dataset(_READERS[path.suffix], data_files=str(path), split="train", keep_in_memory=True)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{path}: could not be read: {error.__cause__ or error}") from error
 
 
 def _from_hub(name: str, configuration: str | None, split: str) -> Dataset:
