@@ -84,12 +84,13 @@ def check_parameters(given: Mapping[str, Any], declared: Mapping[str, Any], sour
             raise BatchError(f"{source}: {name}: expected {type(default).__name__} like {default!r}, found {value!r}")
 
 
-def check_values(chosen: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Raise BatchError for the first thing that ``ones_lib/checks.py`` finds wrong with notebooks' parameters, before any of them
-    runs."""
-    if not chosen:
+def check_values(given: Sequence[tuple[str, Path, Mapping[str, Any]]]) -> None:
+    """Raise BatchError for the first thing that ``ones_lib/checks.py`` finds wrong with parameters of notebooks, each with a name
+    for people, before any of them runs."""
+    if not given:
         return
-    parameters = json.dumps({n.name: declared_parameters(n) | dict(given) for n, given in chosen.items()})
+    declared = {notebook: declared_parameters(notebook) for notebook in {notebook for _, notebook, _ in given}}
+    parameters = json.dumps([(name, declared[notebook] | dict(values)) for name, notebook, values in given])
     command = [sys.executable, "-m", "ones_lib.checks"]
     checked = subprocess.run(command, input=parameters, capture_output=True, text=True, check=False)
     if checked.returncode:
@@ -187,7 +188,9 @@ def run(
     if not os.access(next(f for f in (folder, *folder.parents) if f.exists()), os.W_OK):
         raise BatchError(f"{folder}: expected a folder that can be written to, found one that cannot")
 
-    check_values({n: p for n, p in chosen.items() if not finished(folder / n.name, fingerprint(n, p))})
+    if not to:  # a sweep has had all of its cells checked
+        open_ones = {n: p for n, p in chosen.items() if not finished(folder / n.name, fingerprint(n, p))}
+        check_values([(n.name, n, given) for n, given in open_ones.items()])
 
     def execute_one(number: int, notebook: Path) -> None:
         parameters = dict(chosen[notebook])
@@ -249,7 +252,7 @@ def dry_run(profile: str, only: Sequence[str], overrides: Mapping[str, Any], exe
     environment = os.environ | dict(execution) | {"ONES_PLAN": str(plan)}
     try:
         chosen = settings(root, profile, only, overrides)
-        check_values(chosen)
+        check_values([(n.name, n, given) for n, given in chosen.items()])
         for notebook, parameters in chosen.items():
             cells = load_notebook_node(str(notebook))
             if not any(".run(" in cell.source for cell in cells.cells):
@@ -365,17 +368,22 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
     """
     sweep, root = read_yaml(file), Path.cwd()
     if unknown := set(sweep) - SWEEP_KEYS:
-        close = difflib.get_close_matches(sorted(unknown)[0], SWEEP_KEYS, n=1)
-        raise BatchError(f"{file}: expected {sorted(SWEEP_KEYS)}, found {sorted(unknown)[0]!r}; {close or ''}")
+        odd = sorted(unknown)[0]
+        close = difflib.get_close_matches(odd, SWEEP_KEYS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f", expected of {sorted(SWEEP_KEYS)}"
+        raise BatchError(f"{file}: found {odd!r}{hint}")
     if missing := {"notebook", "grid"} - set(sweep):
         raise BatchError(f"{file}: expected {sorted(missing)}, found {sorted(sweep)}")
     if jobs < 1:
         raise BatchError(f"--jobs: expected a number of at least 1, found {jobs}")
     profile, fixed, cells = sweep.get("profile", "demo"), sweep.get("parameters", {}), sweep_cells(sweep)
+    given: list[tuple[str, Path, Mapping[str, Any]]] = []
     if profile not in PROFILES:
         raise BatchError(f"{file}: profile: expected of {PROFILES}, found {profile!r}")
     for cell in cells:  # all of them before the first is run
         chosen = settings(root, profile, [sweep["notebook"]], {**fixed, **cell})
+        given += [(cell_name(cell), notebook, values) for notebook, values in chosen.items()]
+    check_values(given)
     declared = declared_parameters(next(iter(chosen)))
     folder = Path("runs") / "sweeps" / file.stem
     cores = max(1, (os.cpu_count() or 1) // jobs) if on == "local" else 0
@@ -414,9 +422,19 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
         work = {submit(pool, number, cell): number for number, cell in enumerate(cells)}
         try:
             for done in tqdm(as_completed(work), total=len(work), desc=file.stem, unit="cell"):
-                note(work[done], done.result())
+                try:
+                    outcome = done.result()
+                except Exception as error:  # not of the cell, but of where it ran, such as a worker that is gone
+                    outcome = {
+                        "status": "failed",
+                        "attempts": 1,
+                        "seconds": 0.0,
+                        "error": f"{type(error).__name__}: {error}",
+                    }
+                note(work[done], outcome)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for left in work:
+                left.cancel()
             raise
     outcomes = pd.concat([t.head(1) for t in tables.values()])["status"].value_counts().to_dict()
     counted = ", ".join(f"{count} {status}" for status, count in outcomes.items())

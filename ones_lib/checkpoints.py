@@ -16,14 +16,16 @@ import shutil
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import gettempdir
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
@@ -144,9 +146,20 @@ def convert(
     data = {"calibration": text, "calibration_tokens": calibration_tokens}
     chosen = {"method": method, "d_ff": d_ff, "options": options, **data, "approximate": approximate}
     work = _Work(destination, plan, origin | chosen)
-    work.begin()
-    with nullcontext() if progress else without_bars():
+    with _only_one(destination), nullcontext() if progress else without_bars():
+        work.begin()
         return _convert(plan, config, work, calibration, calibration_tokens, check)
+
+
+@contextmanager
+def _only_one(destination: Path) -> Iterator[None]:
+    """Two conversions to one place would start each other's work over."""
+    name = hashlib.sha256(str(destination).encode()).hexdigest()[:16]
+    try:
+        with FileLock(Path(gettempdir()) / f"ones-convert-{name}.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise FileExistsError(f"destination: another conversion to {destination} is under way") from error
 
 
 def _convert(
@@ -172,7 +185,7 @@ def _local_folder(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         raise FileNotFoundError(f"source: expected a folder or a hub name like owner/name, found {str(source)!r}")
     try:
         return Path(
@@ -193,7 +206,7 @@ def _read_config(folder: Path) -> Config:
         raise ValueError(f"{folder / 'config.json'}: expected JSON ({error})") from error
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{folder}: expected an MoE of type {', '.join(ARCHITECTURES)}, found {kind!r}")
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.dtype is None:
         config.dtype = torch.float32
     return config

@@ -78,6 +78,8 @@ def _check_images(study: Study, parameters: Mapping) -> None:
         raise ValueError(f"image_size: expected at least 1 px, for glyphs a divisor of {CANVAS}, found {size}")
     data = SimpleNamespace(num_classes=classes, image_size=size, in_chans=1 if name == "glyphs" else 3)
     for count in parameters.get("expert_counts", []):
+        if count < 2:
+            raise ValueError(f"expert_counts: expected numbers of at least 2, found {count}")
         _build(classification_model, study.moe(0, num_experts=count)["model"], data)
     for config in (study.moe(0), study.dense(0)):
         _build(classification_model, config["model"], data)
@@ -125,8 +127,8 @@ def _build(make, model: Mapping, data: SimpleNamespace):
 
 
 def main() -> int:
-    """Reads ``{notebook: parameters}`` as JSON from standard input; writes the first thing that is wrong."""
-    for notebook, parameters in json.load(sys.stdin).items():
+    """Reads pairs of a notebook's name and parameters as JSON from standard input; writes the first thing that is wrong."""
+    for notebook, parameters in json.load(sys.stdin):
         try:
             check(parameters)
         except (ValueError, OSError, TypeError) as error:

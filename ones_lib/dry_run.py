@@ -132,7 +132,7 @@ def _enough_memory(config: Config) -> None:
     published = config.get("teacher", config).get("model", {}).get("checkpoint")
     if published:
         with torch.device("meta"):
-            settings = AutoConfig.from_pretrained(published)
+            settings = AutoConfig.from_pretrained(published, trust_remote_code=False)
             parameters = sum(p.numel() for p in model_class(settings).from_config(settings).parameters())
         needed, free = 4 * parameters, psutil.virtual_memory().available
         if needed > free:

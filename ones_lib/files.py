@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,7 +28,12 @@ def written_beside(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it could not be written, as on a full disk; the file is named, and how much room there is.
     """
-    beside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{UNFINISHED}{path.suffix}")
+    mine = f"{path.name}.{socket.gethostname()}-"
+    for left in path.parent.glob(f"{glob.escape(mine)}*{UNFINISHED}*"):
+        writer = left.name.removeprefix(mine).partition(UNFINISHED)[0]
+        if writer.isdecimal() and not psutil.pid_exists(int(writer)):  # it was killed
+            left.unlink(missing_ok=True)
+    beside = path.with_name(f"{mine}{os.getpid()}{UNFINISHED}{path.suffix}")
     try:
         yield beside
         os.replace(beside, path)

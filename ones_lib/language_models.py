@@ -57,8 +57,8 @@ def block_length(config: PreTrainedConfig) -> int:
 def load_language_model(folder: str | Path, **options) -> PreTrainedModel:
     """The language model in a folder, in eval mode, in the dtype in which it is stored; ``options`` are of ``from_pretrained``.
     Weights are read from safetensors alone."""
-    config = AutoConfig.from_pretrained(folder)
-    options = {"dtype": "auto", "use_safetensors": True, **options}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
     return model_class(config).from_pretrained(folder, config=config, **options).eval()
 
 
@@ -72,10 +72,10 @@ def text_blocks(text: str | Path, folder: str | Path, tokens: int | None = None,
         split: of what has several.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: expected a tokenizer beside the model, to read text with: {error}") from error
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     texts = read_texts(text, split)
     length = block_length(config)
     blocks = pack(texts, tokenizer, length)
@@ -201,7 +201,7 @@ def language_model(model: Mapping, data: TextData, seed: int, d_ff: int | None =
 def language_config(model: Mapping, data: TextData) -> PreTrainedConfig:
     """The MoE's configuration in :func:`language_model`."""
     if "checkpoint" in model:
-        return AutoConfig.from_pretrained(model["checkpoint"])
+        return AutoConfig.from_pretrained(model["checkpoint"], trust_remote_code=False)
     first, last = end_tokens(data.tokenizer)
     tokens = {"pad_token_id": data.tokenizer.pad_token_id, "bos_token_id": first, "eos_token_id": last}
     sizes = {"vocab_size": data.vocab_size, "max_position_embeddings": data.corpus["train"].shape[1]}

@@ -23,7 +23,7 @@ class Shards:
 
     Raises:
         FileNotFoundError: no safetensors file, or one that the index names is missing.
-        ValueError: a file is damaged, or does not hold what the index says.
+        ValueError: a file is damaged, does not hold what the index says, or lies elsewhere.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,6 +51,8 @@ class Shards:
             raise ValueError(f"{index}: expected the tensors of its files, each in its own, not so: {odd[:5]}")
 
     def _read_header(self, name: str) -> None:
+        if Path(name).name != name:
+            raise ValueError(f"{self.folder}: expected an index that names files of this folder, found {name!r}")
         if not (path := self.folder / name).exists():
             raise FileNotFoundError(f"{path}: expected this file, which the index names, found none")
         size = path.stat().st_size

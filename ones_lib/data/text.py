@@ -208,7 +208,7 @@ def text_data(
     packed["validation"] = packed["validation"][:: max(1, len(packed["validation"]) // validation_sequences)]
     return TextData(
         name,
-        AutoTokenizer.from_pretrained(folder_of_tokens),
+        AutoTokenizer.from_pretrained(folder_of_tokens, trust_remote_code=False),
         {"train": packed["train"], "validation": packed["validation"][:validation_sequences]},
         task_length,
         stride,
@@ -413,7 +413,7 @@ def _tokenized(
 
 def _open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"tokenizer: could not open {name!r} as a folder or on the Hugging Face hub: {error}"

@@ -1,0 +1,541 @@
+"""What people get wrong, and what they are told: the file or parameter, what was found, what was expected; and nothing is lost.
+
+The table of :data:`CASES`, a line each. More of the kind stands with the gatherings, checkpoints, text data and notebooks.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ones_lib import Distillation, FeedForwardWeights, batch, checks
+from ones_lib.checkpoints import convert
+from ones_lib.data import image_data
+from ones_lib.data.text import text_data
+from ones_lib.execution import Execution
+from ones_lib.experts import open_experts
+from ones_lib.files import save_tensors, write_text
+from ones_lib.gathering import gather
+from ones_lib.records import Record, Records, compare
+from ones_lib.shards import Shards
+from ones_lib.training import Training
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A project to run in: notebooks and nothing else."""
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    shutil.copy(ROOT / "run_all.sh", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+# --- how cases are made ----------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str, **files: str) -> Callable:
+    """``run_all.sh`` with arguments, after files have been written (``__`` for a slash, ``_yaml`` for the ending)."""
+
+    def case(here: Path) -> None:
+        for name, text in files.items():
+            path = here / name.replace("__", "/").replace("_yaml", ".yaml")
+            path.write_text(text)
+        if batch.main(list(arguments)):
+            raise batch.BatchError("told")
+
+    return case
+
+
+def parameter(name: str, value, notebook: str = "01_imagenet") -> Callable:
+    """A notebook's parameters with another value in them, as the batch has them checked before anything runs."""
+
+    def case(here: Path) -> None:
+        declared = batch.declared_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
+        assert name in declared
+        checks.check({**declared, name: value})
+
+    return case
+
+
+def folder(change: Callable[[Path], object], read: bool = False) -> Callable:
+    """An image folder of two classes with something changed, opened, and a picture read."""
+
+    def case(here: Path) -> None:
+        root = here / "images"
+        for split in ("train", "val"):
+            for name in ("ant", "bee"):
+                (root / split / name).mkdir(parents=True)
+                Image.new("RGB", (8, 8)).save(root / split / name / "0.png")
+        change(root)
+        data = image_data("folder", data_dir=root, image_size=8)
+        if read:
+            data.train[torch.tensor([0, -1])]
+
+    return case
+
+
+def record(change: Callable[[Path], object], look: Callable[[Record], object]) -> Callable:
+    """A record with something changed, looked at."""
+
+    def case(here: Path) -> None:
+        found = make_record(here)
+        change(found.folder)
+        look(Record(found.folder))
+
+    return case
+
+
+def make_record(root: Path, seed: int = 0) -> Record:
+    records, config = Records(root / "records"), {"kind": "moe", "seed": seed, "training": None}
+    layer = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.zero_()
+    import pandas as pd
+
+    history = pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0], "seconds": [0.1, 0.2]})
+    return records.finish(config, dict(layer.named_parameters()), history, {"accuracy": torch.ones(3)}, {"metrics": {}})
+
+
+def checkpoint(change: Callable[[Path], object], look: Callable[[Path], object] = Shards) -> Callable:
+    """A checkpoint's folder of two files with an index, something changed, looked at."""
+
+    def case(here: Path) -> None:
+        root = here / "model"
+        root.mkdir()
+        save_file({"a": torch.ones(3)}, root / "one.safetensors")
+        save_file({"b": torch.ones(3)}, root / "two.safetensors")
+        write_index(root, {"a": "one.safetensors", "b": "two.safetensors"})
+        change(root)
+        look(root)
+
+    return case
+
+
+def write_index(root: Path, files: dict) -> None:
+    (root / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def remote_code(root: Path) -> None:
+    """A model that brings code of its own, which leaves a file if it is run."""
+    code = f"open({str(root / 'ran')!r}, 'w')\n"
+    (root / "evil.py").write_text(code)
+    auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (root / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """The last byte, a weight's: the file is whole and well-formed."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def text_files(*rows: dict, task: str = "sst2") -> Callable:
+    def case(here: Path) -> None:
+        (here / task).mkdir()
+        for split in ("train", "validation"):
+            (here / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = text_data(
+            "local", text_dir=here, tasks=(task,), corpus="tasks", vocab_size=300, cache_dir=here / "cache"
+        )
+        data.rows(task)
+
+    return case
+
+
+def weights(linear: torch.nn.Module) -> Callable:
+    return lambda found: found.load_weights(linear)
+
+
+def bank(value: float = 1.0) -> FeedForwardWeights:
+    return FeedForwardWeights(torch.ones(2, 4, 3), torch.full((2, 3, 4), value))
+
+
+LINEAR = torch.nn.Linear(2, 2)
+SWEEP = "notebook: student\nprofile: smoke\n"
+QUESTION = {"id": "0", "context": "a b c", "question": "which?"}
+
+#: What is wrong, how it is asked for, the error, and what it says (a regular expression).
+CASES: dict[str, tuple[Callable, type[Exception], str]] = {
+    # the command
+    "parameter misspelt": (command("-p", "teacher_step", "5"), batch.BatchError, "did you mean 'teacher_steps'"),
+    "parameter of another notebook": (
+        command("--only", "01", "-p", "budgets", "[5]"),
+        batch.BatchError,
+        "no chosen notebook has a parameter 'budgets'",
+    ),
+    "text for a number": (
+        command("-p", "num_experts", "eight"),
+        batch.BatchError,
+        "expected int like 8, found 'eight'",
+    ),
+    "number for a list": (
+        command("-p", "seeds", "3"),
+        batch.BatchError,
+        r"seeds: expected list like \[0, 1, 2\], found 3",
+    ),
+    "fraction for a whole": (command("-p", "depth", "2.5"), batch.BatchError, "depth: expected int like 2, found 2.5"),
+    "value that is no YAML": (
+        command("-p", "seeds", "[0,"),
+        batch.BatchError,
+        r"-p: expected a value in YAML, found '\[0,'",
+    ),
+    "notebook that is not there": (
+        command("--only", "77"),
+        batch.BatchError,
+        r"--only: no notebook '77', expected of \[",
+    ),
+    "profile that is no YAML": (
+        command("--profile", "smoke", notebooks__profiles__smoke_yaml="seeds: ["),
+        batch.BatchError,
+        r"smoke\.yaml: expected YAML",
+    ),
+    "profile of a list": (
+        command("--profile", "smoke", notebooks__profiles__smoke_yaml="- seeds"),
+        batch.BatchError,
+        r"smoke\.yaml: expected names with values, found list",
+    ),
+    "profile with a misspelt name": (
+        command("--profile", "smoke", notebooks__profiles__smoke_yaml="sedes: [0]"),
+        batch.BatchError,
+        r"smoke\.yaml: no chosen notebook has a parameter 'sedes'; did you mean 'seeds'",
+    ),
+    "negative device batch": (command("--device-batch", "-1"), batch.BatchError, "--device-batch: expected .*found -1"),
+    "shards without processes": (command("--shard"), batch.BatchError, "--shard: expected --launch 'torchrun"),
+    "launcher that is not there": (
+        command("--launch", "torchrum -n 2"),
+        batch.BatchError,
+        "--launch: expected a command, found none called 'torchrum'",
+    ),
+    "file in the place of runs": (command("--only", "01", runs=""), batch.BatchError, "runs"),
+    # sweeps
+    "sweep that is not there": (
+        command("--sweep", "none.yaml"),
+        batch.BatchError,
+        "none.yaml: expected YAML .*No such file",
+    ),
+    "sweep without a grid": (
+        command("--sweep", "s.yaml", s_yaml=SWEEP),
+        batch.BatchError,
+        r"expected \['grid'\], found",
+    ),
+    "sweep with a misspelt key": (
+        command("--sweep", "s.yaml", s_yaml=SWEEP + "gird: {seed: [0]}"),
+        batch.BatchError,
+        "found 'gird'; did you mean 'grid'",
+    ),
+    "grid of single values": (
+        command("--sweep", "s.yaml", s_yaml=SWEEP + "grid: {seed: 0}"),
+        batch.BatchError,
+        "grid: expected names with lists of values, found {'seed': 0}",
+    ),
+    "grid of a misspelt parameter": (
+        command("--sweep", "s.yaml", s_yaml=SWEEP + "grid: {sede: [0]}"),
+        batch.BatchError,
+        "no chosen notebook has a parameter 'sede'; did you mean 'seed'",
+    ),
+    "sweep of no jobs": (
+        command("--sweep", "s.yaml", "--jobs", "0", s_yaml=SWEEP + "grid: {seed: [0]}"),
+        batch.BatchError,
+        "--jobs: expected a number of at least 1, found 0",
+    ),
+    "sweep with parameters beside it": (
+        command("--sweep", "s.yaml", "--only", "01", s_yaml=SWEEP + "grid: {seed: [0]}"),
+        batch.BatchError,
+        "--sweep: expected notebook, profile and parameters in its file",
+    ),
+    # values of parameters, before a notebook runs
+    "no steps": (parameter("teacher_steps", 0), ValueError, "teacher_steps: expected a positive number, found 0"),
+    "negative rate": (
+        parameter("kd_learning_rate", -1.0),
+        ValueError,
+        "kd_learning_rate: expected a positive.*found -1.0",
+    ),
+    "no batch": (
+        parameter("text_batch_size", 0, "03_nlp"),
+        ValueError,
+        "text_batch_size: expected a positive.*found 0",
+    ),
+    "warm-up beyond the end": (parameter("warmup", 1.5), ValueError, "warmup: expected a number from 0 to below 1"),
+    "optimizer of no library": (
+        parameter("optimizer", "adamww"),
+        ValueError,
+        "optimizer: expected one of timm's, such as",
+    ),
+    "precision of no library": (
+        parameter("mixed_precision", "fp8"),
+        ValueError,
+        "mixed_precision: expected 'no', 'bf16'",
+    ),
+    "alpha above one": (parameter("alpha", 2.0), ValueError, "alpha: expected a number from 0 to 1, found 2.0"),
+    "temperature of zero": (parameter("temperature", 0.0), ValueError, "temperature: expected a positive number"),
+    "no seeds": (parameter("seeds", []), ValueError, "seeds: expected at least one"),
+    "a seed twice": (parameter("seeds", [1, 1]), ValueError, r"seeds: expected .*all different.*found \[1, 1\]"),
+    "more choices than experts": (
+        parameter("top_k", 9),
+        ValueError,
+        "top_k: expected an integer from 1 to num_experts=8",
+    ),
+    "no experts": (parameter("num_experts", 0), ValueError, "num_experts: expected an integer of at least 1, found 0"),
+    "an MoE of one expert": (
+        parameter("expert_counts", [1, 8], "02_retention_curves"),
+        ValueError,
+        "expert_counts: expected numbers of at least 2, found 1",
+    ),
+    "heads that do not divide": (
+        parameter("num_heads", 5),
+        ValueError,
+        "cannot be built .dim should be divisible by num_heads",
+    ),
+    "model of no library": (
+        parameter("model", "widenet_xl"),
+        ValueError,
+        r"cannot be built \(Unknown model \(widenet_xl\)\)",
+    ),
+    "picture of no glyph": (
+        parameter("image_size", 15),
+        ValueError,
+        "image_size: expected .*a divisor of 64, found 15",
+    ),
+    "data set of no kind": (parameter("data", "cifar"), ValueError, "data: expected 'glyphs', 'folder' or a hub name"),
+    "method of no kind": (parameter("methods", ["sun"]), ValueError, r"methods: expected of \['sum', .*found 'sun'"),
+    "budget below nothing": (
+        parameter("budgets", [100, -1], "02_retention_curves"),
+        ValueError,
+        "budgets: expected whole numbers of steps, at least 0, found -1",
+    ),
+    "rank beyond the matrix": (
+        parameter("ranks", [25], "07_gathering_ablation"),
+        ValueError,
+        "rank: expected an integer from 1 to 24, found 25",
+    ),
+    "scale of no kind": (
+        parameter("scales", ["routers"], "07_gathering_ablation"),
+        ValueError,
+        r"scales: expected numbers or of \['router', 'scalar', 'vector'\], found 'routers'",
+    ),
+    "task of no kind": (parameter("tasks", ["sst3"], "03_nlp"), ValueError, r"tasks: expected of \[.*found 'sst3'"),
+    "time without a zone": (
+        parameter("redo_before", "2026-01-01"),
+        ValueError,
+        "redo_before: expected a time with its zone.*found '2026-01-01'",
+    ),
+    "time that is none": (parameter("redo_before", "yesterday"), ValueError, "redo_before: expected a time such as"),
+    "folder of no data": (
+        lambda here: checks.check(
+            batch.declared_parameters(ROOT / "notebooks/01_imagenet.ipynb") | {"data": "folder", "data_dir": "no"}
+        ),
+        FileNotFoundError,
+        "data_dir: expected a folder .*train, found in .*no: no such folder",
+    ),
+    # image folders
+    "no folder given": (
+        lambda here: image_data("folder", image_size=8),
+        ValueError,
+        "data_dir: expected a folder with train",
+    ),
+    "no validation split": (
+        folder(lambda r: shutil.rmtree(r / "val")),
+        FileNotFoundError,
+        r"expected a folder .*val, found",
+    ),
+    "split misnamed": (
+        folder(lambda r: (r / "val").rename(r / "valid")),
+        FileNotFoundError,
+        r"found in .*\['train', 'valid'\]",
+    ),
+    "empty class": (
+        folder(lambda r: (r / "val/ant/0.png").unlink()),
+        ValueError,
+        r"val/ant: expected images .*found none",
+    ),
+    "empty split": (
+        folder(lambda r: [shutil.rmtree(r / "train" / c) for c in ("ant", "bee")]),
+        ValueError,
+        "train: expected a folder for each class, found none",
+    ),
+    "class in one split only": (
+        folder(lambda r: (r / "val/bee").rename(r / "val/bees")),
+        ValueError,
+        r"expected the 2 classes of .*in one of the two only: \['bee', 'bees'\]",
+    ),
+    "corrupt picture": (
+        folder(lambda r: (r / "train/ant/0.png").write_bytes(b"no picture"), read=True),
+        ValueError,
+        r"train/ant/0\.png: expected a readable image, found: cannot identify",
+    ),
+    "half a picture": (
+        folder(lambda r: halve(r / "train/ant/0.png"), read=True),
+        ValueError,
+        r"train/ant/0\.png: expected a readable image, found: ",
+    ),
+    "hub without a network": (
+        lambda here: image_data("owner/no-such-data", image_size=8),
+        ConnectionError,
+        "could not open 'owner/no-such-data' on the Hugging Face hub",
+    ),
+    # text
+    "column that is missing": (text_files({"text": "good", "label": 1}), ValueError, r"missing: \['sentence'\]"),
+    "label out of range": (
+        text_files({"sentence": "good", "label": 7}),
+        ValueError,
+        "row 0: column 'label': expected .*found 7",
+    ),
+    "answer elsewhere": (
+        text_files(QUESTION | {"answers": {"text": ["c"], "answer_start": [0]}}, task="squad"),
+        ValueError,
+        "row 0: column 'answers': expected 'c' at 0, found 'a'",
+    ),
+    "text folder of nothing": (
+        lambda here: text_data("local", text_dir=here / "no", tasks=("sst2",), corpus="tasks"),
+        FileNotFoundError,
+        "text_dir: expected .*no such folder",
+    ),
+    # records
+    "weights cut": (
+        record(lambda f: cut(f / "weights.safetensors"), weights(LINEAR)),
+        ValueError,
+        r"weights\.safetensors: expected the file as it was written, SHA-256 \w{64}, found \w{64} of \d+ bytes",
+    ),
+    "a weight changed": (
+        record(lambda f: flip(f / "weights.safetensors"), weights(LINEAR)),
+        ValueError,
+        "expected the file as it was written",
+    ),
+    "predictions changed": (
+        record(lambda f: flip(f / "predictions.safetensors"), lambda r: r.predictions),
+        ValueError,
+        r"predictions\.safetensors: expected the file as it was written",
+    ),
+    "weights gone": (
+        record(lambda f: (f / "weights.safetensors").unlink(), weights(LINEAR)),
+        FileNotFoundError,
+        r"weights\.safetensors: expected this file of a finished record, found none",
+    ),
+    "weights of another model": (
+        record(lambda f: None, weights(torch.nn.Linear(3, 2))),
+        ValueError,
+        r"weight: expected shape \[2, 3\], found \[2, 2\]",
+    ),
+    "result that is no JSON": (
+        record(lambda f: (f / "result.json").write_text("{"), lambda r: r.result),
+        ValueError,
+        r"result\.json: expected JSON",
+    ),
+    "record without a result": (
+        record(lambda f: (f / "result.json").unlink(), lambda r: compare(r, r)),
+        FileNotFoundError,
+        r"result\.json: expected a record's result\.json, found none",
+    ),
+    "kind that is a path": (
+        lambda here: Records(here).find({"kind": "../../elsewhere"}),
+        ValueError,
+        "kind: expected a word, found '../../elsewhere'",
+    ),
+    # checkpoints
+    "index of files elsewhere": (
+        checkpoint(lambda r: write_index(r, {"a": "../../secret.safetensors", "b": "two.safetensors"})),
+        ValueError,
+        r"expected an index that names files of this folder, found '\.\./\.\./secret\.safetensors'",
+    ),
+    "index of an absolute path": (
+        checkpoint(lambda r: write_index(r, {"a": "/etc/passwd"})),
+        ValueError,
+        "expected an index that names files of this folder, found '/etc/passwd'",
+    ),
+    "index of a file that is gone": (
+        checkpoint(lambda r: (r / "two.safetensors").unlink()),
+        FileNotFoundError,
+        r"two\.safetensors: expected this file, which the index names",
+    ),
+    "shard cut": (checkpoint(lambda r: cut(r / "one.safetensors")), ValueError, "expected a whole safetensors file"),
+    "pickle": (
+        lambda here: (torch.save({}, here / "pytorch_model.bin"), Shards(here)),
+        FileNotFoundError,
+        r"expected model\.safetensors or model\.safetensors\.index\.json, found .*pytorch_model\.bin",
+    ),
+    "pickle named safetensors": (
+        lambda here: (torch.save({}, here / "x.safetensors"), open_experts(here / "x.safetensors")),
+        ValueError,
+        r"x\.safetensors: expected a safetensors file, found something else",
+    ),
+    "file without experts": (
+        lambda here: (save_file({"a": torch.ones(2)}, here / "x.safetensors"), open_experts(here)),
+        ValueError,
+        "expert",
+    ),
+    "model with code of its own": (
+        checkpoint(remote_code, lambda r: convert(r, r.parent / "dense", "average")),
+        ValueError,
+        "expected an MoE of type mixtral, .*found 'evil'",
+    ),
+    "hub name that is a path": (
+        lambda here: convert("../../etc", here / "dense", "average"),
+        FileNotFoundError,
+        "source: expected a folder or a hub name like owner/name, found '../../etc'",
+    ),
+    "NaN weights": (
+        lambda here: gather(bank(float("nan")), "sum"),
+        ValueError,
+        "down of expert 0: expected finite weights",
+    ),
+    # writing
+    "no folder to write to": (
+        lambda here: save_tensors(here / "no" / "x.safetensors", {"a": torch.ones(2)}),
+        OSError,
+        r"could not be written, with .* MB free there: .*no/x\.safetensors",
+    ),
+    "folder in the file's place": (
+        lambda here: ((here / "x.txt").mkdir(), write_text(here / "x.txt", "a")),
+        OSError,
+        "could not be written",
+    ),
+    # execution
+    "shards of one process": (lambda here: Execution(shard=True), ValueError, "shard: expected a launch command"),
+    "device batch below nothing": (
+        lambda here: Execution(device_batch=-1),
+        ValueError,
+        "device_batch: expected .*found -1",
+    ),
+    "precision of no kind": (
+        lambda here: Training(1, mixed_precision="int8"),
+        ValueError,
+        "mixed_precision: expected 'no'",
+    ),
+    "weights of depths below nothing": (
+        lambda here: Distillation(depth_weights=[-1.0]),
+        ValueError,
+        "depth_weights: expected numbers of at least 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_told(name, here, capsys):
+    case, error, message = CASES[name]
+    before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
+    with pytest.raises(error) as caught:
+        case(here)
+    said = capsys.readouterr().err if str(caught.value) == "told" else str(caught.value)
+    assert re.search(message, said, re.DOTALL), said
+    assert not (here / "model" / "ran").exists()
+    assert not list(here.rglob("*.tmp*"))
+    assert all(path.exists() for path in before)  # nothing is lost
