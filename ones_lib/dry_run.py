@@ -197,7 +197,7 @@ def costs(configs: Mapping[str, Config], cache_dir: Path, execution: Execution) 
         row["steps"] = sum(config["training"]["steps"] for config in group)
         try:
             tried[key] = try_step(first, cache_dir, execution)
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        except (OSError, ValueError, RuntimeError, MemoryError, AssertionError) as error:
             failed.append(f"{row['training']}: {type(error).__name__}: {error}")
             continue
         rows.append({**row, **asdict(tried[key])})

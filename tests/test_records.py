@@ -1,0 +1,243 @@
+"""Records and files: what two records differ in, one worker at a time, kills, a full disk, deterministic algorithms."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import kills
+import pytest
+import torch
+from test_bad_input import flip, make_record
+from test_processes import tiny_study
+
+from ones_lib import records as records_module
+from ones_lib.files import checksum, remove_unfinished, save_tensors, write_text
+from ones_lib.records import Record, Records, code_state, compare, config_hash, provenance
+
+ROOT = Path(__file__).parents[1]
+
+
+def edit(record: Record, name: str, **changes) -> None:
+    path = record.folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def test_two_records_of_the_same_differ_in_nothing(tmp_path, capsys):
+    pair = [make_record(tmp_path / name) for name in ("a", "b")]
+    assert compare(*pair).empty
+    assert records_module.main([str(record.folder) for record in pair]) == 0
+    assert capsys.readouterr().out == "the same, but for times\n"
+
+
+def test_every_difference_is_said(tmp_path, capsys):
+    one, other = make_record(tmp_path / "a"), make_record(tmp_path / "b", seed=7)
+    save_tensors(other.folder / "weights.safetensors", {"weight": torch.full((2, 2), 1.25), "more": torch.zeros(1)})
+    (other.folder / "history.csv").write_text("step,loss,seconds\n1,2.0,9\n2,1.5,9\n")
+    sums = {name: checksum(other.folder / name) for name in ("weights.safetensors", "predictions.safetensors")}
+    edit(
+        other, "result.json", sha256=sums, metrics={"accuracy": 0.5}, device="abacus", finished="later", wall_seconds=9
+    )
+    table = compare(Record(one.folder), Record(other.folder)).set_index(["part", "what"])
+    assert set(table.index) == {
+        ("config", "seed"),
+        ("result", "metrics.accuracy"),
+        ("result", "device"),
+        ("history", "loss at step 2"),
+        ("weights", "bias"),
+        ("weights", "more"),
+        ("weights", "weight"),
+    }
+    assert table.loc[("config", "seed")].tolist() == [0, 7]
+    assert table.loc[("history", "loss at step 2")].tolist() == [1.0, 1.5]
+    assert table.loc[("weights", "weight"), "record"] == "differs by up to 0.25"
+    assert table.loc[("weights", "more")].tolist() == ["(none)", "shape [1]"]
+    assert records_module.main([str(one.folder), str(other.folder)]) == 1
+    assert "loss at step 2" in capsys.readouterr().out
+    assert records_module.main([str(one.folder), str(tmp_path / "none")]) == 2
+    assert "config.json: expected a record's config.json, found none" in capsys.readouterr().err
+
+
+def test_a_record_says_which_code_it_is_of(monkeypatch, tmp_path):
+    """The commit that git names, and whether files differ from it; nothing of the kind outside of a repository."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org"]
+    monkeypatch.setattr(records_module, "__file__", str(tmp_path / "records.py"))
+    assert code_state.__wrapped__() == "unknown"
+    (tmp_path / "records.py").write_text("1")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert code_state.__wrapped__() == commit
+    (tmp_path / "records.py").write_text("2")
+    assert code_state.__wrapped__() == f"{commit}-dirty"
+    assert {"versions", "device", "threads", "system", "code"} == set(provenance())
+
+
+# --- one at a time ---------------------------------------------------------------------------------------------------
+
+
+def test_work_on_a_record_waits_for_the_one_who_is_at_it(tmp_path, capsys):
+    records, config, order = Records(tmp_path), {"kind": "moe", "seed": 0}, []
+
+    def second():
+        with Records(tmp_path).lock(config):
+            order.append("second")
+
+    with records.lock(config):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        time.sleep(0.3)
+        order.append("first")
+    waiting.join(timeout=10)
+    assert order == ["first", "second"]
+    assert f"moe-{config_hash(config)}: another run is at it, waiting for that" in capsys.readouterr().err
+    with records.lock({"kind": "moe", "seed": 1}), records.lock(config):  # other records are others
+        pass
+
+
+def test_a_killed_process_holds_no_lock(tmp_path):
+    code = (
+        "import sys, time\nfrom ones_lib.records import Records\n"
+        "with Records(sys.argv[1]).lock({'kind': 'moe'}):\n    print('held', flush=True)\n    time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert holder.stdout.readline() == "held\n"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with Records(tmp_path).lock({"kind": "moe"}):
+        pass
+    holder.stdout.close()
+
+
+def test_two_studies_at_once_make_each_record_once(tmp_path):
+    """Both in threads of their own here, on the same records; each is trained by one of them alone."""
+    studies = [tiny_study(tmp_path) for _ in range(2)]
+    configs = [studies[0].moe(0), studies[0].student("average", 0)]
+    found, threads = {}, []
+    studies[0].open_data()
+    for number, study in enumerate(studies):
+        threads.append(threading.Thread(target=lambda n=number, s=study: found.update({n: s.run(configs)})))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert [r.folder for r in found[0]] == [r.folder for r in found[1]]
+    for record in found[0]:
+        assert not compare(record, record).size
+        assert sorted(p.name for p in record.folder.iterdir()) == [
+            *("config.json", "history.csv", "predictions.safetensors", "result.json", "weights.safetensors")
+        ]
+    alone = tiny_study(tmp_path / "alone").run(configs)
+    for ours, theirs in zip(found[0], alone, strict=True):
+        assert compare(ours, theirs).empty
+
+
+# --- kills and full disks --------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_killed_twice_ends_as_one_that_was_not(tmp_path):
+    """The notebook of one student; ``tests/kills.py`` does it with everything."""
+    arguments = ["--profile", "smoke", "--only", "student", "-p", "teacher_steps", "60", "-p", "processes", "2"]
+    alone, killed = (kills.project(tmp_path / name) for name in ("alone", "killed"))
+    assert kills.start(alone, arguments).wait() == 0, (alone / "log.txt").read_text()[-2000:]
+    done = kills.with_kills(killed, arguments, kills=2, longest=14, seed=5)
+    assert any(" after " in line for line in done)
+    expected = kills.contents(alone / "runs")
+    assert kills.contents(killed / "runs") == expected
+    assert sum(name.endswith("weights.safetensors") for name in expected) == 3
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    gone = 2**22 + 1  # no process has such a number
+    names = [f"a.txt.{os.uname().nodename}-{gone}.tmp.txt", f"a.txt.elsewhere-{gone}.tmp.txt"]
+    names.append(f"a.txt.{os.uname().nodename}-{os.getppid()}.tmp.txt")
+    for name in names:
+        (tmp_path / name).touch()
+    write_text(tmp_path / "a.txt", "whole")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", *names[1:]}  # of another host, or at work, for all we know
+    remove_unfinished(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of a process are POSIX's")
+def test_no_room_is_told_and_leaves_nothing_half_written(tmp_path):
+    """A limit on the size of files stands for a full disk; what was there stays."""
+    code = (
+        "import resource, signal, sys, torch\nfrom pathlib import Path\n"
+        "from ones_lib.files import save_tensors, write_text\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "for write in (lambda: save_tensors(Path(sys.argv[1], 'a.safetensors'), {'a': torch.ones(4000)}),"
+        " lambda: write_text(Path(sys.argv[1], 'b.txt'), 'b' * 4000)):\n"
+        "    try:\n        write()\n    except OSError as error:\n        print(error)\n"
+    )
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    before = checksum(tmp_path / "a.safetensors")
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    lines = ran.stdout.splitlines()
+    assert len(lines) == 2
+    for line, name in zip(lines, ("a.safetensors", "b.txt"), strict=True):
+        assert "could not be written, with" in line
+        assert str(tmp_path / name) in line
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert checksum(tmp_path / "a.safetensors") == before
+
+
+# --- the same again --------------------------------------------------------------------------------------------------
+
+
+def test_deterministic_algorithms_give_the_same_and_are_noted(tmp_path):
+    plain, strict = tiny_study(tmp_path / "a"), tiny_study(tmp_path / "b", deterministic=True)
+    try:
+        pairs = [study.run([study.moe(0), study.student("fit", 0)]) for study in (plain, strict)]
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for ours, theirs in zip(*pairs, strict=True):
+        table = compare(ours, theirs)
+        assert table["what"].tolist() == ["execution.deterministic"]
+        assert table["other"].tolist() == [True]
+
+
+def test_a_changed_teacher_is_not_learnt_from(tmp_path):
+    """Before any step of the student's."""
+    study = tiny_study(tmp_path)
+    (teacher,) = study.run([study.moe(0)])
+    flip(teacher.folder / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"weights\.safetensors: expected the file as it was written"):
+        study.run([study.student("average", 0)])
+    shutil.rmtree(teacher.folder)
+    assert len(study.run([study.student("average", 0)])) == 1
+
+
+# --- nothing that runs what it reads ---------------------------------------------------------------------------------
+
+
+def test_nothing_is_unpickled_and_no_code_is_fetched():
+    """Weights are safetensors, YAML is read as plain values, models bring no code."""
+    forbidden = (
+        "pickle",
+        "torch.load(",
+        "yaml.load(",
+        "trust_remote_code=True",
+        "allow_pickle=True",
+        "joblib.load",
+        " eval(",
+    )
+    for path in (ROOT / "ones_lib").rglob("*.py"):
+        text = path.read_text()
+        for word in forbidden:
+            assert word not in text, (path, word)
+        for call in ("AutoConfig.from_pretrained(", "AutoTokenizer.from_pretrained("):
+            for rest in text.split(call)[1:]:
+                assert "trust_remote_code=False" in rest.partition(")")[0], (path, rest[:60])
