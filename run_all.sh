@@ -6,7 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'TEXT'
-usage: ./run_all.sh [--profile smoke|demo|paper] [--only NN ...] [-p NAME VALUE]... [--force | --figures]
+usage: ./run_all.sh [--profile smoke|demo|paper] [--only NN ...] [-p NAME VALUE]... [--force | --figures | --dry-run]
+                    [--launch COMMAND [--shard]] [--device-batch N] [--deterministic]
+       ./run_all.sh --sweep FILE [--jobs N] [--on local|slurm|ADDRESS]
        ./run_all.sh test [pytest's options]
 
 Makes an environment if the active one lacks something, executes the notebooks with papermill, and writes
@@ -18,10 +20,19 @@ figures/ (the smoke and paper profiles write below runs/). Finished work is foun
   -p NAME VALUE      set a notebook parameter; may be repeated: -p num_experts 8 -p seeds '[0, 1]'
   --force            do finished work again, trainings included
   --figures          draw every figure again from the records, without training: under a minute
+  --dry-run          make one step of each kind of training that the notebooks ask for, and say what all would cost
+  --launch COMMAND   start the processes of each training with a command: --launch 'torchrun --nproc_per_node 8'
+  --shard            spread models over these processes (FSDP), for what does not fit into one's memory
+  --device-batch N   examples that a process takes at a time; the gradients of more are added up
+  --deterministic    deterministic algorithms alone
+  --sweep FILE       execute a notebook once a cell of a grid, such as notebooks/sweeps/gatherings.yaml
+  --jobs N           so many cells at a time (1)
+  --on WHERE         run the cells here (local), as Slurm jobs (slurm), or on a Dask scheduler (its address)
   --help             this text
 
 The environment is the active one if it satisfies pyproject.toml; else conda's in .conda (from environment.yml)
-where there is conda; else a virtual environment in .venv. ONES_PYTHON names the Python that makes .venv.
+where there is conda; else a virtual environment in .venv. ONES_PYTHON names the Python that makes .venv; with
+ONES_LOCKED=1 it has exactly the versions of requirements.lock.
 The tests open a notebook in Chromium or Chrome; where there is none, they get Debian's or Ubuntu's package if run as
 root (in a container, say), else that test is skipped.
 TEXT
@@ -48,7 +59,7 @@ PY
 make_once() {
     local folder=$1 stamp
     shift
-    stamp=$(cat pyproject.toml environment.yml | cksum)
+    stamp=$(cat pyproject.toml environment.yml ${ONES_LOCKED:+requirements.lock} | cksum)
     if [ "$(cat "$folder/.made-from" 2>/dev/null)" != "$stamp" ]; then
         "$@"
         echo "$stamp" >"$folder/.made-from"
@@ -64,7 +75,12 @@ make_conda() {
 make_venv() {
     echo "run_all.sh: making a virtual environment in .venv from pyproject.toml (a few minutes, several GB)" >&2
     "$1" -m venv --clear .venv
-    .venv/bin/python -m pip install --quiet --progress-bar off --editable '.[test]'
+    if [ -n "${ONES_LOCKED:-}" ]; then
+        .venv/bin/python -m pip install --quiet --progress-bar off --require-hashes --requirement requirements.lock
+        .venv/bin/python -m pip install --quiet --progress-bar off --no-deps --editable .
+    else
+        .venv/bin/python -m pip install --quiet --progress-bar off --editable '.[test]'
+    fi
 }
 
 # A browser for the test of the widgets. What can't be had makes that test skip, and say so.
@@ -91,7 +107,11 @@ for candidate in "${ONES_PYTHON:-}" python3 python3.13 python3.12 python3.11; do
     fi
 done
 
-if [ -n "$active" ] && satisfies "$active" "$purpose"; then
+if [ -n "${ONES_LOCKED:-}" ] && [ -n "$maker" ]; then
+    make_once .venv make_venv "$maker"
+    python=.venv/bin/python
+    took="the virtual environment .venv, of requirements.lock"
+elif [ -n "$active" ] && satisfies "$active" "$purpose"; then
     python=$active
     took="the active environment ${VIRTUAL_ENV:-$CONDA_PREFIX}"
 elif [ -n "$maker" ] && satisfies "$maker" "$purpose"; then

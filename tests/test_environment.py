@@ -46,6 +46,25 @@ def test_what_is_installed_satisfies_it(requirement):
     assert version(Requirement(requirement).name) in Requirement(requirement).specifier
 
 
+def locked(name: str) -> list[Requirement]:
+    """Entries of the lock file, one or more by platform, each with the hashes of its files."""
+    text = (ROOT / "requirements.lock").read_text().replace("\\\n", " ")
+    lines = [line.split(" --hash=") for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(len(line) > 1 and all(h.strip().startswith("sha256:") for h in line[1:]) for line in lines)
+    return [r for line in lines if (r := Requirement(line[0])).name == name]
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS)
+def test_the_lock_file_satisfies_it(requirement):
+    wanted = Requirement(requirement)
+    found = locked(wanted.name.lower())
+    assert found, wanted.name
+    for entry in found:
+        (pin,) = entry.specifier
+        assert pin.operator == "=="
+        assert pin.version in wanted.specifier
+
+
 def test_help():
     result = run_all("--help")
     assert result.returncode == 0
