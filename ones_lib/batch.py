@@ -152,14 +152,16 @@ def execute(notebook: Path, output: Path, parameters: Mapping[str, Any], root: P
     os.replace(unfinished, output)
 
 
-def settings(root: Path, profile: str, only: Sequence[str], overrides: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
-    """The parameters of the chosen notebooks, in order: the profile's and the overrides, checked."""
+def settings(
+    root: Path, profile: str, only: Sequence[str], overrides: Mapping[str, Any], source: str = "-p"
+) -> dict[Path, dict[str, Any]]:
+    """The parameters of the chosen notebooks, in order: the profile's and the overrides, which come from ``source``, checked."""
     notebooks = choose_notebooks(root / "notebooks", only)
     every = {n: declared_parameters(n) for n in sorted((root / "notebooks").glob("*.ipynb"))}
     profile_file = root / "notebooks" / "profiles" / f"{profile}.yaml"
     values = read_yaml(profile_file)
     check_parameters(values, {k: v for d in every.values() for k, v in d.items()}, profile_file.name)
-    check_parameters(overrides, {k: v for n in notebooks for k, v in every[n].items()}, "-p")
+    check_parameters(overrides, {k: v for n in notebooks for k, v in every[n].items()}, source)
     values = {**values, **overrides}
     return {n: {name: values[name] for name in every[n] if name in values} for n in notebooks}
 
@@ -169,7 +171,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise BatchError(f"{file}: expected YAML ({error})") from error
+        raise BatchError(f"{file}: expected YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise BatchError(f"{file}: expected names with values, found {type(values).__name__}")
     return values
@@ -185,8 +187,9 @@ def run(
     root = Path.cwd()
     chosen = settings(root, profile, only, overrides)
     folder = root / "runs" / (to or profile)
-    if not os.access(next(f for f in (folder, *folder.parents) if f.exists()), os.W_OK):
-        raise BatchError(f"{folder}: expected a folder that can be written to, found one that cannot")
+    there = next(f for f in (folder, *folder.parents) if f.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise BatchError(f"{folder}: expected a folder that can be written to, found none: {there}")
 
     if not to:  # a sweep has had all of its cells checked
         open_ones = {n: p for n, p in chosen.items() if not finished(folder / n.name, fingerprint(n, p))}
@@ -381,7 +384,7 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
     if profile not in PROFILES:
         raise BatchError(f"{file}: profile: expected of {PROFILES}, found {profile!r}")
     for cell in cells:  # all of them before the first is run
-        chosen = settings(root, profile, [sweep["notebook"]], {**fixed, **cell})
+        chosen = settings(root, profile, [sweep["notebook"]], {**fixed, **cell}, file.name)
         given += [(cell_name(cell), notebook, values) for notebook, values in chosen.items()]
     check_values(given)
     declared = declared_parameters(next(iter(chosen)))

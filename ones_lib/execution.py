@@ -15,7 +15,6 @@ import platform
 import queue
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -23,14 +22,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
 import pandas as pd
-import psutil
 import torch
 from accelerate.utils import set_seed
 from torch import nn
@@ -41,7 +39,7 @@ from ones_lib.data import ImageData, image_data, images
 from ones_lib.data.images import available_cores
 from ones_lib.data.text import TextData, text_data
 from ones_lib.distillation import Distillation
-from ones_lib.files import model_tensors, write_text
+from ones_lib.files import left_behind, model_tensors, this_process, write_text
 from ones_lib.integration import integrate
 from ones_lib.language_models import LanguageModelling, language_model
 from ones_lib.language_students import gathered_model
@@ -334,11 +332,10 @@ def write_plan(path: Path, configs: Mapping[str, Config], cache_dir: Path) -> No
 @contextmanager
 def _teacher_logits(cache_dir: Path) -> Iterator[Path]:
     """A folder for the logits that students share, while this process trains them: they are gigabytes, and made in seconds."""
-    root, host = cache_dir / "teacher_logits", socket.gethostname()
-    for left in root.glob(f"{host}-*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(f"{host}-"))):  # it was killed
-            shutil.rmtree(left, ignore_errors=True)
-    folder = root / f"{host}-{os.getpid()}"
+    root = cache_dir / "teacher_logits"
+    for left in left_behind(root):
+        shutil.rmtree(left, ignore_errors=True)
+    folder = root / this_process()
     try:
         yield folder
     finally:
@@ -459,9 +456,14 @@ def _run_launched(missing: Mapping[str, Config], place: Workplace, bar: tqdm) ->
     """Carry out configurations, one after another, in the processes that the launch command starts."""
     records = place.records
     records.root.mkdir(parents=True, exist_ok=True)
-    plan = records.root / f".plan-{socket.gethostname()}-{os.getpid()}.json"  # where every node finds it
-    where = {"root": str(records.root), "redo_before": records.redo_before and records.redo_before.isoformat()}
-    paths = {"cache_dir": str(place.cache_dir), "teacher_logits": str(place.teacher_logits)}
+    for left in left_behind(records.root, ".plan-"):
+        left.unlink(missing_ok=True)
+    plan = records.root / f".plan-{this_process()}.json"  # where every node finds it
+    where = {
+        "root": str(records.root.resolve()),
+        "redo_before": records.redo_before and records.redo_before.isoformat(),
+    }
+    paths = {"cache_dir": str(place.cache_dir.resolve()), "teacher_logits": str(place.teacher_logits.resolve())}
     write_text(plan, json.dumps({"configs": missing, **where, **paths, "execution": asdict(place.execution)}))
     command = [*shlex.split(place.execution.launch), "-m", "ones_lib.execution", str(plan)]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -477,13 +479,12 @@ def _run_launched(missing: Mapping[str, Config], place: Workplace, bar: tqdm) ->
         with process:
             try:
                 for line in process.stdout:
-                    message = json.loads(line) if line.startswith('{"ones": ') else None
-                    if message is None:
+                    message = _heard(line)
+                    if "progress" in message:
+                        progress[message["key"]](*message["progress"])
+                    elif line.strip():
+                        error = error or message.get("error")
                         said.append(line)
-                    elif "error" in message["ones"]:
-                        error = error or message["ones"]["error"]
-                    else:
-                        progress[message["ones"]["key"]](*message["ones"]["progress"])
             except BaseException:
                 process.terminate()  # torchrun ends its processes
                 raise
@@ -497,7 +498,6 @@ def _run_launched(missing: Mapping[str, Config], place: Workplace, bar: tqdm) ->
 
 def main(plan_file: str) -> None:
     """Carry out a plan as one of the processes that a launcher has started."""
-    state = None
     try:
         state = join()
         plan = json.loads(Path(plan_file).read_text())
@@ -511,18 +511,27 @@ def main(plan_file: str) -> None:
                 _say({"key": key, "progress": progress})
 
             carry_out(config, place, report if is_main() else None)
+        state.destroy_process_group()
     except Exception as error:
         _say({"error": f"{type(error).__name__}: {error}"})
         raise
-    finally:
-        if state is not None:
-            state.destroy_process_group()
 
 
 def _say(message: dict) -> None:
     """To the process that launched this one, on a line of its own."""
-    sys.stdout.write(f'\n{{"ones": {json.dumps(message)}}}\n')
+    sys.stdout.write(f"\n{_MARK}{json.dumps(message)}\n")
     sys.stdout.flush()
+
+
+def _heard(line: str) -> dict:
+    """What :func:`_say` said on a line; nothing if it is another's."""
+    if line.startswith(_MARK):
+        with suppress(ValueError):  # two processes' lines in one
+            return json.loads(line.removeprefix(_MARK))
+    return {}
+
+
+_MARK = "ones_lib.execution: "
 
 
 if __name__ == "__main__":

@@ -28,12 +28,9 @@ def written_beside(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it could not be written, as on a full disk; the file is named, and how much room there is.
     """
-    mine = f"{path.name}.{socket.gethostname()}-"
-    for left in path.parent.glob(f"{glob.escape(mine)}*{UNFINISHED}*"):
-        writer = left.name.removeprefix(mine).partition(UNFINISHED)[0]
-        if writer.isdecimal() and not psutil.pid_exists(int(writer)):  # it was killed
-            left.unlink(missing_ok=True)
-    beside = path.with_name(f"{mine}{os.getpid()}{UNFINISHED}{path.suffix}")
+    for left in left_behind(path.parent, f"{path.name}."):
+        left.unlink(missing_ok=True)
+    beside = path.with_name(f"{path.name}.{this_process()}{UNFINISHED}{path.suffix}")
     try:
         yield beside
         os.replace(beside, path)
@@ -45,6 +42,18 @@ def written_beside(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def this_process() -> str:
+    """A name for this process among those of all machines."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def left_behind(folder: Path, prefix: str = "") -> list[Path]:
+    """What has the name of a process in its own, after a prefix, and that process was of this machine and is no more."""
+    start = f"{prefix}{socket.gethostname()}-"
+    found = {path: path.name.removeprefix(start).partition(".")[0] for path in folder.glob(f"{glob.escape(start)}*")}
+    return [path for path, number in found.items() if number.isdecimal() and not psutil.pid_exists(int(number))]
 
 
 def remove_unfinished(folder: Path) -> None:

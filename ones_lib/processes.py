@@ -122,13 +122,18 @@ def shard_model(model: nn.Module) -> None:
 
     if not dist.is_initialized():
         raise RuntimeError("shard: expected several processes, started by torchrun, found one")
-    for blocks in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
-        parameters = [parameter for block in blocks for parameter in block.parameters()]
-        if len(parameters) == len(set(parameters)) and len(blocks) > 1:
-            for block in blocks:
-                if not any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in block.modules()):
-                    fully_shard(block)
+    for block in _blocks(model):
+        fully_shard(block)
     fully_shard(model)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer's blocks: the first list of modules that are all of one class. None if they share weights."""
+    for blocks in (module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))):
+        if len(blocks) > 1 and len({type(block) for block in blocks}) == 1:
+            parameters = [parameter for block in blocks for parameter in block.parameters()]
+            return list(blocks) if len(parameters) == len(set(parameters)) else []
+    return []
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -225,7 +225,11 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         batch.BatchError,
         "--launch: expected a command, found none called 'torchrum'",
     ),
-    "file in the place of runs": (command("--only", "01", runs=""), batch.BatchError, "runs"),
+    "file in the place of runs": (
+        command("--only", "01", runs=""),
+        batch.BatchError,
+        "runs/demo: expected a folder that can be written to, found none: .*/runs",
+    ),
     # sweeps
     "sweep that is not there": (
         command("--sweep", "none.yaml"),
@@ -250,7 +254,7 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "grid of a misspelt parameter": (
         command("--sweep", "s.yaml", s_yaml=SWEEP + "grid: {sede: [0]}"),
         batch.BatchError,
-        "no chosen notebook has a parameter 'sede'; did you mean 'seed'",
+        "s.yaml: no chosen notebook has a parameter 'sede'; did you mean 'seed'",
     ),
     "sweep of no jobs": (
         command("--sweep", "s.yaml", "--jobs", "0", s_yaml=SWEEP + "grid: {seed: [0]}"),

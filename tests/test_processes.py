@@ -12,15 +12,17 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from ones_lib import Distillation
 from ones_lib.data.keys import Share
 from ones_lib.execution import Execution
 from ones_lib.moe import Routing
-from ones_lib.processes import shard_model
+from ones_lib.processes import _blocks, shard_model
 from ones_lib.records import Records
 from ones_lib.study import Study
 from ones_lib.training import Training, _share, fit
+from ones_lib.vision import WideNet
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 WORKER = str(Path(__file__).with_name("fit_worker.py"))
@@ -149,6 +151,30 @@ def test_a_launch_that_fails_says_why(tmp_path, launch, message):
     with pytest.raises(RuntimeError, match=message.replace("(", r"\(")):
         study.run([study.dense(0)])
     assert not list((tmp_path / "records").glob("dense-????????????????"))
+
+
+def test_models_are_spread_block_by_block_where_blocks_have_weights_of_their_own():
+    arguments = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depth": 3,
+        "num_heads": 2,
+        "d_ff": 8,
+        "num_classes": 2,
+    }
+    own, shared = (WideNet(**arguments, num_experts=2, share_depth=share) for share in (False, True))
+    assert _blocks(own) == list(own.blocks)
+    assert _blocks(shared) == []
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    mixtral = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2))
+    assert _blocks(mixtral) == list(mixtral.model.layers)
 
 
 def test_shards_need_processes_and_refuse_what_cannot_be_in_pieces(tmp_path):
