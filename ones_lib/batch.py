@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import pandas as pd
 import papermill
 import yaml
 from filelock import FileLock
@@ -369,6 +368,8 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
     A cell that fails, also when tried again, is left, and the others go on; the exit status is then 1. Cells that are finished
     are not run again.
     """
+    import pandas as pd  # not for what needs no tables
+
     sweep, root = read_yaml(file), Path.cwd()
     if unknown := set(sweep) - SWEEP_KEYS:
         odd = sorted(unknown)[0]

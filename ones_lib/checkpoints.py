@@ -236,7 +236,7 @@ class _Work:
         if self.folder.exists() and (not mark.exists() or mark.read_text() != self.identity):
             warnings.warn(f"{self.folder}: unfinished work of another conversion, starting over", stacklevel=3)
             shutil.rmtree(self.folder)
-        for unfinished in self.folder.rglob(f"*{UNFINISHED}*"):  # of a process that was killed while it wrote
+        for unfinished in self.folder.rglob(f"*{UNFINISHED}"):  # of a process that was killed while it wrote
             unfinished.unlink()
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         done = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors")) if self.folder.exists() else 0

@@ -1032,7 +1032,7 @@ def save_figure(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path,
         ".png": None,
     }.items():  # the same figure gives the same file
         with written_beside(path.with_suffix(suffix)) as beside:
-            fig.savefig(beside, metadata=metadata)
+            fig.savefig(beside, format=suffix[1:], metadata=metadata)
 
 
 def save_table(table: pd.DataFrame, name: str, folder: str | Path, records: Iterable[str] = ()) -> None:

@@ -30,7 +30,7 @@ def written_beside(path: Path) -> Iterator[Path]:
     """
     for left in left_behind(path.parent, f"{path.name}."):
         left.unlink(missing_ok=True)
-    beside = path.with_name(f"{path.name}.{this_process()}{UNFINISHED}{path.suffix}")
+    beside = path.with_name(f"{path.name}.{this_process()}{UNFINISHED}")
     try:
         yield beside
         os.replace(beside, path)
@@ -58,7 +58,7 @@ def left_behind(folder: Path, prefix: str = "") -> list[Path]:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a process that was killed had begun to write in a folder that nobody else writes to."""
-    for left in folder.glob(f"*{UNFINISHED}*"):
+    for left in folder.glob(f"*{UNFINISHED}"):
         left.unlink()
 
 

@@ -461,12 +461,12 @@ def test_a_killed_conversion_leaves_nothing_in_the_result(tmp_path):
     moe("mixtral").save_pretrained(tmp_path / "moe")
     killed = (
         "import os, signal, sys\n"
-        "from ones_lib import checkpoints, records\n"
+        "from ones_lib import checkpoints, files\n"
         "def half(tensors, path, metadata):\n"
         "    path.write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "whole, done = records.save_file, []\n"
-        "records.save_file = lambda *a: done.append(1) or (half if len(done) == 3 else whole)(*a)\n"
+        "whole, done = files.save_file, []\n"
+        "files.save_file = lambda *a: done.append(1) or (half if len(done) == 3 else whole)(*a)\n"
         "checkpoints.convert(sys.argv[1], sys.argv[2], 'average')\n"
     )
     command = [sys.executable, "-c", killed, str(tmp_path / "moe"), str(tmp_path / "dense")]

@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from ones_lib.data import evaluation_keys, image_data, training_keys
+from ones_lib.data import Share, evaluation_keys, image_data, training_keys
 from ones_lib.data.glyphs import LOOK_ALIKE, choose_characters, make_glyphs
 from ones_lib.data.images import TensorImages, shift
 
@@ -112,7 +112,7 @@ def test_training_keys_cover_every_epoch_and_go_on_from_any_step():
 
 def test_processes_share_out_each_batch():
     whole = list(training_keys(10, 4, 3, 0, 5))
-    parts = zip(*(training_keys(10, 4, 3, 0, 5, rank, 2) for rank in (0, 1)), strict=True)
+    parts = zip(*(training_keys(10, 4, 3, 0, 5, Share(rank, 2)) for rank in (0, 1)), strict=True)
     for batch, (a, b) in zip(whole, parts, strict=True):
         assert {tuple(k) for k in batch.tolist()} == {tuple(k) for k in torch.cat([a, b]).tolist()}
 
@@ -201,11 +201,11 @@ def test_bad_arguments_are_refused(tmp_path, name, options, error, message):
 
 
 def test_an_interrupted_cache_is_not_taken_for_whole(tmp_path, monkeypatch):
-    def fail(tensors, path):
+    def fail(tensors, path, metadata):
         save_file(tensors, path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ones_lib.data.images.save_file", fail)
+    monkeypatch.setattr("ones_lib.files.save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         glyphs(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))

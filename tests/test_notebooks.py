@@ -173,11 +173,23 @@ def test_force_trains_again(project):
 
 
 def test_a_failing_notebook_ends_the_batch_naming_cell_and_error(project, capfd):
-    assert batch.main(["--profile", "smoke", "--only", "01", "02", "-p", "top_k", "99", "-p", "processes", "1"]) == 1
+    few = ["--profile", "smoke", "--only", "01", "02", "-p", "processes", "1", "-p", "learning_rate", "1e30"]
+    assert batch.main(few) == 1
     error = capfd.readouterr().err
     assert "01_imagenet.ipynb failed in cell" in error
-    assert "ValueError: top_k: expected an integer from 1 to num_experts=4, found 99" in error
+    assert "Diverged: the loss became nan at step" in error
     assert (project / "runs" / "smoke" / "01_imagenet.failed.ipynb").exists()
+
+
+def test_what_cannot_be_is_told_before_the_first_notebook_runs(project, capfd):
+    """Also where it is wrong in the last one alone."""
+    assert batch.main(["--profile", "smoke", "--only", "01", "08", "-p", "soft_slots", "1", "-p", "top_k", "99"]) == 1
+    said = capfd.readouterr()
+    assert "01_imagenet.ipynb: top_k: expected an integer from 1 to num_experts=4, found 99" in said.err
+    assert batch.main(["--profile", "smoke", "--only", "01", "08", "-p", "teacher_methods", "[sun]"]) == 1
+    said = capfd.readouterr()
+    assert "08_other_teachers.ipynb: teacher_methods: expected of" in said.err
+    assert "profile smoke" not in said.out
 
 
 @pytest.fixture

@@ -157,8 +157,8 @@ def test_a_run_that_is_killed_twice_ends_as_one_that_was_not(tmp_path):
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path):
     gone = 2**22 + 1  # no process has such a number
-    names = [f"a.txt.{os.uname().nodename}-{gone}.tmp.txt", f"a.txt.elsewhere-{gone}.tmp.txt"]
-    names.append(f"a.txt.{os.uname().nodename}-{os.getppid()}.tmp.txt")
+    names = [f"a.txt.{os.uname().nodename}-{gone}.tmp", f"a.txt.elsewhere-{gone}.tmp"]
+    names.append(f"a.txt.{os.uname().nodename}-{os.getppid()}.tmp")
     for name in names:
         (tmp_path / name).touch()
     write_text(tmp_path / "a.txt", "whole")

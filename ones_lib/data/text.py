@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from filelock import FileLock
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -25,6 +24,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from ones_lib.data import docstrings
 from ones_lib.files import save_tensors
+
+if TYPE_CHECKING:  # a third of a second to import, which all that starts would pay
+    from datasets import Dataset
 
 ANSWER_COLUMNS = ("id", "context", "question", "answers")
 
@@ -284,6 +286,9 @@ def find_split(folder: Path, split: str) -> Path:
 
 
 def _from_files(folder: Path, split: str, optional: bool = False) -> Dataset | None:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
     try:
         path = find_split(folder, split)
     except FileNotFoundError:
@@ -297,6 +302,9 @@ def _from_files(folder: Path, split: str, optional: bool = False) -> Dataset | N
 
 
 def _from_hub(name: str, configuration: str | None, split: str) -> Dataset:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
     try:
         return load_dataset(name, configuration, split=split)
     except (ConnectionError, DatasetNotFoundError) as error:
