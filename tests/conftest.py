@@ -5,7 +5,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fail at once, not wait for a network
 
-from ones_lib import Distillation, FeedForwardWeights
+from ones_lib import Distillation, FeedForwardWeights, batch, checks
 from ones_lib.data.text import text_data
 from ones_lib.records import Records
 from ones_lib.study import Study
@@ -43,6 +43,23 @@ def form(request):
     """Keyword arguments for each form of FFN: plain or gated, with or without biases."""
     gated, biases = request.param
     return {"gated": gated, "biases": biases}
+
+
+@pytest.fixture(scope="session")
+def checked_here():
+    """Parameters are checked in this process, which has imported what that takes; gives what does it in one of its own."""
+
+    def check(given):
+        for name, notebook, values in given:
+            try:
+                checks.check(batch.declared_parameters(notebook) | dict(values))
+            except (ValueError, OSError, TypeError) as error:
+                raise batch.BatchError(f"{name}: {error}") from error
+
+    with pytest.MonkeyPatch.context() as patch:
+        elsewhere = batch.check_values
+        patch.setattr(batch, "check_values", check)
+        yield elsewhere
 
 
 @pytest.fixture(scope="session")

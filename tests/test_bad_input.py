@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, checked_here):
     """A project to run in: notebooks and nothing else."""
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     shutil.copy(ROOT / "run_all.sh", tmp_path)

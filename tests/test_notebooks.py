@@ -24,7 +24,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, text_cache):
+def project(tmp_path_factory, text_cache, checked_here):
     """A copy of the notebooks to run in, so that the tests leave the project as it is."""
     root = tmp_path_factory.mktemp("project")
     shutil.copytree(text_cache, root / "runs" / "cache")
@@ -152,23 +152,22 @@ def test_force_trains_again(project):
         "--profile",
         "smoke",
         "--only",
-        "01",
+        "student",
         "-p",
-        "seeds",
-        "[7]",
-        "-p",
-        "methods",
-        "[topk]",
+        "seed",
+        "7",
         "-p",
         "teacher_steps",
         "5",
+        "-p",
+        "processes",
+        "1",
     ]
-    few += ["-p", "processes", "1"]
     assert batch.main(few) == 0
     before = records_made(project)
     assert batch.main([*few, "--force"]) == 0
     changed = {path for path, stamp in records_made(project).items() if before.get(path) != stamp}
-    assert len(changed) == 6  # teacher, dense, dense_long, dense_kd, the student before and after KD
+    assert len(changed) == 3  # teacher, dense, the student
     assert set(before) == set(records_made(project))
 
 
@@ -181,8 +180,9 @@ def test_a_failing_notebook_ends_the_batch_naming_cell_and_error(project, capfd)
     assert (project / "runs" / "smoke" / "01_imagenet.failed.ipynb").exists()
 
 
-def test_what_cannot_be_is_told_before_the_first_notebook_runs(project, capfd):
+def test_what_cannot_be_is_told_before_the_first_notebook_runs(project, checked_here, monkeypatch, capfd):
     """Also where it is wrong in the last one alone."""
+    monkeypatch.setattr(batch, "check_values", checked_here)
     assert batch.main(["--profile", "smoke", "--only", "01", "08", "-p", "soft_slots", "1", "-p", "top_k", "99"]) == 1
     said = capfd.readouterr()
     assert "01_imagenet.ipynb: top_k: expected an integer from 1 to num_experts=4, found 99" in said.err
