@@ -73,7 +73,7 @@ make_conda() {
 }
 
 make_venv() {
-    echo "run_all.sh: making a virtual environment in .venv from pyproject.toml (a few minutes, several GB)" >&2
+    echo "run_all.sh: making a virtual environment in .venv from ${ONES_LOCKED:+requirements.lock, for }pyproject.toml (a few minutes, several GB)" >&2
     "$1" -m venv --clear .venv
     if [ -n "${ONES_LOCKED:-}" ]; then
         .venv/bin/python -m pip install --quiet --progress-bar off --require-hashes --requirement requirements.lock
