@@ -22,7 +22,7 @@ def run_all(*arguments, cwd=ROOT, **env):
         [str(Path(cwd) / "run_all.sh"), *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, **env},
+        env={**os.environ, "ONES_LOCKED": "", **env},
         check=False,
     )
 
