@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from ones_lib.data import ImageData
 from ones_lib.files import write_text, written_beside
+from ones_lib.gathering import gathering_methods
 from ones_lib.metrics import LOWER_IS_BETTER, main_metric
 from ones_lib.records import project_root
 
@@ -88,6 +89,16 @@ PALETTE |= dict(zip(CALIBRATED, ["#5fa8d3", "#6fcf97", "#f2b880", "#1b7f79", "#d
 PALETTE |= {"moe": "black", "dense": "0.45", "dense_long": "0.45"}
 PALETTE |= {"frequency_average": "#8fa3c9", "topk_wide": "#0b5d1e", "svd_raw": "#a6761d"}
 MARKERS = dict(zip(PALETTE, "oosDv^<PosDhp*XXX<>d", strict=True))
+
+
+def _add_other_methods() -> None:
+    """Gatherings that have been registered and are not in the tables above get a name, a colour and a mark too, after them."""
+    others = [method for method in gathering_methods() if method not in NAMES]
+    for method, colour in zip(others, sns.husl_palette(len(others)) if others else [], strict=True):
+        NAMES[method], PALETTE[method], MARKERS[method] = method.replace("_", " "), colour, "o"
+
+
+_add_other_methods()
 MATRIX_NAMES = {"up": "up projection", "gate": "gate projection", "down": "down projection"}
 SIDE_NAMES = {"in": "space read from", "out": "space written to"}
 MOVES = "moves"  # gid of what depends on the rank in the views of one layer: what their argument `on` draws anew

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ones_lib import figures
+from ones_lib import figures, gathering
 from ones_lib.tables import error_correlations
 
 mpl.use("Agg")
@@ -477,3 +477,16 @@ def test_figures_are_a_papers_columns_wide_and_readable_in_print():
         fig.draw_without_rendering()
         sizes = [text.get_fontsize() for text in fig.findobj(mpl.text.Text) if text.get_text() and text.get_visible()]
         assert min(sizes) >= 6
+
+
+def test_a_gathering_that_somebody_added_is_in_the_figures(monkeypatch):
+    for name in ("NAMES", "PALETTE", "MARKERS"):
+        monkeypatch.setattr(figures, name, dict(getattr(figures, name)))
+    monkeypatch.setitem(gathering._METHODS, "geometric_median", lambda bank: bank.expert(0))
+    figures._add_other_methods()
+    retention = retention_rows()
+    added = retention[retention["model"] == "topk"].assign(model="geometric_median")
+    fig = figures.retention_curves(pd.concat([retention, added]), "budget", "KD steps")
+    assert "geometric median" in {text.get_text() for legend in fig.legends for text in legend.get_texts()}
+    fig = figures.retention_by_model(pd.concat([retention, added]).query("budget == 100"))
+    assert "geometric median" in [tick.get_text() for tick in fig.axes[0].get_yticklabels()]
