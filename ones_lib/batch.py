@@ -422,7 +422,8 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
         os.replace(beside, beside.with_suffix(""))
 
     (root / folder / "locks").mkdir(parents=True, exist_ok=True)
-    with FileLock(root / folder / "locks" / "sweep.lock"), executor(on, jobs, sweep.get("slurm", {})) as pool:
+    slurm = {"log_directory": str(root / folder / "slurm"), **sweep.get("slurm", {})}
+    with FileLock(root / folder / "locks" / "sweep.lock"), executor(on, jobs, slurm) as pool:
         work = {submit(pool, number, cell): number for number, cell in enumerate(cells)}
         try:
             for done in tqdm(as_completed(work), total=len(work), desc=file.stem, unit="cell"):
