@@ -22,10 +22,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class BatchError(ValueError):
     """What was asked for cannot be run; the message is for the person who asked."""
 
 
+@cache
 def declared_parameters(notebook: Path) -> dict[str, Any]:
     """Parameters of a notebook's tagged cell with their defaults (None where a default is no plain value)."""
     result = {}
@@ -72,15 +74,19 @@ def check_parameters(given: Mapping[str, Any], declared: Mapping[str, Any], sour
     """Raise BatchError for a name that no notebook declares, or a value whose type is not the default's."""
     for name, value in given.items():
         if name not in declared:
-            close = difflib.get_close_matches(name, declared, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f", expected one of {sorted(declared)}"
-            raise BatchError(f"{source}: no chosen notebook has a parameter {name!r}{hint}")
+            raise BatchError(f"{source}: no chosen notebook has a parameter {name!r}{_hint(name, declared)}")
         default = declared[name]
         if default is None or value is None:
             continue
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise BatchError(f"{source}: {name}: expected {type(default).__name__} like {default!r}, found {value!r}")
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    """What may have been meant by a name that is not known."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f", expected one of {sorted(known)}"
 
 
 def check_values(given: Sequence[tuple[str, Path, Mapping[str, Any]]]) -> None:
@@ -373,9 +379,7 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
     sweep, root = read_yaml(file), Path.cwd()
     if unknown := set(sweep) - SWEEP_KEYS:
         odd = sorted(unknown)[0]
-        close = difflib.get_close_matches(odd, SWEEP_KEYS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f", expected of {sorted(SWEEP_KEYS)}"
-        raise BatchError(f"{file}: found {odd!r}{hint}")
+        raise BatchError(f"{file}: found {odd!r}{_hint(odd, SWEEP_KEYS)}")
     if missing := {"notebook", "grid"} - set(sweep):
         raise BatchError(f"{file}: expected {sorted(missing)}, found {sorted(sweep)}")
     if jobs < 1:

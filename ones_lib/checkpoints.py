@@ -38,7 +38,7 @@ from ones_lib.architectures import ARCHITECTURES, Config, architecture_of
 from ones_lib.calibrated_gathering import squared_error
 from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights, concatenate
-from ones_lib.files import UNFINISHED, file_stamps, save_tensors, write_text
+from ones_lib.files import file_stamps, remove_unfinished, save_tensors, write_text
 from ones_lib.gathering import (
     ROUTER_SCALES,
     check_options,
@@ -236,8 +236,7 @@ class _Work:
         if self.folder.exists() and (not mark.exists() or mark.read_text() != self.identity):
             warnings.warn(f"{self.folder}: unfinished work of another conversion, starting over", stacklevel=3)
             shutil.rmtree(self.folder)
-        for unfinished in self.folder.rglob(f"*{UNFINISHED}"):  # of a process that was killed while it wrote
-            unfinished.unlink()
+        remove_unfinished(self.folder)
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         done = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors")) if self.folder.exists() else 0
         needed, free = self.plan.bytes - done, shutil.disk_usage(self.destination.parent).free

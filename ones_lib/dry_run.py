@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class Trial:
 
 def kind_of(config: Config) -> Config:
     """What a training shares with those that cost the same a step: all but seed, gathering method and number of steps."""
-    kept = {"domain", "kind", "data", "model", "upcycling", "task"} & set(config)
+    kept = {"domain", "kind", "data", "model", "upcycling", "task", "distillation"} & set(config)
     kind = {name: config[name] for name in kept}
     if config["training"] is not None:
         kind["training"] = {name: v for name, v in config["training"].items() if name not in ("steps", "evaluations")}
@@ -70,14 +70,8 @@ def kind_of(config: Config) -> Config:
         kind["kind"] = "dense"
     if config["kind"] == "student":
         kind["width"] = {name: config["options"][name] for name in ("k", "d_ff") if name in config["options"]}
-    if "distillation" in config:
-        kind |= {"distillation": config["distillation"], "teacher": kind_of({**config["teacher"], "training": None})}
-    elif config["kind"] == "student":
-        kind["teacher"] = kind_of({**config["teacher"], "training": None})
-    if config["kind"] == "finetuned":
-        kind["start"] = kind_of({**config["start"], "training": None})
-        if "teacher" in config:
-            kind["teacher"] = kind_of({**config["teacher"], "training": None})
+    roles = {"teacher", "start"} if config["kind"] == "finetuned" else {"teacher"}
+    kind |= {role: kind_of({**config[role], "training": None}) for role in roles & set(config)}
     return kind
 
 
@@ -190,17 +184,15 @@ def costs(configs: Mapping[str, Config], cache_dir: Path, execution: Execution) 
     for config in configs.values():
         if config["training"] is not None:
             groups.setdefault(json.dumps(kind_of(config), sort_keys=True), []).append(config)
-    rows, failed, tried = [], [], {}
-    for key, group in tqdm(groups.items(), desc="one step each", unit="training"):
+    rows, failed = [], []
+    for group in tqdm(groups.values(), desc="one step each", unit="training"):
         first = group[0]
         row = {"training": name_of(first), "trainings": len(group), "batch_size": first["training"]["batch_size"]}
         row["steps"] = sum(config["training"]["steps"] for config in group)
         try:
-            tried[key] = try_step(first, cache_dir, execution)
+            rows.append({**row, **asdict(try_step(first, cache_dir, execution))})
         except (OSError, ValueError, RuntimeError, MemoryError, AssertionError) as error:
             failed.append(f"{row['training']}: {type(error).__name__}: {error}")
-            continue
-        rows.append({**row, **asdict(tried[key])})
     columns = ["training", "trainings", "batch_size", "steps", *Trial.__dataclass_fields__]
     return pd.DataFrame(rows, columns=columns), failed
 
@@ -233,8 +225,8 @@ def data_reports(configs: Mapping[str, Config], cache_dir: Path) -> list[str]:
     return [open_data(domain, data, cache_dir).report for domain, data in found]
 
 
-def report(table: pd.DataFrame, write: Callable[[str], None] = print) -> None:
-    """The tables, for people."""
+def report(table: pd.DataFrame) -> None:
+    """Print the tables, for people."""
     shown = pd.DataFrame(
         {
             "training": table["training"],
@@ -250,17 +242,17 @@ def report(table: pd.DataFrame, write: Callable[[str], None] = print) -> None:
             f"step of {EXAMPLES} here, s": table["step_seconds"].map("{:.2f}".format),
         }
     )
-    write(shown.to_string(index=False))
-    write(
+    print(shown.to_string(index=False))
+    print(
         "\nGFLOPs: forward, backward, and the teacher's forward. Fixed: weights, gradients, optimizer, moving average, teacher."
     )
     total = _all_operations(table).sum()
     cards = hours_by_card(table).round({"GPU hours": 1, "GPU days": 2})
-    write(
+    print(
         f"\nAll {table['trainings'].sum()} trainings: {total:.3g} FLOPs. At {UTILISATION:.0%} of a card's peak, by our guess:\n"
     )
-    write(cards.to_string(index=False))
-    write(
+    print(cards.to_string(index=False))
+    print(
         "\nExamples at a time: of the largest training, without sharding; --device-batch adds up the gradients of more."
     )
 

@@ -57,8 +57,8 @@ def left_behind(folder: Path, prefix: str = "") -> list[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed had begun to write in a folder that nobody else writes to."""
-    for left in folder.glob(f"*{UNFINISHED}"):
+    """Remove what a process that was killed had begun to write in a folder, and those in it, that nobody else writes to."""
+    for left in folder.rglob(f"*{UNFINISHED}"):
         left.unlink()
 
 

@@ -41,7 +41,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ones_lib.files import checksum, load_tensors, remove_unfinished, save_tensors, write_text, written_beside
+from ones_lib.files import checksum, load_tensors, remove_unfinished, save_tensors, write_text
 
 FORMAT = 1  # raised when what a configuration means has changed
 
@@ -160,8 +160,7 @@ class Records:
                 record = self.find(config)
                 if record is None:
                     history, partial = compute(), self.begin(config)
-                    with written_beside(partial / "history.csv") as beside:
-                        history.to_csv(beside, index=False)
+                    write_text(partial / "history.csv", history.to_csv(index=False))
                     record = self._put(partial, self.folder(config), {})
         return record.history, record.folder.name
 
@@ -190,8 +189,7 @@ class Records:
         tensors = {"weights.safetensors": weights, "predictions.safetensors": predictions}
         for name, content in tensors.items():
             save_tensors(partial / name, content)
-        with written_beside(partial / "history.csv") as beside:
-            history.to_csv(beside, index=False)
+        write_text(partial / "history.csv", history.to_csv(index=False))
         return self._put(partial, final, {**result, "sha256": {name: checksum(partial / name) for name in tensors}})
 
     @staticmethod

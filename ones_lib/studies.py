@@ -22,20 +22,18 @@ def call_with(function: Callable, namespace: Mapping):
     return function(**{name: namespace[name] for name in inspect.signature(function).parameters})
 
 
+_PREFIXED = ("steps", "batch_size", "learning_rate", "warmup", "weight_decay", "optimizer", "temperature", "alpha")
+
+
 @contextmanager
-def _named(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors inside name the notebook's parameter: ``names`` by the field that it sets."""
+def _named(prefix: str, **names: str) -> Iterator[None]:
+    """Errors inside name the notebook's parameter: a recipe's field with the prefix, or another name by the field."""
     try:
         yield
     except ValueError as error:
         field, colon, rest = str(error).partition(":")
-        raise ValueError(f"{names.get(field, field)}{colon}{rest}") from error
-
-
-def _prefixed(prefix: str, **names: str) -> dict[str, str]:
-    """The parameters of a recipe whose names begin with a prefix, and those of other names."""
-    fields = ("batch_size", "learning_rate", "warmup", "weight_decay", "optimizer", "temperature", "alpha")
-    return {field: f"{prefix}{field}" for field in fields} | names
+        parameter = names.get(field, f"{prefix}{field}" if field in _PREFIXED else field)
+        raise ValueError(f"{parameter}{colon}{rest}") from error
 
 
 def image_study(
@@ -86,7 +84,7 @@ def image_study(
     The KD recipe is the teacher's but for steps, learning rate and, since only what it ends with is looked at, evaluations.
     """
     root = project_root()
-    with _named({"steps": "teacher_steps"}):
+    with _named("", steps="teacher_steps"):
         teaching = Training(
             steps=teacher_steps,
             batch_size=batch_size,
@@ -100,7 +98,7 @@ def image_study(
             mixed_precision=mixed_precision,
             evaluations=5,
         )
-    with _named({"steps": "kd_steps", "learning_rate": "kd_learning_rate"}):
+    with _named("kd_"):
         learning = replace(teaching, steps=kd_steps, learning_rate=kd_learning_rate, evaluations=0)
     return Study(
         domain="image",
@@ -190,7 +188,7 @@ def text_study(
 ) -> Study:
     """The :class:`Study` of the text notebook's flat parameters; paths are relative to the project's root."""
     root = project_root()
-    with _named(_prefixed("text_", steps="text_teacher_steps")):
+    with _named("text_", steps="text_teacher_steps"):
         pretraining = Training(
             steps=text_teacher_steps,
             batch_size=text_batch_size,
@@ -202,9 +200,9 @@ def text_study(
             evaluations=5,
         )
     tasks = tasks or list(EMBEDDED_TASKS if text_data == "docstrings" else HUB_TASKS)
-    with _named({"steps": "text_kd_steps", "learning_rate": "text_kd_learning_rate"}):
+    with _named("text_kd_"):
         learning = replace(pretraining, steps=text_kd_steps, learning_rate=text_kd_learning_rate, evaluations=0)
-    with _named(_prefixed("finetune_", steps="finetune_steps")):
+    with _named("finetune_"):
         finetuning = replace(
             pretraining,
             steps=finetune_steps,
@@ -212,7 +210,7 @@ def text_study(
             learning_rate=finetune_learning_rate,
             evaluations=0,
         )
-    with _named(_prefixed("text_")):
+    with _named("text_"):
         distillation = Distillation(text_temperature, text_alpha)
     return Study(
         domain="text",
@@ -287,7 +285,7 @@ def language_study(
     """The :class:`Study` of the notebook on published MoEs; paths are relative to the project's root."""
     root = project_root()
     source = _in_project(root, language_source)
-    with _named(_prefixed("language_", steps="language_teacher_steps")):
+    with _named("language_", steps="language_teacher_steps"):
         training = Training(
             steps=language_teacher_steps,
             batch_size=language_batch_size,
@@ -297,9 +295,9 @@ def language_study(
         )
     corpus = _in_project(root, language_corpus)
     embedded = corpus == "docstrings"
-    with _named({"steps": "language_kd_steps", "learning_rate": "language_kd_learning_rate"}):
+    with _named("language_kd_"):
         learning = replace(training, steps=language_kd_steps, learning_rate=language_kd_learning_rate, evaluations=0)
-    with _named(_prefixed("language_")):
+    with _named("language_"):
         distillation = Distillation(language_temperature, language_alpha)
     return Study(
         domain="language",

@@ -232,6 +232,8 @@ def _embedded_folder(cache_dir: Path) -> Path:
 
 def _made_once(folder: Path, make) -> Path:
     """``folder``, filled by ``make`` if it is not there; it appears only when whole."""
+    if folder.exists():
+        return folder
     locks = folder.parent / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / f"{folder.name}.lock"):  # another process may be at it, and is waited for
