@@ -4,14 +4,13 @@ Importing this package registers the ``widenet_*`` and ``ones_*`` models with ti
 Auto classes.
 """
 
-from ones_lib import calibrated_gathering, text, vision  # noqa: F401  registers gatherings and models
 from ones_lib.calibration import Calibration, LayerActivations, collect_activations
 from ones_lib.distillation import Distillation
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering import gather, gathering_methods, register
 from ones_lib.integration import integrate
 from ones_lib.metrics import benefit_retention
-from ones_lib.upcycling import upcycle
+from ones_lib.models import upcycle
 
 __version__ = "0.1.0"
 __all__ = [

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from ones_lib.ffn import FeedForwardWeights
 from ones_lib.moe import MoEFeedForward
 
 Activation = Callable[[Tensor], Tensor]
@@ -170,3 +171,14 @@ class _Draw:
         weights = torch.where(means > 0, 1 / means, 0.0)[depths]
         weights = weights / weights.mean() if weights.sum() > 0 else torch.ones_like(weights)
         return LayerActivations(inputs, gates, outputs, activation, weights.to(inputs))
+
+
+def squared_error(ffn: FeedForwardWeights, calibration: LayerActivations) -> float:
+    """Squared error of an FFN's output on the tokens over the squared output of the layer, with the tokens' weights."""
+    error = size = 0.0
+    for chunk in calibration.chunks():
+        weights = chunk.token_weights().double()
+        output = ffn.apply(chunk.inputs, chunk.activation)
+        error = error + (weights * (output - chunk.outputs).double().square().sum(dim=1)).sum()
+        size = size + (weights * chunk.outputs.double().square().sum(dim=1)).sum()
+    return (error / size).item()

@@ -3,20 +3,15 @@ the experts beyond the MoE's logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from hashlib import blake2b
-from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate.utils import reduce
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ones_lib.files import model_tensors, save_tensors
 from ones_lib.moe import Router
 
 
@@ -70,54 +65,6 @@ class Distillation:
     def hidden_loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """What the hidden states of every depth add to the loss."""
         return self.hidden_weight * hidden_error(student, teacher, self.depth_weights)
-
-
-class TeacherLogits:
-    """A frozen teacher's logits, kept in files by what is in the batch, so that students that see the same batches, as those
-    of one seed do, have them computed once. What is read is bit for bit what was computed.
-
-    Args:
-        folder: of this teacher's configuration; made when needed, can be deleted at any time.
-        teacher: its weights and the precision are part of what a batch's file is found by.
-        steps: of the training: logits of which so many are larger than :data:`LARGEST_CACHE` are not kept.
-    """
-
-    def __init__(self, folder: Path, teacher: nn.Module, steps: int) -> None:
-        self.folder, self.teacher, self.steps, self.keeping = folder, teacher, steps, True
-
-    @cached_property
-    def _weights(self) -> str:
-        return _digest(model_tensors(self.teacher).values())
-
-    def of(self, batch: Tensor | tuple, compute: Callable[[], Tensor]) -> Tensor:
-        """Logits of a batch: read, or else computed and kept."""
-        if not self.keeping:
-            return compute()
-        tensors = [batch] if torch.is_tensor(batch) else [part for part in batch if part is not None]
-        device = tensors[0].device
-        precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        path = self.folder / f"{_digest(tensors, self._weights, str(precision))}.safetensors"
-        if path.exists():
-            return load_file(path)["logits"].to(device)
-        logits = compute()
-        self.keeping = logits.nbytes * self.steps <= LARGEST_CACHE
-        if self.keeping:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_tensors(path, {"logits": logits})
-        return logits
-
-
-#: Bytes of logits that are kept for one training.
-LARGEST_CACHE = 2**30
-
-
-def _digest(tensors: Iterable[Tensor], *texts: str) -> str:
-    """32 hexadecimal digits that stand for tensors' contents, and for texts."""
-    digest = blake2b(repr(texts).encode(), digest_size=16)
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def hidden_error(
@@ -189,7 +136,9 @@ def adapt_routers(teacher: nn.Module, loss: Callable[[], Tensor], rate: float) -
         gradients = torch.autograd.grad(loss(), weights)
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.requires_grad_(False)
-        gradient = reduce(gradient, "mean")  # over processes: they have one teacher
+        if dist.is_initialized():  # all processes have one teacher
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
         norm = gradient.norm()
         if norm > 0:
             weight.sub_(rate * weight.norm() * gradient / norm)

@@ -193,3 +193,22 @@ def best_order(likeness: Tensor) -> Tensor:
     """Order [h] of the columns in which the diagonal of ``likeness`` [h, h] has the largest sum."""
     _, order = linear_sum_assignment(likeness.detach().double().cpu().numpy(), maximize=True)
     return torch.from_numpy(order).to(likeness.device)
+
+
+def count_non_finite(tensor: Tensor) -> int:
+    """How many elements are NaN or infinite."""
+    # A sum is finite only if its terms are, and quicker than looking at each.
+    sums = torch.stack([part.to(compute_dtype(tensor)).sum() for part in pieces(tensor)])
+    return 0 if torch.isfinite(sums).all() else int((~torch.isfinite(tensor)).sum())
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+_CHUNK = 2**20  # elements to look at in one piece: they stay in the cache
+
+
+def pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Rows of a tensor, so many at a time that they stay in the cache."""
+    return tensor.split(max(1, _CHUNK * len(tensor) // max(1, tensor.numel())))

@@ -12,11 +12,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ones_lib.calibrated_gathering import relative_adam
 from ones_lib.calibration import Calibration
 from ones_lib.distillation import HiddenStates, hidden_error
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.gathering import Scale, check_bank, gather, gathering_methods, needs_calibration, uses_calibration
+from ones_lib.gathering.registry import check_bank, gather, gathering_methods, needs_calibration, uses_calibration
+from ones_lib.gathering.regression import relative_adam
+from ones_lib.gathering.scale import Scale
 from ones_lib.moe import MoEFeedForward
 
 #: Controls that a gathering must be worth more than: (experts, freshly initialised FFN, generator) -> the student's FFN.
@@ -85,7 +86,7 @@ def integrate(
 
     Raises:
         ValueError: no MoE layer in the teacher, unknown method, a calibration that is missing, or what
-            :func:`ones_lib.gathering.gather` refuses.
+            :func:`ones_lib.gathering.registry.gather` refuses.
         TypeError: an option that the method does not have.
     """
     if method not in integration_methods():
@@ -158,7 +159,7 @@ def fit_jointly(
     A fit layer by layer looks at each with the teacher's inputs. In the student each gets what those before it made of
     them, and what a layer leaves wrong, a later one may mend. Nothing but the feed-forward layers moves; no labels and no
     logits are used. Adam, one batch of the calibration a step, ``learning_rate`` relative to the weights as in
-    :func:`ones_lib.calibrated_gathering.fit`; the start is kept where that is no better on the first batches.
+    :func:`ones_lib.gathering.regression.fit`; the start is kept where that is no better on the first batches.
     """
     if not steps >= 1 or not learning_rate > 0:
         raise ValueError(f"steps, learning_rate: expected positive numbers, found {steps} and {learning_rate}")

@@ -8,9 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.stats import rankdata
-from torch import Tensor
 
 #: Metrics of which less is better, in nats; all others are parts of one, shown in per cent.
 LOWER_IS_BETTER = ("loss",)
@@ -111,36 +109,3 @@ def _weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """[m, n] values under [b, n] weights -> [b, m]. In float64, so that tables do not depend on the number of threads."""
     weights = weights.astype(np.float64)
     return weights @ values.T / weights.sum(axis=1, keepdims=True)
-
-
-def squad_scores(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-    """SQuAD's ``f1`` and ``exact_match`` of every prediction, 0 to 1, [n] each; the best over a question's answers.
-
-    Case, punctuation and articles do not count. No answers at all stand for an unanswerable question, which the empty
-    prediction alone answers rightly, as in SQuAD 2.0.
-    """
-    from torchmetrics.functional.text import squad  # half a second to import, which all that starts would pay
-
-    scores = {"f1": [], "exact_match": []}
-    for text, right in zip(predictions, answers, strict=True):
-        target = {"id": "0", "answers": {"text": list(right) or [""], "answer_start": [0] * max(1, len(right))}}
-        found = squad([{"id": "0", "prediction_text": text}], [target])
-        for name, values in scores.items():
-            values.append(found[name] / 100)
-    return {name: torch.stack(values) for name, values in scores.items()}
-
-
-def best_no_answer_threshold(answered: Tensor, silent: Tensor, odds: Tensor) -> float:
-    """The threshold on ``odds`` above which giving no answer makes the mean score highest (SQuAD 2.0's official script).
-
-    Args:
-        answered, silent: score of each question if the answer is given, and if none is, [n].
-        odds: by how much the model prefers no answer, [n].
-    """
-    values, order = odds.sort()
-    # Threshold at the i-th value: the i + 1 lowest are answered; -inf: none is.
-    totals = torch.cat([silent.sum()[None], silent.sum() + (answered - silent)[order].cumsum(0)])
-    # Equal odds are answered together.
-    whole = torch.cat([values.new_tensor([True]), values.diff() != 0, values.new_tensor([True])]).bool()
-    best = int(totals.masked_fill(~whole, -torch.inf).argmax())
-    return -math.inf if best == 0 else float(values[best - 1])

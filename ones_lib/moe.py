@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.processes import world_size
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,10 @@ class Routing:
         processes of a training, whose mean of this is then that of the whole batch (Qiu et al., arXiv 2501.11873)."""
         num_experts = self.probabilities.shape[-1]
         counts = torch.bincount(self.experts.flatten(), minlength=num_experts)
-        if world_size() == 1:
+        if not dist.is_initialized():
             return num_experts * (counts / self.experts.numel() * self.probabilities.mean(dim=0)).sum()
-        counts = reduce(counts, "sum")
-        tokens = counts.sum() / self.experts.shape[1] / world_size()  # of one process, on average
+        dist.all_reduce(counts)
+        tokens = counts.sum() / self.experts.shape[1] / dist.get_world_size()  # of one process, on average
         return num_experts * (counts / counts.sum() * self.probabilities.sum(dim=0) / tokens).sum()
 
 

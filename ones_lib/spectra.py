@@ -21,7 +21,9 @@ from torch import Tensor
 
 from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights, match_neurons
-from ones_lib.gathering import Factors, check_bank, gather, svd_kg
+from ones_lib.gathering.paper import svd_kg
+from ones_lib.gathering.registry import check_bank, gather
+from ones_lib.gathering.truncation import Factors
 
 MATRICES = ("up", "gate", "down")
 SIDES = ("in", "out")  # of a matrix: the space it reads from (right singular vectors) and the one it writes to (left)

@@ -5,11 +5,12 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fail at once, not wait for a network
 
-from ones_lib import Distillation, FeedForwardWeights, batch, checks
+from ones_lib import Distillation, FeedForwardWeights
 from ones_lib.data.text import text_data
-from ones_lib.records import Records
-from ones_lib.study import Study
-from ones_lib.training import Training
+from ones_lib.study import batch, checks
+from ones_lib.study.records import Records
+from ones_lib.study.study import Study
+from ones_lib.study.training import Training
 
 torch.set_num_threads(1)
 

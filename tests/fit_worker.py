@@ -15,13 +15,13 @@ from accelerate import PartialState
 
 from ones_lib import Distillation
 from ones_lib.data import image_data
+from ones_lib.data.files import model_tensors, save_tensors
 from ones_lib.data.text import text_data
-from ones_lib.files import model_tensors, save_tensors
-from ones_lib.language_models import LanguageModelling, language_model
-from ones_lib.processes import is_main, join, whole_tensors, world_size
-from ones_lib.text_tasks import finetuning_model, pretraining_model, text_task
-from ones_lib.training import Training, fit
-from ones_lib.vision import ImageClassification, classification_model
+from ones_lib.study.image_task import ImageClassification, classification_model
+from ones_lib.study.language_task import LanguageModelling, language_model
+from ones_lib.study.processes import is_main, join, whole_tensors, world_size
+from ones_lib.study.text_tasks import finetuning_model, pretraining_model, text_task
+from ones_lib.study.training import Training, fit
 
 RECIPE = Training(steps=8, batch_size=16, learning_rate=0.1, evaluations=2, label_smoothing=0.1, optimizer="sgd")
 IMAGES = {"name": "glyphs", "image_size": 16, "num_classes": 4, "train_per_class": 20, "val_per_class": 70}

@@ -32,7 +32,7 @@ def project(folder: Path) -> Path:
 
 
 def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-P", str(ROOT / "ones_lib" / "batch.py"), *arguments]
+    command = [sys.executable, "-P", str(ROOT / "ones_lib" / "study" / "batch.py"), *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with (folder / "log.txt").open("a") as log:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)

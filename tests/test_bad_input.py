@@ -14,17 +14,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ones_lib import Distillation, FeedForwardWeights, batch, checks
-from ones_lib.checkpoints import convert
+from ones_lib import Distillation, FeedForwardWeights
+from ones_lib.checkpoints.convert import convert
+from ones_lib.checkpoints.experts import open_experts
+from ones_lib.checkpoints.shards import Shards
 from ones_lib.data import image_data
+from ones_lib.data.files import save_tensors, write_text
 from ones_lib.data.text import text_data
-from ones_lib.execution import Execution
-from ones_lib.experts import open_experts
-from ones_lib.files import save_tensors, write_text
-from ones_lib.gathering import gather
-from ones_lib.records import Record, Records, compare
-from ones_lib.shards import Shards
-from ones_lib.training import Training
+from ones_lib.gathering.registry import gather
+from ones_lib.study import batch, checks
+from ones_lib.study.records import Record, Records, compare
+from ones_lib.study.running import Execution
+from ones_lib.study.training import Training
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,17 +7,11 @@ import torch.nn.functional as F
 from conftest import equal_bank, random_bank
 from test_gathering import METHODS, assert_equal, permuted
 
-from ones_lib import (
-    FeedForwardWeights,
-    LayerActivations,
-    calibrated_gathering,
-    collect_activations,
-    gather,
-    gathering_methods,
-)
-from ones_lib.calibrated_gathering import _whitened_factors, squared_error
-from ones_lib.calibration import _Draw
-from ones_lib.gathering import needs_calibration, uses_calibration
+from ones_lib import FeedForwardWeights, LayerActivations, collect_activations, gather, gathering_methods
+from ones_lib.calibration import _Draw, squared_error
+from ones_lib.gathering import calibrated as calibrated_gathering
+from ones_lib.gathering.calibrated import _whitened_factors
+from ones_lib.gathering.registry import needs_calibration, uses_calibration
 from ones_lib.moe import MoEFeedForward
 
 CALIBRATED = ["matched_average", "frequency_average", "contribution_topk", "whitened_svd", "readout", "fit"]

@@ -18,21 +18,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy, silu
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from ones_lib import checkpoints
-from ones_lib.architectures import ARCHITECTURES
 from ones_lib.calibration import LayerActivations
-from ones_lib.checkpoints import convert
-from ones_lib.experts import open_experts
-from ones_lib.gathering import gather
-from ones_lib.language_models import (
-    LanguageModel,
-    load_language_model,
-    model_class,
-    model_inputs,
-    perplexity,
-    text_blocks,
-    watched_experts,
-)
+from ones_lib.checkpoints import convert as checkpoints
+from ones_lib.checkpoints.architectures import ARCHITECTURES
+from ones_lib.checkpoints.convert import convert
+from ones_lib.checkpoints.experts import open_experts
+from ones_lib.checkpoints.text import text_blocks
+from ones_lib.gathering.registry import gather
+from ones_lib.models.causal import load_language_model, model_class, model_inputs, perplexity, watched_experts
+from ones_lib.study.language_task import LanguageModel
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 SMALL |= {

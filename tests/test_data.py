@@ -205,7 +205,7 @@ def test_an_interrupted_cache_is_not_taken_for_whole(tmp_path, monkeypatch):
         save_file(tensors, path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ones_lib.files.save_file", fail)
+    monkeypatch.setattr("ones_lib.data.files.save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         glyphs(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))

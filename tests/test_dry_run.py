@@ -17,10 +17,10 @@ from test_moe import random_routing
 from test_processes import tiny_study
 from torch.utils.flop_counter import FlopCounterMode
 
-from ones_lib import batch, dry_run
-from ones_lib.dry_run import CARDS, EXAMPLES, UTILISATION, costs, grouped_flops, hours_by_card, kind_of, name_of
-from ones_lib.execution import Execution
 from ones_lib.moe import dispatch, dispatch_plain
+from ones_lib.study import batch, dry_run
+from ones_lib.study.dry_run import CARDS, EXAMPLES, UTILISATION, costs, grouped_flops, hours_by_card, kind_of, name_of
+from ones_lib.study.running import Execution
 
 TOKENS, DEPTH, D, HEADS = 16, 2, 8, 2  # of the tiny study: 16 px in patches of 4
 

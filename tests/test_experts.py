@@ -14,11 +14,12 @@ from transformers import (
     SwitchTransformersConfig,
 )
 
-from ones_lib import FeedForwardWeights, experts
-from ones_lib.execution import load_record, record_activations
-from ones_lib.experts import open_experts
-from ones_lib.files import model_tensors
-from ones_lib.language_models import model_class
+from ones_lib import FeedForwardWeights
+from ones_lib.checkpoints import experts
+from ones_lib.checkpoints.experts import open_experts
+from ones_lib.data.files import model_tensors
+from ones_lib.models.causal import model_class
+from ones_lib.study.running import load_record, record_activations
 
 SMALL = {
     "vocab_size": 32,
@@ -39,7 +40,7 @@ def test_a_records_experts_are_those_of_its_model(tiny_record, tmp_path):
     record, cache_dir = tiny_record
     model, _ = load_record(record, cache_dir)
     save_file({n: t.clone() for n, t in model_tensors(model).items()}, tmp_path / "copy.safetensors")
-    for source in (record, model, str(record.folder / "weights.safetensors"), tmp_path):
+    for source in (model, str(record.folder / "weights.safetensors"), tmp_path):
         banks = open_experts(source)
         assert list(banks) == ["blocks.0.mlp"]  # shared across depth
         assert_same(banks["blocks.0.mlp"], model.blocks[0].mlp.bank().map(torch.Tensor.detach))

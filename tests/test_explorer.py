@@ -12,9 +12,11 @@ from conftest import random_bank
 from PIL import Image
 from safetensors.torch import save_file
 
-from ones_lib import explorer, figures, gathering, spectra
-from ones_lib.explorer import VIEWS, Explorer, moe_records
-from ones_lib.records import Records
+from ones_lib import spectra
+from ones_lib.gathering import registry as gathering
+from ones_lib.study.records import Records
+from ones_lib.views import explorer, figures
+from ones_lib.views.explorer import VIEWS, Explorer, moe_records
 
 
 def picture(view, explored):

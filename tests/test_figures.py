@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ones_lib import figures, gathering
-from ones_lib.tables import error_correlations
+from ones_lib.gathering import registry as gathering
+from ones_lib.study.tables import error_correlations
+from ones_lib.views import figures
 
 mpl.use("Agg")
 

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from conftest import equal_bank, random_bank
 
-from ones_lib import FeedForwardWeights, gather, gathering, gathering_methods
+from ones_lib import FeedForwardWeights, gather, gathering_methods
 from ones_lib.ffn import concatenate
-from ones_lib.gathering import register, truncated
+from ones_lib.gathering import registry as gathering
+from ones_lib.gathering.registry import register
+from ones_lib.gathering.truncation import truncated
 
 METHODS = ["sum", "average", "topk", "svd"]
 

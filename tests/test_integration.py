@@ -9,7 +9,7 @@ from test_vision import TINY
 from ones_lib import Calibration, Distillation, gather, gathering_methods, integrate
 from ones_lib.distillation import HiddenStates, adapt_routers, hidden_error, routers, sampled_experts, soft_kl
 from ones_lib.integration import calibrated, fit_jointly, integration_methods
-from ones_lib.vision import WideNet
+from ones_lib.models.images import WideNet
 
 ALL = ["sum", "average", "topk", "svd", "shared_kd", "zero_ffn", "one_expert"]
 

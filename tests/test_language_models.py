@@ -7,13 +7,14 @@ import torch
 from transformers import MistralForCausalLM, MixtralForCausalLM
 
 from ones_lib import Distillation, gather
+from ones_lib.checkpoints.experts import open_experts
 from ones_lib.data.text import text_data
-from ones_lib.experts import open_experts
-from ones_lib.language_models import LanguageModelling, language_model, without_bars
-from ones_lib.records import Records
-from ones_lib.study import Study
-from ones_lib.tables import conversion_table
-from ones_lib.training import Training
+from ones_lib.models.causal import without_bars
+from ones_lib.study.language_task import LanguageModelling, language_model
+from ones_lib.study.records import Records
+from ones_lib.study.study import Study
+from ones_lib.study.tables import conversion_table
+from ones_lib.study.training import Training
 
 MOE = {"model_type": "mixtral", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
 MOE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 3, "num_experts_per_tok": 2}

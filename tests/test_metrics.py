@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from ones_lib import benefit_retention
-from ones_lib.metrics import best_no_answer_threshold, rank_correlation, retention_interval, squad_scores
+from ones_lib.data.squad import best_no_answer_threshold, squad_scores
+from ones_lib.metrics import rank_correlation, retention_interval
 
 
 def test_the_papers_numbers():

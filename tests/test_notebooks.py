@@ -16,8 +16,8 @@ import pytest
 import yaml
 from playwright.sync_api import sync_playwright
 
-from ones_lib import batch
-from ones_lib.batch import BatchError, check_parameters, declared_parameters, parse_value
+from ones_lib.study import batch
+from ones_lib.study.batch import BatchError, check_parameters, declared_parameters, parse_value
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -16,13 +16,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from ones_lib import Distillation
 from ones_lib.data.keys import Share
-from ones_lib.execution import Execution
+from ones_lib.models.images import WideNet
 from ones_lib.moe import Routing
-from ones_lib.processes import _blocks, shard_model
-from ones_lib.records import Records
-from ones_lib.study import Study
-from ones_lib.training import Training, _share, fit
-from ones_lib.vision import WideNet
+from ones_lib.study.processes import _blocks, shard_model
+from ones_lib.study.records import Records
+from ones_lib.study.running import Execution
+from ones_lib.study.study import Study
+from ones_lib.study.training import Training, _share, fit
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 WORKER = str(Path(__file__).with_name("fit_worker.py"))
@@ -64,7 +64,7 @@ def test_the_course_is_that_of_one_process(one, text_cache, tmp_path, arguments,
 
 
 def test_a_batch_has_to_be_shared_out_evenly(monkeypatch):
-    monkeypatch.setattr("ones_lib.training.world_size", lambda: 3)
+    monkeypatch.setattr("ones_lib.study.training.world_size", lambda: 3)
     with pytest.raises(ValueError, match="batch_size: expected a multiple of 3 processes, found 16"):
         _share(16, 0)
 
@@ -141,7 +141,7 @@ def test_a_study_under_torchrun_is_found_by_one_without(tmp_path):
     ("launch", "message"),
     [
         ("no-such-launcher -n 2", "launch: could not start 'no-such-launcher'"),
-        ("false", "launch: exit status 1, and 1 of 1 left to do; from false -m ones_lib.execution"),
+        ("false", "launch: exit status 1, and 1 of 1 left to do; from false -m ones_lib.study.running"),
         ("true", "launch: exit status 0, and 1 of 1 left to do"),
         (sys.executable, "RuntimeError: launch: expected a launcher that sets WORLD_SIZE and RANK for each process"),
     ],

@@ -16,9 +16,9 @@ import torch
 from test_bad_input import flip, make_record
 from test_processes import tiny_study
 
-from ones_lib import records as records_module
-from ones_lib.files import checksum, remove_unfinished, save_tensors, write_text
-from ones_lib.records import Record, Records, code_state, compare, config_hash, provenance
+from ones_lib.data.files import checksum, remove_unfinished, save_tensors, write_text
+from ones_lib.study import records as records_module
+from ones_lib.study.records import Record, Records, code_state, compare, config_hash, provenance
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from conftest import random_bank
 from test_moe import random_routing
 
+from ones_lib.models.images import WideNet
 from ones_lib.moe import Routing, dispatch_plain
-from ones_lib.speed import (
+from ones_lib.views.speed import (
     _peak_bytes,
     available_modes,
     dispatch_one_hot,
@@ -20,7 +21,6 @@ from ones_lib.speed import (
     measure_speed,
     transformers_dispatch,
 )
-from ones_lib.vision import WideNet
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -63,7 +63,7 @@ def test_every_way_of_dispatch_is_timed_in_both_directions(monkeypatch):
     assert (table.groupby(["precision", "direction", "batch_size"])["variant"].nunique() == 6).all()
     assert (table["measured"] >= 5).all()
     assert (table["low_ms"] > 0).all()
-    monkeypatch.setattr("ones_lib.speed.LARGEST_COPY", 2 * 6 * 2 * 8 * 16 * 4)  # of one example in float32
+    monkeypatch.setattr("ones_lib.views.speed.LARGEST_COPY", 2 * 6 * 2 * 8 * 16 * 4)  # of one example in float32
     table = measure_dispatch("small", layer, [1, 2], ["float32"], seconds=0.0)
     assert set(table.loc[table["variant"] == "batched_mm", "batch_size"]) == {1}
 

@@ -11,7 +11,7 @@ from distributed import LocalCluster
 from nbformat.v4 import new_code_cell, new_notebook
 from test_bad_input import here  # noqa: F401
 
-from ones_lib import batch
+from ones_lib.study import batch
 
 SWEEP = """
 notebook: tiny

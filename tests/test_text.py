@@ -15,14 +15,14 @@ from transformers import (
 )
 
 from ones_lib import gather, integrate
-from ones_lib.moe import dispatch_plain
-from ones_lib.text import (
+from ones_lib.models.text import (
     WideNetForMaskedLM,
     WideNetForQuestionAnswering,
     WideNetForSequenceClassification,
     WideNetTextConfig,
     WideNetTextModel,
 )
+from ones_lib.moe import dispatch_plain
 
 TINY = {
     "vocab_size": 40,

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ones_lib.bag_of_words import bag_of_words
 from ones_lib.data import docstrings
+from ones_lib.data.bag_of_words import bag_of_words
 from ones_lib.data.docstrings import PACKAGES, STATEMENT_CLASSES, Document, Parameter, answer_or_none_examples, parse
 from ones_lib.data.text import EMBEDDED_TASKS, HUB_TASKS, TASKS, pack, read_texts, text_data, train_tokenizer
 

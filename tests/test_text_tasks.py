@@ -8,23 +8,21 @@ import torch
 from test_text_data import REAL, SMALL, local, open_local  # noqa: F401  a fixture
 
 from ones_lib import Distillation
+from ones_lib.data.files import model_tensors
+from ones_lib.data.squad import LONGEST_ANSWER, best_spans, span_texts
 from ones_lib.data.text import HUB_TASKS, TASKS, EncodedText, text_data
-from ones_lib.execution import build_model
-from ones_lib.files import model_tensors
-from ones_lib.records import Records
-from ones_lib.study import Study
-from ones_lib.tables import AVERAGE, main_metrics, results_table, retention_table, with_average
-from ones_lib.text_tasks import (
-    LONGEST_ANSWER,
+from ones_lib.study.records import Records
+from ones_lib.study.running import build_model
+from ones_lib.study.study import Study
+from ones_lib.study.tables import AVERAGE, main_metrics, results_table, retention_table, with_average
+from ones_lib.study.text_tasks import (
     Classification,
     MaskedLanguageModelling,
     QuestionAnswering,
-    best_spans,
     finetuning_model,
     pretraining_model,
-    span_texts,
 )
-from ones_lib.training import Training, fit
+from ones_lib.study.training import Training, fit
 
 CPU = torch.device("cpu")
 MODEL = {

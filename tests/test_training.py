@@ -10,17 +10,19 @@ import pandas as pd
 import pytest
 import torch
 
-from ones_lib import Distillation, execution
+from ones_lib import Distillation
 from ones_lib.data import image_data, images
-from ones_lib.execution import build_model, carry_out, steps_of
-from ones_lib.explorer import moe_records
-from ones_lib.files import load_tensors, model_tensors, save_tensors
-from ones_lib.records import Records, config_hash
-from ones_lib.study import Study
-from ones_lib.tables import ablation_table, layer_error, results_table, retention_table
-from ones_lib.training import Diverged, Training, fit
-from ones_lib.upcycling import Upcycled
-from ones_lib.vision import ImageClassification, WideNet
+from ones_lib.data.files import load_tensors, model_tensors, save_tensors
+from ones_lib.models.images import WideNet
+from ones_lib.models.upcycling import Upcycled
+from ones_lib.study import running as execution
+from ones_lib.study.image_task import ImageClassification
+from ones_lib.study.records import Records, config_hash
+from ones_lib.study.running import build_model, carry_out, steps_of
+from ones_lib.study.study import Study
+from ones_lib.study.tables import ablation_table, layer_error, results_table, retention_table
+from ones_lib.study.training import Diverged, Training, fit
+from ones_lib.views.explorer import moe_records
 
 DATA = {"name": "glyphs", "image_size": 16, "num_classes": 4, "train_per_class": 20, "val_per_class": 10}
 MODEL = {
@@ -440,7 +442,7 @@ def test_logits_that_were_kept_are_those_that_would_be_computed(task, tmp_path, 
     for other in ({"seed": 4}, {"teacher_seed": 6}):
         distilled(tmp_path / "a", **other)
         assert len(passes) == steps * each
-    monkeypatch.setattr("ones_lib.distillation.LARGEST_CACHE", 100)
+    monkeypatch.setattr("ones_lib.study.teacher_logits.LARGEST_CACHE", 100)
     distilled(tmp_path / "b")
     assert not (tmp_path / "b").exists()
 

@@ -8,9 +8,9 @@ from test_vision import TINY
 
 from ones_lib import integrate, upcycle
 from ones_lib.distillation import HiddenStates
+from ones_lib.models.images import WideNet
+from ones_lib.models.text import WideNetForMaskedLM, WideNetTextConfig
 from ones_lib.moe import MoEFeedForward
-from ones_lib.text import WideNetForMaskedLM, WideNetTextConfig
-from ones_lib.vision import WideNet
 
 
 def dense(**kwargs):

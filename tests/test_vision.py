@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import ones_lib  # noqa: F401  registers the models
-from ones_lib.vision import WideNet
+from ones_lib.models.images import WideNet
 
 TINY = {
     "img_size": 16,

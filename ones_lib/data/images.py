@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ones_lib.data import glyphs
-from ones_lib.files import save_tensors
+from ones_lib.data.files import save_tensors
 
 INCEPTION_MEAN_STD = 0.5  # pixels are scaled to [-1, 1], as in the authors' input pipeline
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ones_lib.data import docstrings
-from ones_lib.files import save_tensors
+from ones_lib.data.files import save_tensors
 
 if TYPE_CHECKING:  # a third of a second to import, which all that starts would pay
     from datasets import Dataset

@@ -1,0 +1,207 @@
+"""Tables of results from records: one row a model, seed and metric, and retention over seeds with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from ones_lib.calibration import LayerActivations
+from ones_lib.metrics import LOWER_IS_BETTER, benefit_retention, main_metric, rank_correlation, retention_interval
+from ones_lib.spectra import output_error
+from ones_lib.study.records import Record, Records
+from ones_lib.study.running import record_activations
+from ones_lib.study.study import Entry, Study
+
+AVERAGE = "average"  # the task and the metric that stand for the mean of all tasks' main metrics
+_VALUES = ("data", "model", "stage", "seed", "metric", "value", "retention", "record")
+
+
+def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
+    """One row an entry and metric: ``data, *axes, model, stage, seed, metric, value, retention, record``.
+
+    Values are in per cent, losses in nats. Retention is that of the row's seed: against the ``dense`` and ``moe`` entries of
+    the same seed and the same axes, or of the same seed alone where those were not trained anew for each value of an axis.
+    """
+    rows = []
+    for entry in entries:
+        record = records.find(entry.config)
+        for metric, value in record.result["metrics"].items():
+            rows.append(
+                {
+                    "data": entry.config["data"]["name"],
+                    **entry.axes,
+                    "model": entry.model,
+                    "stage": entry.stage,
+                    "seed": entry.config["seed"],
+                    "metric": metric,
+                    "value": value if metric in LOWER_IS_BETTER else 100 * value,
+                    "record": record.folder.name,
+                }
+            )
+    return _with_retention(pd.DataFrame(rows))
+
+
+def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
+    """One row a student of :meth:`ones_lib.study.study.Study.variant_entries`: ``data, method, scale, rank, budget, seed, accuracy,
+    retention, layer_error, loss, record``.
+
+    ``accuracy`` is in per cent, of text that of masked tokens; ``loss`` in nats, of text alone. Retention is of accuracy, of
+    text of the loss. ``layer_error`` is :func:`layer_error` right after gathering, also in the rows of the distilled.
+    """
+    entries, axes = list(entries), ["model", "scale", "rank", "seed"]
+    table = results_table(entries, study.records)
+    table = table[table["stage"] != "trained"]
+    values = table.pivot_table(index="record", columns="metric", values="value")
+    result = table[table["metric"] == table["metric"].iloc[0]].drop(columns=["metric", "value"])
+    for metric in ("accuracy", "loss"):
+        result[metric] = result["record"].map(values[metric]) if metric in values else np.nan
+    rows = [
+        {**entry.axes, "model": entry.model, "seed": entry.config["seed"], "layer_error": layer_error(record, study)}
+        for entry in tqdm([e for e in entries if e.axes.get("budget") == 0], "layers", unit="student")
+        if (record := study.records.find(entry.config))
+    ]
+    result = result.merge(pd.DataFrame(rows)[[*axes, "layer_error"]], how="left", on=axes)
+    result = result.rename(columns={"model": "method"}).astype({"budget": int})
+    columns = ["data", "method", *axes[1:3], "budget", "seed", "accuracy", "retention", "layer_error", "loss", "record"]
+    return result[columns]
+
+
+def error_correlations(table: pd.DataFrame) -> pd.DataFrame:
+    """Does the layer's output error predict what a student is worth? ``data, value, budget, variants, correlation, low, high``.
+
+    Rank correlation (:func:`ones_lib.metrics.rank_correlation`) over the variants of an :func:`ablation_table` of the error
+    with the accuracy, of text the loss, right after gathering, and with the retention after the smallest budget of KD.
+    """
+    rows = []
+    for data, part in table.groupby("data", sort=False):
+        for value, budget in ((main_metric(part), 0), ("retention", min(b for b in part["budget"] if b > 0))):
+            at = part[part["budget"] == budget]
+            at = at.assign(variant=at[["method", "scale", "rank"]].map(str).agg(" ".join, axis=1))
+            x, y = (at.pivot(index="variant", columns="seed", values=v) for v in ("layer_error", value))
+            known = y.notna().any()  # retention may be undefined for a seed
+            x, y = x.loc[:, known], y.loc[:, known]
+            estimate = rank_correlation(x.to_numpy(), y.to_numpy()) if known.any() else (math.nan,) * 3
+            names = ("correlation", "low", "high")
+            rows.append({"data": data, "value": value, "budget": budget, "variants": len(y)})
+            rows[-1] |= dict(zip(names, estimate, strict=True))
+    return pd.DataFrame(rows)
+
+
+def layer_error(student: Record, study: Study) -> float:
+    """Mean over layers of the relative output error (:func:`ones_lib.spectra.output_error`) of a student's feed-forward layers
+    against its teacher's MoE layers, on tokens that no gathering was calibrated on."""
+    activations = _other_activations(study.records.find(student.config["teacher"]), study.cache_dir)
+    model = study.load_model(student)
+    ffns = {name: model.get_submodule(name).bank().expert(0) for name in activations}
+    return float(
+        np.mean([output_error(ffn.map(torch.Tensor.double), activations[n])["error"] for n, ffn in ffns.items()])
+    )
+
+
+@lru_cache(maxsize=4)
+def _other_activations(teacher: Record, cache_dir: Path) -> dict[str, LayerActivations]:
+    return record_activations(teacher, cache_dir, seed=1)
+
+
+def conversion_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
+    """One row a layer of every converted model right after gathering: ``model, seed, layer, d_ff, width, gate_sum, output_error,
+    record``; see :func:`ones_lib.checkpoints.convert.convert`. Layers are numbered from 1."""
+    parts = []
+    for entry in entries:
+        if entry.stage == "gathered":
+            record = records.find(entry.config)
+            layers = pd.DataFrame(record.result["layers"]).assign(layer=lambda t: range(1, len(t) + 1))
+            columns = ["layer", "d_ff", "width", "gate_sum", "output_error"]
+            names = {"model": entry.model, "seed": entry.config["seed"]}
+            parts.append(layers[columns].assign(**names, record=record.folder.name))
+    return pd.concat(parts, ignore_index=True)[["model", "seed", *columns, "record"]]
+
+
+def main_metrics(table: pd.DataFrame, metrics: dict[str, str]) -> pd.DataFrame:
+    """The rows of each task's main metric; ``metrics`` by task."""
+    return table[table["metric"] == table["task"].map(metrics)]
+
+
+def with_average(table: pd.DataFrame, metrics: dict[str, str]) -> pd.DataFrame:
+    """``table`` and rows of the task ``average``: the mean of the main metrics of the tasks in ``metrics``."""
+    main = main_metrics(table, metrics)
+    keys = [c for c in table.columns if c not in ("task", "metric", "value", "retention", "record")]
+    mean = main.groupby(keys, sort=False, dropna=False)["value"].mean().reset_index()
+    mean = _with_retention(mean.assign(task=AVERAGE, metric=AVERAGE, record=""))
+    return pd.concat([table, mean[table.columns]], ignore_index=True)
+
+
+def _with_retention(table: pd.DataFrame) -> pd.DataFrame:
+    table, references = table.copy(), {name: _reference(table, name) for name in ("dense", "moe")}
+    retention = []
+    for _, row in table.iterrows():
+        sign = -1 if row["metric"] in LOWER_IS_BETTER else 1
+        dense, moe = (table["value"][references[name](row)] for name in ("dense", "moe"))
+        retention.append(benefit_retention(sign * row["value"], sign * dense, sign * moe))
+    table.insert(table.columns.get_loc("value") + 1, "retention", retention)
+    return table
+
+
+def _reference(table: pd.DataFrame, model: str):
+    """Function from a row to the index of the reference ``model``'s row that belongs to it."""
+    candidates = table[table["model"] == model]
+    axes = [c for c in table.columns if c not in _VALUES] + ["metric"]
+
+    def find(row: pd.Series) -> int:
+        same = candidates[candidates["seed"] == row["seed"]]
+        for axis in axes:
+            if pd.notna(row[axis]) and (same[axis] == row[axis]).any():
+                same = same[same[axis] == row[axis]]
+        return same.index[0]
+
+    return find
+
+
+def retention_table(table: pd.DataFrame, records: Records, by: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Retention over all seeds, with its interval: one row a model, stage, value of ``by``, and reference.
+
+    Columns ``data, model, stage, *by, reference, seeds, value, value_sd, retention, low, high``; the references are
+    ``dense`` and, where it is in the table, ``dense_long``. Where rows of several tasks fall together, which must be of
+    one metric each, it is the retention of their mean. The interval is :func:`ones_lib.metrics.retention_interval`'s, 95%.
+    """
+    held: dict[tuple[str, str], np.ndarray] = {}
+
+    def scores(index: int) -> np.ndarray:
+        key = table.loc[index, "record"], table.loc[index, "metric"]
+        if key not in held:
+            values = Record(records.root / key[0]).predictions[key[1]].numpy()
+            held[key] = -values if key[1] in LOWER_IS_BETTER else values
+        return held[key]
+
+    find_moe = _reference(table, "moe")
+    bases = {name: _reference(table, name) for name in ("dense", "dense_long") if (table["model"] == name).any()}
+    rows = []
+    for values, group in table.groupby(["data", "model", "stage", *by], sort=False, dropna=False):
+        tasks = [part for _, part in group.groupby("task", sort=False)] if "task" in group else [group]
+
+        def stacked(find, tasks=tasks):
+            return [np.stack([scores(find(row)) for _, row in part.sort_values("seed").iterrows()]) for part in tasks]
+
+        per_seed = group.groupby("seed")["value"].mean()
+        for base, find in bases.items():
+            retention, low, high = retention_interval(stacked(lambda row: row.name), stacked(find), stacked(find_moe))
+            rows.append(
+                {
+                    **dict(zip(["data", "model", "stage", *by], values, strict=True)),
+                    "reference": base,
+                    "seeds": len(per_seed),
+                    "value": per_seed.mean(),
+                    "value_sd": per_seed.std(),
+                    "retention": retention,
+                    "low": low,
+                    "high": high,
+                }
+            )
+    return pd.DataFrame(rows)
