@@ -137,4 +137,4 @@ if [ "$purpose" = test ]; then
     get_browser
     exec "$python" -m pytest "$@"
 fi
-exec "$python" -P ones_lib/study/batch.py "$@" # -P: the library's modules must not stand in for others of their names
+exec "$python" -m ones_lib.study "$@"

@@ -1,6 +1,18 @@
-"""From a sparse mixture of experts to one dense student: gathering, distillation, and the study of both.
+"""From a sparse mixture of experts (MoE) to one dense student: "One Student Knows All Experts Know" (arXiv 2201.10890).
 
-Importing this package registers the ``widenet_*`` and ``ones_*`` models with timm, and the text models with transformers'
+The modules of this package are the paper. Read them in this order, from the equation to the student:
+
+1. :mod:`.ffn` expert weights; :mod:`.moe` router, balance loss, the MoE layer (:mod:`.dispatch` only makes it fast)
+2. :mod:`.calibration` activations of MoE layers on data
+3. :mod:`.gathering` experts into one FFN: registry, scale, paper, truncation, calibrated, regression
+4. :mod:`.integration` teacher into student (:mod:`.joint_fit` fits all layers together)
+5. :mod:`.distillation` losses of the student's training
+6. :mod:`.metrics` benefit retention; :mod:`.spectra` what the experts share and what a gathering keeps
+
+They import only each other. The packages :mod:`.models`, :mod:`.data`, :mod:`.checkpoints`, :mod:`.study` and :mod:`.views`
+build on them.
+
+Importing ``ones_lib`` registers the ``widenet_*`` and ``ones_*`` models with timm, and the text models with transformers'
 Auto classes.
 """
 

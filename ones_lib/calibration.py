@@ -1,4 +1,4 @@
-"""What passes through a model's MoE layers on data: what gatherings that look at data are calibrated on."""
+"""Inputs, gates and outputs of a model's MoE layers on data, for the gathering methods that use data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Tokens that passed through an MoE layer, N of them.
+    """N tokens at an MoE layer.
 
     Args:
         inputs: the layer's inputs [N, d].
-        gates: of every expert [N, E], zero for those not chosen.
-        outputs: the layer's outputs [N, d], without noise, capacity and dropout.
-        activation: its experts'.
-        weights: of the tokens in least squares [N]; None weighs them alike.
+        gates: each expert's gate [N, E]; zero where the expert is not chosen.
+        outputs: the layer's outputs [N, d] in evaluation: without noise, capacity limit and dropout.
+        activation: the experts' activation function.
+        weights: of each token in least squares [N]; None for equal weights.
     """
 
     inputs: Tensor
@@ -43,30 +43,40 @@ class LayerActivations:
             raise ValueError("inputs: expected at least one token, found none")
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerActivations:
-        """The same with ``function`` applied to every tensor."""
+        """Applies ``function`` to every tensor."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
     def chunks(self, size: int = 4096) -> Iterator[LayerActivations]:
-        """The tokens in pieces of at most ``size``."""
+        """The tokens, at most ``size`` at a time."""
         return (self.map(lambda t, i=i: t[i : i + size]) for i in range(0, len(self.inputs), size))
 
     def token_weights(self) -> Tensor:
-        """[N]: ``weights``, or ones."""
+        """``weights``, or ones, [N]."""
         return torch.ones_like(self.inputs[:, 0]) if self.weights is None else self.weights
 
     def expert_weights(self) -> Tensor:
-        """[E]: part of all gates that each expert got, how much the router uses it; sums to 1."""
+        """Each expert's share of all gates [E]; sums to 1."""
         return self.gates.sum(dim=0) / self.gates.sum()
 
     def expert_frequencies(self) -> Tensor:
-        """[E]: part of all choices of an expert that fell on each; sums to 1."""
+        """Each expert's share of all assignments [E]; sums to 1."""
         chosen = (self.gates != 0).to(self.gates.dtype).sum(dim=0)
         return chosen / chosen.sum()
 
     def gate_sum(self) -> float:
-        """What a token's gates sum to, on average: 1 where they are renormalised, and where not from k/E to 1."""
+        """Mean over tokens of the sum of the gates: 1 if gates are renormalised, else between k/E and 1."""
         return self.gates.sum(dim=1).mean().item()
+
+    def squared_error(self, ffn: FeedForwardWeights) -> float:
+        """Weighted squared error of ``ffn``'s output against the layer's, divided by the layer's weighted squared output."""
+        error = size = 0.0
+        for chunk in self.chunks():
+            weights = chunk.token_weights().double()
+            output = ffn.apply(chunk.inputs, chunk.activation)
+            error = error + (weights * (output - chunk.outputs).double().square().sum(dim=1)).sum()
+            size = size + (weights * chunk.outputs.double().square().sum(dim=1)).sum()
+        return (error / size).item()
 
 
 def collect_activations(
@@ -74,25 +84,24 @@ def collect_activations(
     forward: Callable[[nn.Module, object], object],
     batches: Iterable,
     max_tokens: int = 4096,
-    seed: int = 0,
 ) -> dict[str, LayerActivations]:
-    """Activations of every MoE layer by its name in ``model`` while ``forward(model, batch)`` runs it on ``batches``.
+    """Runs ``forward(model, batch)`` on ``batches`` and records every MoE layer's activations, by the layer's name in ``model``.
 
-    One pass, in a stream: of all the tokens of a layer a random draw of at most ``max_tokens`` is kept, in the order in
-    which they came, so that memory does not grow with their number. A layer shared across depth is passed through several
-    times a batch, and all of them count. Depths differ in the size of what they add; ``weights`` divides the squared error
-    of each by its mean squared output, so that every depth's relative error counts alike, and has mean 1.
+    Of each layer's tokens, a uniform random draw of at most ``max_tokens`` is kept, in the order of the stream, so memory
+    does not grow with the data. A layer shared across depth sees several passes per batch, and all of them count. Its depths
+    differ in the size of their outputs: ``weights`` is proportional to 1 / (mean squared output of the token's depth), with
+    mean 1, so that every depth's relative error counts equally.
 
     Raises:
-        ValueError: the model is in training mode (its routers add noise), or no tokens came by.
+        ValueError: the model is in training mode, or a layer got no tokens.
     """
     if model.training:
-        raise ValueError("model: expected a model in eval mode, found one in training mode: its routers add noise")
+        raise ValueError("model: expected eval mode, found training mode, in which routers add noise")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, MoEFeedForward) and m.router is not None}
-    draws = {name: _Draw(max_tokens, seed) for name in layers}
-    depth = dict.fromkeys(layers, 0)  # passes through the layer in this batch
+    draws = {name: _Draw(max_tokens) for name in layers}
+    depth = dict.fromkeys(layers, 0)  # how often this batch has passed the layer
 
-    def see(name: str) -> Callable:
+    def record(name: str) -> Callable:
         def hook(layer: MoEFeedForward, inputs: tuple, output: Tensor) -> None:
             x, mask = inputs if len(inputs) > 1 else (*inputs, None)
             kept = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
@@ -101,7 +110,7 @@ def collect_activations(
 
         return hook
 
-    hooks = [layer.register_forward_hook(see(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
     try:
         with torch.no_grad():
             for batch in batches:
@@ -115,70 +124,47 @@ def collect_activations(
 
 @dataclass(frozen=True)
 class Calibration:
-    """Data to calibrate a whole model's layers on: a few batches, and ``forward(model, batch)``, which runs a model on one.
-
-    Of each layer's tokens ``max_tokens`` are kept.
-    """
+    """Data for :func:`collect_activations`: ``batches``, and ``forward(model, batch)``, which runs a model on one of them."""
 
     forward: Callable[[nn.Module, object], object]
     batches: Sequence
     max_tokens: int = 32768
 
     def activations(self, model: nn.Module) -> dict[str, LayerActivations]:
-        """See :func:`collect_activations`."""
+        """The activations of a model's MoE layers, by name."""
         return collect_activations(model, self.forward, self.batches, self.max_tokens)
 
 
 class _Draw:
-    """A uniform draw from a stream: every token gets a random number, and those with the least are kept."""
+    """A uniform draw from a stream of tokens: each token gets a random number, and those with the smallest are kept."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.generator = size, torch.Generator().manual_seed(seed)
-        # By batch: numbers [n], depths [n], inputs [n, d], gates [n, E], outputs [n, d].
+    def __init__(self, size: int) -> None:
+        self.size, self.generator = size, torch.Generator().manual_seed(0)
+        # Batches of [random numbers [n], depths [n], inputs [n, d], gates [n, E], outputs [n, d]].
         self.kept: list[list[Tensor]] = []
-        self.count, self.limit = 0, torch.inf  # tokens kept; numbers above the limit have no chance any more
-        self.squares: dict[int, list[float]] = {}  # of the outputs by depth: their sum, and of how many tokens
+        self.squares: dict[int, list[float]] = {}  # by depth: sum of the squared outputs, number of tokens
 
     def add(self, depth: int, inputs: Tensor, gates: Tensor, outputs: Tensor) -> None:
         total = self.squares.setdefault(depth, [0.0, 0])
         total[0] += outputs.double().square().sum().item()
         total[1] += len(outputs)
         numbers = torch.rand(len(inputs), generator=self.generator, dtype=torch.float64)
-        parts = [numbers, torch.full((len(inputs),), depth), inputs, gates, outputs]
-        if self.limit < torch.inf:
-            chance = (numbers <= self.limit).nonzero()[:, 0]
-            parts = [tensor[chance.to(tensor.device)] for tensor in parts]
-        self.kept.append(parts)
-        self.count += len(parts[0])
-        if self.count > 2 * self.size:
+        self.kept.append([numbers, torch.full((len(inputs),), depth), inputs, gates, outputs])
+        if sum(len(numbers) for numbers, *_ in self.kept) > 2 * self.size:
             self._drop()
 
     def _drop(self) -> None:
-        """Leave the tokens with the least numbers, in the order in which they came."""
+        """Keeps the ``size`` tokens with the smallest numbers, in the order of the stream."""
         parts = [torch.cat(batches) for batches in zip(*self.kept, strict=True)]
-        if len(parts[0]) > self.size:
-            least, chosen = parts[0].topk(self.size, largest=False)
-            self.limit, chosen = least.max().item(), chosen.sort().values
-            parts = [tensor[chosen.to(tensor.device)] for tensor in parts]
-        self.kept, self.count = [parts], len(parts[0])
+        chosen = parts[0].argsort()[: self.size].sort().values
+        self.kept = [[tensor[chosen.to(tensor.device)] for tensor in parts]]
 
     def activations(self, activation: Activation) -> LayerActivations:
-        if not self.count:
-            raise ValueError("batches: expected at least one token to pass through every MoE layer, found none")
+        if not any(len(numbers) for numbers, *_ in self.kept):
+            raise ValueError("batches: expected at least one token at every MoE layer, found none")
         self._drop()
         ((_, depths, inputs, gates, outputs),) = self.kept
         means = torch.tensor([square / max(count, 1) for square, count in self.squares.values()], dtype=torch.float64)
         weights = torch.where(means > 0, 1 / means, 0.0)[depths]
         weights = weights / weights.mean() if weights.sum() > 0 else torch.ones_like(weights)
         return LayerActivations(inputs, gates, outputs, activation, weights.to(inputs))
-
-
-def squared_error(ffn: FeedForwardWeights, calibration: LayerActivations) -> float:
-    """Squared error of an FFN's output on the tokens over the squared output of the layer, with the tokens' weights."""
-    error = size = 0.0
-    for chunk in calibration.chunks():
-        weights = chunk.token_weights().double()
-        output = ffn.apply(chunk.inputs, chunk.activation)
-        error = error + (weights * (output - chunk.outputs).double().square().sum(dim=1)).sum()
-        size = size + (weights * chunk.outputs.double().square().sum(dim=1)).sum()
-    return (error / size).item()

@@ -1,5 +1,7 @@
-"""Knowledge distillation from the whole MoE (Hinton et al., arXiv 1503.02531; OneS, arXiv 2201.10890), and what it can draw from
-the experts beyond the MoE's logits."""
+"""Knowledge distillation from the MoE teacher (Hinton et al., arXiv 1503.02531; OneS, arXiv 2201.10890).
+
+Extensions: hidden states as a further target, and two methods that use more of the experts than the MoE's logits.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,20 @@ def soft_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Soft KD: ``(1 - alpha) * task_loss + alpha * soft_kl``; and three ways to learn more from the experts, off by default.
+    """Soft distillation: ``(1 - alpha) * task_loss + alpha * soft_kl``, and extensions that are off by default.
 
     Args:
         temperature: T, positive.
-        alpha: weight of the teacher, 0 (no KD) to 1 (teacher only).
-        hidden_weight: of the hidden states' relative squared error, :func:`hidden_error`, added to the loss; 0 is none.
-        depth_weights: of each depth's hidden states in it; None weighs them alike.
-        augmentations: M. The KL is then the mean of the MoE's own and of M more passes in which every token's experts are
-            drawn by the router's probabilities: knowledge augmentation (Kim et al., "Every Expert Matters", arXiv 2502.12947).
-        router_rate: more than 0 makes the router student-aware (the same paper): all experts are active, and before each of
-            the student's steps the teacher's routers make one towards a lower sum of the teacher's task loss and its KL to the
-            student; by this part of their norm, along the gradient. The paper's idea; size and loss of the step are ours.
+        alpha: weight of the teacher, from 0 (no distillation) to 1 (teacher only).
+        hidden_weight: weight of :func:`hidden_error`, added to the loss; 0 for none.
+        depth_weights: weight of each depth's hidden states in that error; None for equal weights.
+        augmentations: knowledge augmentation (Kim et al., "Every Expert Matters", arXiv 2502.12947): the KL is the mean over
+            the MoE's own forward pass and this many more, in which each token's experts are drawn by the router's
+            probabilities.
+        router_rate: above 0, the router is student-aware (same paper). All experts are active, and before each step of the
+            student, the teacher's routers take a gradient step that lowers the teacher's task loss plus its KL to the
+            student. The step is ``router_rate`` times as long as the routers' weights. The idea is the paper's; loss and
+            step size are ours.
     """
 
     temperature: float = 2.0
@@ -57,42 +61,46 @@ class Distillation:
             raise ValueError(f"depth_weights: expected numbers of at least 0, found {self.depth_weights}")
 
     def loss(self, task_loss: Tensor, student_logits: Tensor, *teacher_logits: Tensor) -> Tensor:
-        """Task loss and KL of one batch, the KL as the mean over the teacher's passes; gradients flow into ``task_loss`` and
-        ``student_logits`` alone."""
+        """The loss of one batch, with the mean KL over the teacher's passes.
+
+        Gradients flow into ``task_loss`` and ``student_logits`` only.
+        """
         kl = sum(soft_kl(student_logits, z.detach(), self.temperature) for z in teacher_logits) / len(teacher_logits)
         return (1 - self.alpha) * task_loss + self.alpha * kl
 
     def hidden_loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """What the hidden states of every depth add to the loss."""
+        """The weighted :func:`hidden_error`, to be added to the loss."""
         return self.hidden_weight * hidden_error(student, teacher, self.depth_weights)
 
 
 def hidden_error(
     student: Sequence[Tensor], teacher: Sequence[Tensor], weights: Sequence[float] | None = None
 ) -> Tensor:
-    """Mean over depths of ``|s - t|^2 / |t|^2``, hidden states of student and teacher of equal shape; ``weights`` by depth."""
+    """Mean over depths of ``weight * |s - t|^2 / |t|^2``, with hidden states s of the student and t of the teacher.
+
+    Hidden states of one depth have equal shape. ``weights`` has one number per depth; None for 1 each.
+    """
     weights = [1.0] * len(teacher) if weights is None else weights
     if not len(student) == len(teacher) == len(weights):
         found = f"{len(student)}, {len(teacher)} and {len(weights)}"
         raise ValueError(
             f"depth_weights: expected student, teacher and weights of the same number of depths, found {found}"
         )
-    errors = [
-        (s - t).square().sum() / t.square().sum() for s, t in zip(student, (t.detach() for t in teacher), strict=True)
-    ]
+    pairs = [(s, t.detach()) for s, t in zip(student, teacher, strict=True)]
+    errors = [(s - t).square().sum() / t.square().sum() for s, t in pairs]
     return sum(w * error for w, error in zip(weights, errors, strict=True)) / len(errors)
 
 
 class HiddenStates:
-    """Watches a model's residual stream: ``last`` is what its last forward pass had after every depth."""
+    """Records a model's residual stream: ``last`` has the hidden states after each depth in the last forward pass."""
 
     def __init__(self, model: nn.Module) -> None:
         self.last: list[Tensor] = []
         readers = model.hidden_state_readers()
         self._first = readers[0]
-        self._hooks = [module.register_forward_pre_hook(self._see) for module in readers]
+        self._hooks = [module.register_forward_pre_hook(self._record) for module in readers]
 
-    def _see(self, module: nn.Module, inputs: tuple) -> None:
+    def _record(self, module: nn.Module, inputs: tuple) -> None:
         if module is self._first:
             self.last = []
         self.last.append(inputs[0])
@@ -106,7 +114,7 @@ def routers(teacher: nn.Module) -> list[Router]:
     """The teacher's top-k routers.
 
     Raises:
-        ValueError: there is none, as in Soft MoE.
+        ValueError: it has none, as Soft MoE.
     """
     found = [module for module in teacher.modules() if isinstance(module, Router)]
     if not found:
@@ -116,7 +124,7 @@ def routers(teacher: nn.Module) -> list[Router]:
 
 @contextmanager
 def sampled_experts(teacher: nn.Module) -> Iterator[None]:
-    """While open, every token's experts are drawn by the router's probabilities."""
+    """Context in which every token's experts are drawn by the router's probabilities."""
     chosen = routers(teacher)
     for router in chosen:
         router.sampling = True
@@ -128,7 +136,7 @@ def sampled_experts(teacher: nn.Module) -> Iterator[None]:
 
 
 def adapt_routers(teacher: nn.Module, loss: Callable[[], Tensor], rate: float) -> None:
-    """One step of the teacher's routers down the gradient of ``loss()``, ``rate`` times as long as their weights' norm."""
+    """Moves the teacher's routers one step against the gradient of ``loss()``, by ``rate`` times the norm of their weights."""
     weights = [router.weight for router in routers(teacher)]
     for weight in weights:
         weight.requires_grad_(True)
@@ -136,7 +144,7 @@ def adapt_routers(teacher: nn.Module, loss: Callable[[], Tensor], rate: float) -
         gradients = torch.autograd.grad(loss(), weights)
     for weight, gradient in zip(weights, gradients, strict=True):
         weight.requires_grad_(False)
-        if dist.is_initialized():  # all processes have one teacher
+        if dist.is_initialized():  # the teacher must stay the same in all processes
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
         norm = gradient.norm()

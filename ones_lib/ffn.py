@@ -1,9 +1,9 @@
-"""Weights of one transformer feed-forward network (FFN), or of a bank of E experts stacked on axis 0."""
+"""The weights of a transformer's feed-forward network (FFN), or of a bank of E experts stacked on axis 0."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +15,20 @@ from torch import Tensor
 class FeedForwardWeights:
     """One FFN, or a bank of E experts, as plain tensors.
 
-    Plain:  ``FFN(x) = down @ act(up @ x + up_bias) + down_bias``.
-    Gated (SwiGLU and its relatives): ``FFN(x) = down @ (act(gate @ x + gate_bias) * (up @ x + up_bias)) + down_bias``.
+    Plain: ``FFN(x) = down @ act(up @ x + up_bias) + down_bias``.
+    Gated (SwiGLU and similar): ``FFN(x) = down @ (act(gate @ x + gate_bias) * (up @ x + up_bias)) + down_bias``.
 
-    Shapes, with E experts, d_ff hidden neurons ``h`` and model width ``d``; one FFN lacks the leading axis:
+    Shapes, with E experts, h = d_ff hidden neurons and model width d; a single FFN lacks the leading axis:
 
-    ========== =========== ==================================
-    up, gate   [E, h, d]   rows are a neuron's input weights
-    down       [E, d, h]   columns are its output weights
-    up_bias    [E, h]      likewise gate_bias
+    ========== =========== ====================================
+    up, gate   [E, h, d]   row j: input weights of neuron j
+    down       [E, d, h]   column j: output weights of neuron j
+    up_bias    [E, h]      also gate_bias
     down_bias  [E, d]
-    ========== =========== ==================================
+    ========== =========== ====================================
 
     Raises:
-        ValueError: a tensor's shape, dtype or device does not go with ``up``'s.
+        ValueError: the shape, dtype or device of a tensor does not fit ``up``.
     """
 
     up: Tensor
@@ -63,56 +63,6 @@ class FeedForwardWeights:
                     f"{name}: expected {self.up.dtype} on {self.up.device} like up, found {tensor.dtype} on {tensor.device}"
                 )
 
-    @classmethod
-    def stack(cls, experts: Sequence[FeedForwardWeights]) -> FeedForwardWeights:
-        """A bank from single FFNs of equal shape."""
-        check_alike(experts)
-        return cls(**{name: torch.stack([getattr(e, name) for e in experts]) for name, _ in experts[0].tensors()})
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of every part that is present, in the order of the fields."""
-        return ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> FeedForwardWeights:
-        """The same structure with ``function`` applied to every tensor."""
-        return FeedForwardWeights(**{name: function(tensor) for name, tensor in self.tensors()})
-
-    def expert(self, index: int) -> FeedForwardWeights:
-        """Expert ``index`` of a bank as one FFN (views, no copy)."""
-        return self.map(lambda tensor: tensor[index])
-
-    def experts(self) -> list[FeedForwardWeights]:
-        """All experts of a bank (views). Their gradients come back in one piece, those of :meth:`expert` one by one, each the
-        size of the bank."""
-        parts = {name: tensor.unbind() for name, tensor in self.tensors()}
-        return [FeedForwardWeights(**dict(zip(parts, one, strict=True))) for one in zip(*parts.values(), strict=True)]
-
-    def neurons(self) -> Tensor:
-        """Everything that belongs to one hidden neuron in a row: its up, gate and down weights and biases, [..., h, p]."""
-        parts = [t.mT if name == "down" else t for name, t in self.tensors() if name != "down_bias"]
-        return torch.cat([t if t.ndim == self.up.ndim else t[..., None] for t in parts], dim=-1)
-
-    def with_neurons(self, order: Tensor) -> FeedForwardWeights:
-        """One FFN with its hidden neurons in another order [h]; its function is the same."""
-
-        def ordered(name: str, tensor: Tensor) -> Tensor:
-            if name == "down_bias":
-                return tensor
-            return tensor[:, order] if name == "down" else tensor[order]
-
-        return FeedForwardWeights(**{name: ordered(name, tensor) for name, tensor in self.tensors()})
-
-    def widened(self, d_ff: int) -> FeedForwardWeights:
-        """One FFN of ``d_ff`` hidden neurons that computes the same: its neurons once more, from the first on, with output
-        weights of zero. (Were all their weights zero, no gradient would ever reach them.)"""
-        if d_ff < self.d_ff:
-            raise ValueError(f"d_ff: expected at least the {self.d_ff} neurons that there are, found {d_ff}")
-        if d_ff == self.d_ff:
-            return self
-        wide = self.with_neurons(torch.arange(d_ff, device=self.up.device) % self.d_ff)
-        wide.down[:, self.d_ff :] = 0
-        return wide
-
     @property
     def is_bank(self) -> bool:
         return self.up.ndim == 3
@@ -133,19 +83,78 @@ class FeedForwardWeights:
     def hidden(self, x: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu) -> Tensor:
         """Hidden activations [..., h] of one FFN on tokens ``x`` [..., d]."""
         if self.is_bank:
-            raise ValueError(f"expected one FFN, found a bank of {self.num_experts}; choose with .expert(i)")
+            raise ValueError(
+                f"expected one FFN, found a bank of {self.num_experts} experts: choose one with .expert(i)"
+            )
         hidden = F.linear(x, self.up, self.up_bias)
         if self.gate is None:
             return activation(hidden)
         return activation(F.linear(x, self.gate, self.gate_bias)) * hidden
 
     def apply(self, x: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu) -> Tensor:
-        """Output of one FFN on tokens ``x`` [..., d], with the architecture's activation (GELU by default)."""
+        """Output [..., d] of one FFN on tokens ``x`` [..., d]."""
         return F.linear(self.hidden(x, activation), self.down, self.down_bias)
+
+    @classmethod
+    def stack(cls, experts: Sequence[FeedForwardWeights]) -> FeedForwardWeights:
+        """Stacks single FFNs of equal shape into a bank (a copy)."""
+        check_alike(experts)
+        return cls(**{name: torch.stack([getattr(e, name) for e in experts]) for name, _ in experts[0].tensors()})
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of every part that is not None, in the order of the fields."""
+        return ((f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FeedForwardWeights:
+        """Applies ``function`` to every tensor."""
+        return FeedForwardWeights(**{name: function(tensor) for name, tensor in self.tensors()})
+
+    def times(self, factors: Mapping[str, float | Tensor]) -> FeedForwardWeights:
+        """Multiplies the named tensors by their factors; the other tensors are shared."""
+        return replace(self, **{name: factors[name] * tensor for name, tensor in self.tensors() if name in factors})
+
+    def expert(self, index: int) -> FeedForwardWeights:
+        """Expert ``index`` of a bank as one FFN (views, no copy)."""
+        return self.map(lambda tensor: tensor[index])
+
+    def experts(self) -> list[FeedForwardWeights]:
+        """All experts of a bank (views)."""
+        # unbind has one backward pass for all experts; each .expert(i) has one of the size of the whole bank.
+        parts = {name: tensor.unbind() for name, tensor in self.tensors()}
+        return [FeedForwardWeights(**dict(zip(parts, one, strict=True))) for one in zip(*parts.values(), strict=True)]
+
+    def neurons(self) -> Tensor:
+        """All weights of each hidden neuron in one row: its up, gate and down weights and its biases, [..., h, p]."""
+        parts = [t.mT if name == "down" else t for name, t in self.tensors() if name != "down_bias"]
+        return torch.cat([t if t.ndim == self.up.ndim else t[..., None] for t in parts], dim=-1)
+
+    def with_neurons(self, order: Tensor) -> FeedForwardWeights:
+        """One FFN with the hidden neurons ``order`` [n]; a permutation leaves its function as it is."""
+
+        def ordered(name: str, tensor: Tensor) -> Tensor:
+            if name == "down_bias":
+                return tensor
+            return tensor[:, order] if name == "down" else tensor[order]
+
+        return FeedForwardWeights(**{name: ordered(name, tensor) for name, tensor in self.tensors()})
+
+    def widened(self, d_ff: int) -> FeedForwardWeights:
+        """One FFN with ``d_ff`` hidden neurons and the same function.
+
+        The added neurons repeat the first ones, with output weights of zero. With input weights of zero too, they would
+        never get a gradient.
+        """
+        if d_ff < self.d_ff:
+            raise ValueError(f"d_ff: expected at least the present {self.d_ff} neurons, found {d_ff}")
+        if d_ff == self.d_ff:
+            return self
+        wide = self.with_neurons(torch.arange(d_ff, device=self.up.device) % self.d_ff)
+        wide.down[:, self.d_ff :] = 0
+        return wide
 
 
 def check_alike(experts: Sequence[FeedForwardWeights]) -> None:
-    """Raise ValueError unless there are experts, all single FFNs of one shape; the first that differs from expert 0 is named."""
+    """Raises ValueError unless ``experts`` are one or more single FFNs of equal shape."""
     if not experts:
         raise ValueError("experts: expected at least one expert, found none")
     shapes = [{name: list(tensor.shape) for name, tensor in expert.tensors()} for expert in experts]
@@ -157,8 +166,10 @@ def check_alike(experts: Sequence[FeedForwardWeights]) -> None:
 
 
 def concatenate(ffns: Sequence[FeedForwardWeights]) -> FeedForwardWeights:
-    """The FFN whose output is the sum of theirs: all their hidden neurons side by side. Where some have a bias, those without
-    get one of zeros."""
+    """The FFN with all hidden neurons of ``ffns`` side by side: its output is the sum of their outputs.
+
+    If only some FFNs have a bias, the others count as having a bias of zero.
+    """
     if len({ffn.gate is None for ffn in ffns}) > 1:
         raise ValueError("gate: expected all FFNs to be gated or none, found both")
 
@@ -177,38 +188,31 @@ def concatenate(ffns: Sequence[FeedForwardWeights]) -> FeedForwardWeights:
 
 
 def match_neurons(reference: FeedForwardWeights, other: FeedForwardWeights) -> Tensor:
-    """Order [h] of ``other``'s hidden neurons in which the two FFNs are most alike.
+    """The order [h] of ``other``'s hidden neurons that makes its weights most similar to ``reference``'s.
 
-    The order of hidden neurons is arbitrary: FFNs that compute the same may look unlike. Of all orders this one has the
-    largest inner product of all weights, a linear assignment (as in Git Re-Basin, arXiv 2209.04836, section 3.2, for one
-    hidden layer).
+    The order of hidden neurons is arbitrary, so equal functions can have different weights. This order has the largest
+    inner product of all weights. It solves a linear assignment problem, as in Git Re-Basin (Ainsworth et al., arXiv
+    2209.04836, section 3.2) for one hidden layer.
     """
     if reference.is_bank or other.is_bank or reference.up.shape != other.up.shape:
         shapes = f"up {list(reference.up.shape)} and {list(other.up.shape)}"
         raise ValueError(f"match_neurons: expected two single FFNs of equal shape, found {shapes}")
-    return best_order(reference.neurons() @ other.neurons().T)
+    products = reference.neurons() @ other.neurons().T  # [h, h]
+    _, order = linear_sum_assignment(products.detach().double().cpu().numpy(), maximize=True)
+    return torch.from_numpy(order).to(products.device)
 
 
-def best_order(likeness: Tensor) -> Tensor:
-    """Order [h] of the columns in which the diagonal of ``likeness`` [h, h] has the largest sum."""
-    _, order = linear_sum_assignment(likeness.detach().double().cpu().numpy(), maximize=True)
-    return torch.from_numpy(order).to(likeness.device)
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype to compute in: float32, or float64 for float64 weights."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+CHUNK = 2**20  # elements to process at a time, so that they stay in the CPU's cache
 
 
 def count_non_finite(tensor: Tensor) -> int:
     """How many elements are NaN or infinite."""
-    # A sum is finite only if its terms are, and quicker than looking at each.
-    sums = torch.stack([part.to(compute_dtype(tensor)).sum() for part in pieces(tensor)])
+    chunks = tensor.split(max(1, CHUNK * len(tensor) // max(1, tensor.numel())))
+    # A sum is finite only if all its terms are, and it is faster than testing every element.
+    sums = torch.stack([chunk.to(compute_dtype(tensor)).sum() for chunk in chunks])
     return 0 if torch.isfinite(sums).all() else int((~torch.isfinite(tensor)).sum())
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-_CHUNK = 2**20  # elements to look at in one piece: they stay in the cache
-
-
-def pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """Rows of a tensor, so many at a time that they stay in the cache."""
-    return tensor.split(max(1, _CHUNK * len(tensor) // max(1, tensor.numel())))

@@ -1,6 +1,6 @@
-"""Knowledge integration: the dense student that a trained MoE becomes (arXiv 2201.10890).
+"""Knowledge integration: the dense student of a trained MoE (arXiv 2201.10890).
 
-Everything outside the expert layers is copied, every expert layer is gathered into one FFN, the router is dropped.
+Every expert layer is gathered into one FFN, its router is dropped, and all other weights are copied.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ones_lib.calibration import Calibration
-from ones_lib.distillation import HiddenStates, hidden_error
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.gathering.registry import check_bank, gather, gathering_methods, needs_calibration, uses_calibration
-from ones_lib.gathering.regression import relative_adam
+from ones_lib.gathering.registry import checked_experts, gather, gathering_methods, needs_calibration, uses_calibration
 from ones_lib.gathering.scale import Scale
+from ones_lib.joint_fit import fit_jointly
 from ones_lib.moe import MoEFeedForward
 
-#: Controls that a gathering must be worth more than: (experts, freshly initialised FFN, generator) -> the student's FFN.
+Layers = dict[str, MoEFeedForward]  # by name in the teacher
+
+#: ``fit`` layer by layer, then :func:`ones_lib.joint_fit.fit_jointly`.
+JOINT_FIT = "joint_fit"
+
+#: Baselines for a gathering: (a layer's experts, a freshly initialised FFN, generator) -> the student's FFN.
 CONTROLS: dict[str, Callable[[FeedForwardWeights, FeedForwardWeights, torch.Generator], FeedForwardWeights]] = {
-    # Only the shared weights come from the teacher, as when Switch Transformers are distilled (arXiv 2101.03961, 4.2).
+    # Only the weights outside the experts come from the teacher, as in Switch Transformers (arXiv 2101.03961, section 4.2).
     "shared_kd": lambda bank, fresh, generator: fresh,
-    # Output zero: what is left of the teacher without its experts. Only the read-out is zero, so that it can still learn.
+    # The FFN's output is zero: what the teacher does without its experts. Only down is zero, so gradients still flow.
     "zero_ffn": lambda bank, fresh, generator: FeedForwardWeights(
         **{name: torch.zeros_like(t) if name.startswith("down") else t for name, t in fresh.tensors()}
     ),
@@ -34,27 +38,21 @@ CONTROLS: dict[str, Callable[[FeedForwardWeights, FeedForwardWeights, torch.Gene
 }
 
 
-#: The layer-wise fit, and then all layers fitted together.
-JOINT_FIT = "joint_fit"
-CHECKED = 16  # batches on which a joint fit is compared with its start
-
-
 def integration_methods() -> list[str]:
-    """What :func:`integrate` knows: the gathering methods, :data:`JOINT_FIT`, and the controls."""
+    """The methods of :func:`integrate`: the gathering methods, :data:`JOINT_FIT` and the controls."""
     return [*gathering_methods(), JOINT_FIT, *CONTROLS]
 
 
 def calibrated(method: str, scale: Scale | str = 1.0) -> bool:
-    """Whether data make a difference to a method of :func:`integrate` at a scale."""
+    """Whether the result of :func:`integrate` with a method at a scale depends on the calibration, if there is one."""
     return method == JOINT_FIT or (method not in CONTROLS and uses_calibration(method, scale))
 
 
 @dataclass(frozen=True)
 class IntegrationReport:
-    """What :func:`integrate` did, one row a parameter: ``parameter, action, shape, source_shape``.
+    """What :func:`integrate` did, one row per parameter of the teacher: ``parameter, action, shape, source_shape``.
 
-    ``action`` is ``copied``, ``gathered``, ``replaced`` (by a control, which gathers nothing) or ``dropped`` (``shape`` is
-    None then).
+    ``action`` is ``copied``, ``gathered``, ``replaced`` (by a control) or ``dropped`` (then ``shape`` is None).
     """
 
     method: str
@@ -74,132 +72,102 @@ class IntegrationReport:
 def integrate(
     teacher: nn.Module, method: str = "svd", *, seed: int = 0, calibration: Calibration | None = None, **options
 ) -> tuple[nn.Module, IntegrationReport]:
-    """The dense student of an MoE teacher, before distillation, and a report of where each weight came from.
+    """The dense student of an MoE teacher before distillation, and a report of where each weight came from.
 
     Args:
         teacher: a model in eval mode with :class:`MoEFeedForward` layers and a method ``dense_twin(d_ff)``, such as ``WideNet``.
-        method: a gathering method; ``joint_fit``, which is ``fit`` and then :func:`fit_jointly` for ``steps`` steps (default
-            600); or one of the controls ``shared_kd``, ``zero_ffn``, ``one_expert``.
-        seed: of the controls' random choices, and of what a fit draws.
-        calibration: data for the methods that look at data.
-        options: the gathering method's.
+        method: a gathering method; ``joint_fit``, which is ``fit`` and then ``steps`` (default 600) steps of
+            :func:`ones_lib.joint_fit.fit_jointly`; or a control: ``shared_kd``, ``zero_ffn``, ``one_expert``.
+        seed: of the controls' random draws and of the joint fit's.
+        calibration: data, for the methods that use data.
+        options: the gathering method's options, see :func:`ones_lib.gather`.
 
     Raises:
-        ValueError: no MoE layer in the teacher, unknown method, a calibration that is missing, or what
-            :func:`ones_lib.gathering.registry.gather` refuses.
+        ValueError: no MoE layer in the teacher, an unknown method, a missing calibration, or an error of
+            :func:`ones_lib.gather`.
         TypeError: an option that the method does not have.
     """
+    layers = {name: m for name, m in teacher.named_modules() if isinstance(m, MoEFeedForward) and m.num_experts > 1}
+    _check(teacher, layers, method, calibration, options)
+    like = next(iter(layers.values())).up  # for dtype and device
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        if method in CONTROLS:
+            student = teacher.dense_twin().to(like)
+            ffns = _control_ffns(student, layers, method, seed)
+        else:
+            ffns = _gathered_ffns(teacher, layers, method, calibration, options)
+            student = teacher.dense_twin(d_ff=next(iter(ffns.values())).d_ff).to(like)
+        rows = _copy_weights(teacher, student, ffns, "replaced" if method in CONTROLS else "gathered")
+    if method == JOINT_FIT:
+        fit_jointly(student, teacher, calibration, seed=seed, **options)
+    return student, IntegrationReport(method, rows)
+
+
+def _check(teacher: nn.Module, layers: Layers, method: str, calibration: Calibration | None, options: dict) -> None:
+    """Raises the errors of :func:`integrate` that are known before anything is computed."""
     if method not in integration_methods():
         raise ValueError(f"method: expected one of {integration_methods()}, found {method!r}")
-    layers = {name: m for name, m in teacher.named_modules() if isinstance(m, MoEFeedForward) and m.num_experts > 1}
     if not layers:
         raise ValueError(
             f"teacher: expected at least one MoE layer with 2 experts or more, found none in {type(teacher).__name__}"
         )
-    of_fit, options = (options, {}) if method == JOINT_FIT else ({}, options)
-    if method in CONTROLS and options:
-        raise TypeError(f"{next(iter(options))}: control {method!r} takes no options")
-    if unknown := set(of_fit) - {"steps"}:
-        raise TypeError(f"{unknown.pop()}: method {method!r} takes no option but steps")
-    scale = options.get("scale", 1.0)
-    # Gates that are not renormalised sum to a number that only data tell.
-    open_sum = scale == "router" and not all(getattr(m.router, "renormalize", True) for m in layers.values())
-    needs = open_sum or method == JOINT_FIT or (method not in CONTROLS and needs_calibration(method, scale))
-    if calibration is None and needs:
+    if method in CONTROLS:
+        if options:
+            raise TypeError(f"{next(iter(options))}: control {method!r} takes no options")
+        return
+    if method == JOINT_FIT:
+        if unknown := set(options) - {"steps"}:
+            raise TypeError(f"{unknown.pop()}: method {method!r} takes no option but steps")
+        if not options.get("steps", 1) >= 1:
+            raise ValueError(f"steps: expected a positive number, found {options['steps']}")
+        needed = True
+    else:
+        scale = options.get("scale", 1.0)
+        # Gates that are not renormalised have a sum that only data can tell.
+        open_sum = scale == "router" and not all(getattr(m.router, "renormalize", True) for m in layers.values())
+        needed = open_sum or needs_calibration(method, scale)
+    if needed and calibration is None:
         raise ValueError(f"calibration: expected data, which {method!r} needs here, found None")
 
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
-        like = next(iter(layers.values())).up  # for dtype and device
-        if method in CONTROLS:
-            student = teacher.dense_twin().to(like)
-            gathered = {}
-            for name, layer in layers.items():
-                check_bank(layer.bank())
-                fresh = student.get_submodule(name).bank().expert(0)
-                gathered[name] = CONTROLS[method](layer.bank(), fresh, generator)
-        else:
-            found = {}
-            if calibration is not None and calibrated(method, scale):
-                found = calibration.activations(teacher)
-            by_layer = "fit" if method == JOINT_FIT else method
-            gathered = {n: gather(m.bank(), by_layer, calibration=found.get(n), **options) for n, m in layers.items()}
-            student = teacher.dense_twin(d_ff=next(iter(gathered.values())).d_ff).to(like)
 
-        rows, source = [], dict(teacher.named_parameters()) | dict(teacher.named_buffers())
-        target = dict(student.named_parameters()) | dict(student.named_buffers())
-        for name, tensor in source.items():
-            layer_name, _, part = name.rpartition(".")
-            if layer_name in gathered:
-                target[name].copy_(getattr(gathered[layer_name], part)[None])
-                action = "replaced" if method in CONTROLS else "gathered"
-            elif layer_name.removesuffix(".router") in gathered:
-                action = "dropped"
-            else:
-                target[name].copy_(tensor)
-                action = "copied"
-            shape = None if action == "dropped" else tuple(target[name].shape)
-            rows.append({"parameter": name, "action": action, "shape": shape, "source_shape": tuple(tensor.shape)})
-    if method == JOINT_FIT:
-        fit_jointly(student, teacher, calibration, seed=seed, **of_fit)
-    return student, IntegrationReport(method, rows)
+def _control_ffns(student: nn.Module, layers: Layers, method: str, seed: int) -> dict[str, FeedForwardWeights]:
+    """A control's FFN for each layer; ``student`` has the freshly initialised ones."""
+    generator, ffns = torch.Generator().manual_seed(seed), {}
+    for name, layer in layers.items():
+        checked_experts(layer.bank())
+        ffns[name] = CONTROLS[method](layer.bank(), student.get_submodule(name).bank().expert(0), generator)
+    return ffns
 
 
-def fit_jointly(
-    student: nn.Module,
-    teacher: nn.Module,
-    calibration: Calibration,
-    steps: int = 600,
-    learning_rate: float = 0.1,
-    seed: int = 0,
-) -> None:
-    """Regress all feed-forward layers of a student together onto the teacher's residual stream, by :func:`hidden_error`, in place.
+def _gathered_ffns(
+    teacher: nn.Module, layers: Layers, method: str, calibration: Calibration | None, options: dict
+) -> dict[str, FeedForwardWeights]:
+    """The gathered FFN for each layer."""
+    activations = {}
+    if calibration is not None and calibrated(method, options.get("scale", 1.0)):
+        activations = calibration.activations(teacher)
+    by_layer, options = ("fit", {}) if method == JOINT_FIT else (method, options)
+    return {n: gather(m.bank(), by_layer, calibration=activations.get(n), **options) for n, m in layers.items()}
 
-    A fit layer by layer looks at each with the teacher's inputs. In the student each gets what those before it made of
-    them, and what a layer leaves wrong, a later one may mend. Nothing but the feed-forward layers moves; no labels and no
-    logits are used. Adam, one batch of the calibration a step, ``learning_rate`` relative to the weights as in
-    :func:`ones_lib.gathering.regression.fit`; the start is kept where that is no better on the first batches.
-    """
-    if not steps >= 1 or not learning_rate > 0:
-        raise ValueError(f"steps, learning_rate: expected positive numbers, found {steps} and {learning_rate}")
-    ffns = [module for module in student.modules() if isinstance(module, MoEFeedForward)]
-    training = student.training
-    trained = {parameter: parameter.requires_grad for parameter in student.parameters()}
-    student.eval().requires_grad_(False)
-    watched, target = HiddenStates(student), HiddenStates(teacher)
 
-    def error(batch) -> Tensor:
-        with torch.no_grad():
-            calibration.forward(teacher, batch)
-        calibration.forward(student, batch)
-        return hidden_error(watched.last, target.last)
-
-    def mean_error() -> float:
-        with torch.no_grad():
-            return sum(error(batch).item() for batch in calibration.batches[:CHECKED])
-
-    try:
-        for ffn in ffns:
-            ffn.requires_grad_(True)
-        before, start = mean_error(), [ffn.bank().map(lambda t: t.detach().clone()) for ffn in ffns]
-        optimizers = [relative_adam(ffn.bank(), steps, learning_rate) for ffn in ffns]
-        order = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            batch = calibration.batches[int(torch.randint(len(calibration.batches), (), generator=order))]
-            with torch.enable_grad():
-                error(batch).backward()
-            for optimizer, schedule in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-        if not mean_error() < before:
-            for ffn, bank in zip(ffns, start, strict=True):
-                for name, tensor in bank.tensors():
-                    getattr(ffn, name).data.copy_(tensor)
-    finally:
-        watched.close()
-        target.close()
-        student.train(training)
-        for parameter, was in trained.items():
-            parameter.requires_grad_(was)
+def _copy_weights(
+    teacher: nn.Module, student: nn.Module, ffns: dict[str, FeedForwardWeights], action: str
+) -> list[dict]:
+    """Copies ``ffns`` and all weights outside the experts into the student; returns the report's rows."""
+    source = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
+    target = dict(student.named_parameters()) | dict(student.named_buffers())
+    rows = []
+    for name, tensor in source.items():
+        layer, _, part = name.rpartition(".")
+        row = {"parameter": name, "action": "copied", "shape": None, "source_shape": tuple(tensor.shape)}
+        rows.append(row)
+        if layer in ffns:
+            row["action"] = action
+            tensor = getattr(ffns[layer], part)[None]
+        elif layer.removesuffix(".router") in ffns:
+            row["action"] = "dropped"
+            continue
+        target[name].copy_(tensor)
+        row["shape"] = tuple(target[name].shape)
+    return rows

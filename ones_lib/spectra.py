@@ -1,12 +1,12 @@
-"""What experts know, how much of it is shared, and what of it survives a gathering, as tables.
+"""What experts contain, how much of it they share, and what a gathering keeps of it, as tables.
 
-Two kinds of measure. In weight space: singular values and the ranks that follow from them, overlap of the subspaces that
-experts read from and write to, likeness of experts before and after their hidden neurons are matched, distance of a gathered
-matrix from the experts. On activations: the error of the gathered FFN's output against the MoE layer's.
+In weight space: singular values and ranks, overlap of the experts' leading subspaces, similarity of experts before and after
+matching of their hidden neurons, distance of a gathered matrix from the experts. On activations: the error of the gathered
+FFN's output against the MoE layer's.
 
-Tables are tidy: one row a value, with columns ``matrix`` ("up", "gate", "down") and ``expert`` where they apply. A bank of
-fewer than 2^22 weights is worked on in float64, where that costs nothing and figures drawn twice are the same; a larger one in
-float32, unless it is float64. All on the device of the weights.
+Tables are tidy, one row per value, with columns ``matrix`` ("up", "gate", "down") and ``expert`` where they apply. Banks of
+fewer than 2^22 weights are computed in float64, so that figures are reproducible; larger ones in their own precision, float32
+at least. All on the device of the weights.
 """
 
 from __future__ import annotations
@@ -20,27 +20,35 @@ import torch
 from torch import Tensor
 
 from ones_lib.calibration import LayerActivations
-from ones_lib.ffn import FeedForwardWeights, match_neurons
+from ones_lib.ffn import FeedForwardWeights, compute_dtype, match_neurons
 from ones_lib.gathering.paper import svd_kg
-from ones_lib.gathering.registry import check_bank, gather
+from ones_lib.gathering.registry import checked_experts, gather
 from ones_lib.gathering.truncation import Factors
 
 MATRICES = ("up", "gate", "down")
-SIDES = ("in", "out")  # of a matrix: the space it reads from (right singular vectors) and the one it writes to (left)
+SIDES = ("in", "out")  # a matrix reads from the span of its right singular vectors and writes to that of its left ones
+MEAN = "router-weighted mean"  # of the experts, as a target of distances
+#: Methods whose result depends on K, the number of triplets or neurons kept of every expert.
+RANKED = ("topk", "svd")
+
+
+def rank_grid(full_rank: int) -> list[int]:
+    """At most 12 ranks for curves, from 1 to ``full_rank`` in about equal ratios."""
+    return sorted({round(r) for r in np.geomspace(1, full_rank, 12)})
 
 
 class FactoredBank:
-    """A bank of experts with the singular value decompositions of its matrices.
+    """A bank of experts and the singular value decompositions of its matrices.
 
-    Each matrix is factored once, when first asked for; everything that depends on a rank is then cut from the factors.
+    Each matrix is decomposed once, when it is first needed; all ranks use the same factors.
 
     Raises:
         ValueError: not a bank, or NaN or infinity in it.
     """
 
     def __init__(self, bank: FeedForwardWeights) -> None:
-        check_bank(bank)
-        dtype = torch.float64 if bank.neurons().numel() < 2**22 else torch.promote_types(bank.up.dtype, torch.float32)
+        checked_experts(bank)
+        dtype = torch.float64 if bank.neurons().numel() < 2**22 else compute_dtype(bank.up)
         self.bank = bank.map(lambda t: t.detach().to(dtype))
         self.matrices = [name for name in MATRICES if getattr(bank, name) is not None]
         self.full_rank = min(bank.d_ff, bank.d_model)
@@ -55,14 +63,17 @@ class FactoredBank:
         return self._factors[matrix]
 
     def gather(self, method: str, rank: int | None = None) -> FeedForwardWeights:
-        """As :func:`ones_lib.gather` at scale 1. ``rank`` is K, what is kept of every expert: SVD-KG's triplets and Top-KG's
-        neurons (whose gathered FFN has E*K); None is the methods' default; other methods have none."""
+        """:func:`ones_lib.gather` at scale 1.
+
+        ``rank`` is K, SVD-KG's triplets or Top-KG's neurons of every expert (then the gathered FFN has E*K); None is the
+        method's default. Other methods ignore it.
+        """
         if method == "svd":
-            return svd_kg(self.bank, rank=rank, factors={name: self.factors(name) for name in self.matrices})
+            return svd_kg(self.bank.experts(), rank=rank, factors={name: self.factors(name) for name in self.matrices})
         return gather(self.bank, method, **({"k": rank} if method == "topk" else {}))
 
     def mean(self, weights: Tensor) -> FeedForwardWeights:
-        """The experts' mean with ``weights`` [E], which need not sum to 1."""
+        """The experts' mean with ``weights`` [E], normalised to sum 1."""
         weights = weights.to(self.bank.up)
         return self.bank.map(lambda t: torch.tensordot(weights / weights.sum(), t, dims=1))
 
@@ -70,9 +81,9 @@ class FactoredBank:
 def spectrum(factored: FactoredBank, matrices: Iterable[str] | None = None) -> pd.DataFrame:
     """Singular values of every expert's matrices: ``matrix, expert, rank, singular_value, energy, gaussian``.
 
-    ``rank`` is the singular value's index from 1, ``energy`` the part of the squared Frobenius norm that this many leading
-    triplets keep. ``gaussian`` is the singular value of a matrix with independent Gaussian entries, of the same size and
-    norm: what is above it at the start of the spectrum is structure.
+    ``rank`` is the index of the singular value, from 1. ``energy`` is the fraction of the squared Frobenius norm that this
+    many leading triplets keep. ``gaussian`` is the singular value of a matrix of independent Gaussian entries with the same
+    size and norm: leading values above it show structure.
     """
     parts = []
     for matrix in factored.matrices if matrices is None else matrices:
@@ -93,73 +104,59 @@ def spectrum(factored: FactoredBank, matrices: Iterable[str] | None = None) -> p
 
 
 def _gaussian_spectrum(rows: int, columns: int) -> np.ndarray:
-    """Singular values of a Gaussian matrix of norm 1, one draw, always the same."""
-    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-    return torch.linalg.svdvals(matrix / matrix.norm()).double().numpy()
+    """Singular values of a Gaussian matrix of norm 1, from a fixed random draw."""
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).double()
+    return torch.linalg.svdvals(matrix / matrix.norm()).numpy()
 
 
 def rank_measures(table: pd.DataFrame) -> pd.DataFrame:
-    """How many dimensions each matrix of a :func:`spectrum` has, by several measures: ``matrix, expert, frobenius,
-    stable_rank, effective_rank, elbow, rank_90``.
+    """Several measures of the rank of each matrix of a :func:`spectrum`.
+
+    Columns ``matrix, expert, frobenius`` and:
 
     - ``stable_rank``: squared Frobenius norm over squared largest singular value.
-    - ``effective_rank``: exponential of the entropy of the singular values divided by their sum (Roy and Vetterli 2007).
-    - ``elbow``: the index furthest below the straight line from the first singular value to the last, both axes scaled to
-      1 (as Kneedle, Satopaa et al. 2011).
-    - ``rank_90``: the least rank that keeps 90% of the squared norm.
+    - ``effective_rank``: exp of the entropy of the singular values divided by their sum (Roy and Vetterli, 2007).
+    - ``elbow``: the index where the spectrum is furthest below the straight line from its first to its last value, both axes
+      scaled to 1 (Kneedle, Satopaa et al., 2011).
+    - ``rank_90``: the smallest rank that keeps 90% of the squared norm.
 
-    A matrix of zeros has stable and effective rank NaN, and the others 0.
+    For a matrix of zeros, stable and effective rank are NaN, the others 0.
     """
     rows = []
     keys = [c for c in table.columns if c not in ("rank", "singular_value", "energy", "gaussian")]
     for values, part in table.groupby(keys, sort=False):
         s = part["singular_value"].to_numpy()
         row = dict(zip(keys, values, strict=True)) | {"frobenius": np.sqrt((s**2).sum())}
+        rows.append(row)
         if s[0] == 0:
-            rows.append({**row, "stable_rank": math.nan, "effective_rank": math.nan, "elbow": 0, "rank_90": 0})
+            row |= {"stable_rank": math.nan, "effective_rank": math.nan, "elbow": 0, "rank_90": 0}
             continue
         p = s[s > 0] / s.sum()
         line = np.linspace(s[0], s[-1], len(s))
-        rows.append(
-            {
-                **row,
-                "stable_rank": (s**2).sum() / s[0] ** 2,
-                "effective_rank": np.exp(-(p * np.log(p)).sum()),
-                "elbow": int(np.argmax(line - s)) + 1,
-                "rank_90": int(np.argmax(np.cumsum(s**2) >= 0.9 * (s**2).sum())) + 1,
-            }
-        )
+        row |= {
+            "stable_rank": (s**2).sum() / s[0] ** 2,
+            "effective_rank": np.exp(-(p * np.log(p)).sum()),
+            "elbow": int(np.argmax(line - s)) + 1,
+            "rank_90": int(np.argmax(np.cumsum(s**2) >= 0.9 * (s**2).sum())) + 1,
+        }
     return pd.DataFrame(rows)
 
 
-def principal_angles(a: Tensor, b: Tensor) -> Tensor:
-    """Principal angles in radians, ascending, between the spans of two orthonormal bases [n, k] and [n, l].
-
-    From sines and cosines together (Knyazev and Argentati 2002), so that small angles are exact too.
-    """
-    if a.shape[1] < b.shape[1]:
-        a, b = b, a
-    product = a.mT @ b
-    cosines = torch.linalg.svdvals(product)
-    sines = torch.linalg.svdvals(b - a @ product).flip(0)
-    return torch.atan2(sines, cosines)
-
-
-def overlap(factored: FactoredBank, matrix: str, rank: int, sides: Sequence[str] = SIDES) -> pd.DataFrame:
+def overlap(factored: FactoredBank, matrix: str, rank: int) -> pd.DataFrame:
     """Overlap of the experts' leading subspaces of dimension ``rank``: ``matrix, side, rank, expert, other, overlap, chance``.
 
-    Overlap is the mean squared cosine of the principal angles: 1 for equal subspaces, 0 for orthogonal ones, and on
-    average ``rank / n`` for random ones in n dimensions, which is ``chance``.
+    ``overlap`` is the mean squared cosine of the principal angles: 1 for equal subspaces, 0 for orthogonal ones. ``chance``
+    is its expectation for random subspaces of n dimensions, ``rank / n``.
     """
     factors, parts = factored.factors(matrix), []
     if not 1 <= rank <= factored.full_rank:
         raise ValueError(f"rank: expected an integer from 1 to {factored.full_rank}, found {rank}")
-    for side in sides:
+    for side in SIDES:
         bases = torch.stack([vh[:rank].T if side == "in" else u[:, :rank] for u, _, vh in factors])  # [E, n, rank]
-        together = bases.transpose(0, 1).flatten(1)  # [n, E * rank]
-        values = torch.stack(  # one expert at a time: [rank, E * rank] is small
-            [(basis.T @ together).square().view(rank, -1, rank).sum(dim=(0, 2)) / rank for basis in bases]
-        )
+        every = bases.transpose(0, 1).flatten(1)  # [n, E*rank]
+        # One expert at a time: [rank, E*rank] is small.
+        values = [(basis.T @ every).square().view(rank, -1, rank).sum(dim=(0, 2)) / rank for basis in bases]
+        values = torch.stack(values)  # [E, E]
         expert, other = np.indices(values.shape)
         table = {"matrix": matrix, "side": side, "rank": rank, "expert": expert.ravel(), "other": other.ravel()}
         table |= {"overlap": values.double().cpu().numpy().ravel(), "chance": rank / bases.shape[1]}
@@ -168,8 +165,11 @@ def overlap(factored: FactoredBank, matrix: str, rank: int, sides: Sequence[str]
 
 
 def overlap_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Overlaps over all pairs of different experts, and whatever else varies beside ``data, matrix, side, rank``: ``overlap``
-    is the mean, ``low`` and ``high`` the 5th and 95th percentile, ``pairs`` how many there are, ``chance`` as in the table."""
+    """Overlaps summarised for each ``data, matrix, side, rank``: ``pairs, overlap, low, high, chance``.
+
+    ``overlap`` is the mean over all ``pairs`` of different experts (of all layers and seeds in the table), ``low`` and
+    ``high`` are the 5th and 95th percentile.
+    """
     keys = ["data", "matrix", "side", "rank"]
     values = table[table["expert"] < table["other"]].groupby(keys, sort=False)
     summary = values["overlap"].agg(
@@ -179,19 +179,18 @@ def overlap_summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def similarity(factored: FactoredBank) -> pd.DataFrame:
-    """Likeness of every pair of experts in weight space: ``expert, other, cosine, matched, chance``.
+    """Similarity of every pair of experts in weight space: ``expert, other, cosine, matched, chance``.
 
-    ``cosine`` is that of all weights but the output bias, ``matched`` after :func:`ones_lib.ffn.match_neurons` has put the
-    other's hidden neurons in the order that makes them most alike. Matching finds some likeness in anything: ``chance`` is
-    what it finds between the expert and Gaussian weights.
+    ``cosine`` is the cosine of all their weights but the output bias. ``matched`` is the cosine after
+    :func:`ones_lib.ffn.match_neurons` has reordered the other expert's hidden neurons. Matching raises the cosine of
+    unrelated weights too: ``chance`` is the matched cosine of the expert and Gaussian weights.
     """
     bank, rows = factored.bank, []
     generator = torch.Generator().manual_seed(0)
     for i in range(bank.num_experts):
         one = bank.expert(i)
-        noise = one.map(
-            lambda t: torch.randn(t.shape, generator=generator).to(t)
-        )  # drawn on the CPU: the same everywhere
+        # Drawn on the CPU, so that it is the same on every device.
+        noise = one.map(lambda t: torch.randn(t.shape, generator=generator).to(t))
         chance = _cosine(one.neurons(), noise.with_neurons(match_neurons(one, noise)).neurons())
         for j in range(i + 1, bank.num_experts):
             two = bank.expert(j)
@@ -206,18 +205,15 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return ((a.double() * b.double()).sum() / norms).item() if norms > 0 else math.nan
 
 
-MEAN = "router-weighted mean"
-
-
 def gathered_distances(
     factored: FactoredBank, gathered: FeedForwardWeights, expert_weights: Tensor | None = None
 ) -> pd.DataFrame:
-    """Distance of a gathered FFN's matrices from the experts': ``matrix, target, distance, cosine``.
+    """Distance of a gathered FFN's matrices from the experts' matrices: ``matrix, target, distance, cosine``.
 
-    ``distance`` is the Frobenius norm of the difference over the target's norm: 0 for the target itself, 1 for a matrix of
-    zeros. Targets are ``expert 0`` and so on and, with ``expert_weights`` [E] (such as
-    :meth:`ones_lib.calibration.LayerActivations.expert_weights`), their mean with these weights. The gathered FFN's hidden neurons
-    are first put in the order in which they are most like the target's: Top-KG's stand in no order of any expert.
+    ``distance`` is the Frobenius norm of the difference over the target's norm: 0 for the target itself, 1 for zeros. Targets
+    are ``expert 0``, ``expert 1``, ... and, with ``expert_weights`` [E] (such as
+    :meth:`ones_lib.LayerActivations.expert_weights`), the experts' mean with these weights. The gathered FFN's hidden neurons
+    are first matched to the target's, because Top-KG's neurons come from several experts.
     """
     bank = factored.bank
     targets = {f"expert {e}": bank.expert(e) for e in range(bank.num_experts)}
@@ -228,7 +224,7 @@ def gathered_distances(
 
 
 def matched_distances(gathered: FeedForwardWeights, target: FeedForwardWeights) -> pd.DataFrame:
-    """:func:`gathered_distances` from one FFN: ``matrix, distance, cosine``."""
+    """:func:`gathered_distances` from a single FFN: ``matrix, distance, cosine``."""
     matched, rows = gathered.with_neurons(match_neurons(target, gathered)), []
     for matrix in MATRICES:
         if getattr(target, matrix) is not None:
@@ -238,11 +234,10 @@ def matched_distances(gathered: FeedForwardWeights, target: FeedForwardWeights) 
 
 
 def output_error(gathered: FeedForwardWeights, activations: LayerActivations) -> dict[str, float]:
-    """Error of a gathered FFN's output on tokens against the MoE layer's, relative in the Frobenius norm: 0 is exact, an FFN
-    of zeros has 1.
+    """Relative error of a gathered FFN's output against the MoE layer's, in the Frobenius norm; an output of zero has error 1.
 
-    ``error`` is that of the FFN as it is; ``rescaled`` what is left if its output is multiplied by the one number that is
-    best, ``scale``: what the gathering got wrong beyond size.
+    ``error`` is the error as it is. ``rescaled`` is the error after the output is multiplied by its best single number,
+    ``scale``: the part that is not a matter of size.
     """
     with torch.no_grad():
         output = gathered.apply(activations.inputs.to(gathered.up), activations.activation).double()
@@ -260,9 +255,9 @@ def output_error(gathered: FeedForwardWeights, activations: LayerActivations) ->
 def output_errors(
     factored: FactoredBank, activations: LayerActivations, methods: Sequence[str], ranks: Sequence[int]
 ) -> pd.DataFrame:
-    """:func:`output_error` of gathering methods at ranks: ``method, rank, error, rescaled, scale``.
+    """:func:`output_error` of gathering methods at several ranks: ``method, rank, error, rescaled, scale``.
 
-    Methods that know no rank stand at each with the same values; ``one_expert`` is the mean over the experts.
+    Methods without a rank have the same values at each. ``one_expert`` is the mean over the experts.
     """
     rows = []
     for method in methods:
@@ -282,8 +277,8 @@ def layer_tables(
 ) -> dict[str, pd.DataFrame]:
     """All tables of one layer: ``spectra, ranks, overlap, similarity, distance`` and, with activations, ``output_error``.
 
-    Curves are taken at :func:`rank_grid`'s ranks; ``distance`` has ``method`` and ``rank``, which is NaN but for SVD-KG, since
-    Top-KG at another K than its default has another size than an expert.
+    Ranks are those of :func:`rank_grid`. ``distance`` has the columns ``method`` and ``rank``, with ranks for SVD-KG only
+    (else NaN): at another K than its default, Top-KG has not the size of an expert.
     """
     ranks = rank_grid(factored.full_rank)
     weights = None if activations is None else activations.expert_weights()
@@ -303,12 +298,3 @@ def layer_tables(
     if activations is not None:
         result["output_error"] = output_errors(factored, activations, ["one_expert", *methods], ranks)
     return result
-
-
-#: Methods whose result depends on K, what is kept of every expert.
-RANKED = ("topk", "svd")
-
-
-def rank_grid(full_rank: int, points: int = 12) -> list[int]:
-    """Ranks from 1 to ``full_rank`` in about equal ratios, for curves."""
-    return sorted({round(r) for r in np.geomspace(1, full_rank, points)})

@@ -6,8 +6,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fail at once, not wait for a network
 
 from ones_lib import Distillation, FeedForwardWeights
-from ones_lib.data.text import text_data
-from ones_lib.study import batch, checks
+from ones_lib.data.text import text_corpus
 from ones_lib.study.records import Records
 from ones_lib.study.study import Study
 from ones_lib.study.training import Training
@@ -47,27 +46,10 @@ def form(request):
 
 
 @pytest.fixture(scope="session")
-def checked_here():
-    """Parameters are checked in this process, which has imported what that takes; gives what does it in one of its own."""
-
-    def check(given):
-        for name, notebook, values in given:
-            try:
-                checks.check(batch.declared_parameters(notebook) | dict(values))
-            except (ValueError, OSError, TypeError) as error:
-                raise batch.BatchError(f"{name}: {error}") from error
-
-    with pytest.MonkeyPatch.context() as patch:
-        elsewhere = batch.check_values
-        patch.setattr(batch, "check_values", check)
-        yield elsewhere
-
-
-@pytest.fixture(scope="session")
 def text_cache(tmp_path_factory):
     """A cache that holds the embedded text, which takes half a minute to make."""
     folder = tmp_path_factory.mktemp("text_cache")
-    text_data(cache_dir=folder)
+    text_corpus(cache_dir=folder)
     return folder
 
 

@@ -1,26 +1,23 @@
-"""What tests/test_processes.py runs in one process and under torchrun: some trainings, and what came of them.
+"""Small trainings of every kind, which tests/test_processes.py runs in its own process and under torchrun.
 
-    python tests/fit_worker.py OUT CACHE [DEVICE_BATCH [shard [interrupt]]]
+    torchrun ... tests/fit_worker.py OUT CACHE
 
-Dropout and the router's noise are each process's own, and an expert's capacity is counted in it: here there is none of them.
+Each process draws its own dropout and router noise and counts capacities by itself: these trainings have none of them.
 """
 
-import json
-import os
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from ones_lib import Distillation
-from ones_lib.data import image_data
 from ones_lib.data.files import model_tensors, save_tensors
-from ones_lib.data.text import text_data
+from ones_lib.data.images import image_data
+from ones_lib.data.text import text_corpus, text_tasks
 from ones_lib.study.image_task import ImageClassification, classification_model
 from ones_lib.study.language_task import LanguageModelling, language_model
 from ones_lib.study.processes import is_main, join, whole_tensors, world_size
-from ones_lib.study.text_tasks import finetuning_model, pretraining_model, text_task
+from ones_lib.study.text_tasks import MaskedLanguageModelling, finetuning_model, finetuning_task, pretraining_model
 from ones_lib.study.training import Training, fit
 
 RECIPE = Training(steps=8, batch_size=16, learning_rate=0.1, evaluations=2, label_smoothing=0.1, optimizer="sgd")
@@ -49,47 +46,48 @@ def cases(cache):
         images,
         {"teacher": classification_model(WIDENET, images.data, 5), "distillation": Distillation()},
     )
-    text = text_data(
-        "docstrings",
-        vocab_size=300,
-        sequence_length=32,
-        max_corpus=400,
-        max_train=100,
-        max_validation=40,
-        cache_dir=cache,
-    )
-    yield "masked_lm", pretraining_model(TEXT, text, 0), text_task("masked_lm", text), {}
-    yield "answers", finetuning_model(pretraining_model(TEXT, text, 1), "answer", 0), text_task("answer", text), {}
+    sizes = {"vocab_size": 300, "sequence_length": 32, "max_corpus": 400, "validation_sequences": 100}
+    text = text_corpus("docstrings", **sizes, cache_dir=cache)
+    tasks = text_tasks("docstrings", tokenizer=text.tokenizer, max_train=100, max_validation=40, cache_dir=cache)
+    yield "masked_lm", pretraining_model(TEXT, text, 0), MaskedLanguageModelling(text), {}
+    answering = finetuning_model(pretraining_model(TEXT, text, 1), "answer", 0)
+    yield "answers", answering, finetuning_task("answer", tasks), {}
     yield "causal", language_model({**MISTRAL, "num_experts": 1}, text, 0), LanguageModelling(text), {}
 
 
-def main(out, cache, device_batch="0", *flags):
-    out, torch.randn_like = Path(out), torch.zeros_like  # of the router's noise
-    join() if "RANK" in os.environ else PartialState(cpu=True)
+def train(out, cache, device_batch=0, shard=False, interrupt=False):
+    """Weights, predictions and history of all cases, by name, into the folder ``out``."""
+    out.mkdir(exist_ok=True)
+    torch.randn_like, drawn = torch.zeros_like, torch.randn_like  # of the router's noise
     for name, model, task, teaching in cases(cache):
-        checkpoint = out / f"{name}.checkpoint.safetensors"
-        how = {"seed": 3, "device_batch": int(device_batch), "shard": "shard" in flags, **teaching}
+        how = {"seed": 3, "device_batch": device_batch, "shard": shard}
 
         def stop(step, *_):
             if step >= 5:
                 raise Stop
 
-        if "interrupt" in flags:
+        if interrupt:
+            how |= {"checkpoint": out / f"{name}.checkpoint.safetensors", "checkpoint_every": 4}
             try:
-                fit(model, task, RECIPE, checkpoint=checkpoint, checkpoint_every=4, progress=stop, **how)
+                fit(model, task, RECIPE, progress=stop, **how, **teaching)
             except Stop:
                 model, _, teaching = next(rest for again, *rest in cases(cache) if again == name)
-                how |= {"checkpoint": checkpoint, **teaching}
-        trained, history = fit(model, task, RECIPE, **how)
+        trained, history = fit(model, task, RECIPE, **how, **teaching)
         predictions = task.predict(trained, torch.device("cpu"))
         tensors = whole_tensors(model_tensors(trained))
         if is_main():
             save_tensors(out / f"{name}.safetensors", tensors)
             save_tensors(out / f"{name}.predictions.safetensors", {m: predictions[m] for m in task.metrics})
             history.drop(columns="seconds").to_csv(out / f"{name}.csv", index=False)
-    if is_main():
-        (out / "world.json").write_text(json.dumps(world_size()))
-    PartialState().destroy_process_group()
+    torch.randn_like = drawn
+
+
+def main(out, cache):
+    state = join()
+    train(Path(out, "two"), cache)
+    train(Path(out, "shards"), cache, device_batch=4, shard=True, interrupt=True)
+    Path(out, f"processes-{world_size()}").touch()
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

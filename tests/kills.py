@@ -1,8 +1,8 @@
-"""A run that is killed at random times, and run again until it ends, against one that was left alone.
+"""Kills a run at random times until it ends, and compares its records with those of an undisturbed run.
 
-By hand, over the whole smoke profile: ``python tests/kills.py --kills 20``. Each kill is a SIGKILL to all processes of the run,
-to its first one alone, or to one of the others, as chance has it. Records have to be the same: SHA-256 of weights and predictions,
-configuration, course of the training but for its seconds; tables of figures too, but for timings.
+By hand, on the whole smoke profile: ``python tests/kills.py --kills 20``. Each kill is a SIGKILL to all processes of the run, to
+the first one only, or to one of the others, at random. Compared are the hashes of weights, predictions and configurations, the
+course of training without its seconds, and the tables of figures without timings.
 """
 
 import argparse
@@ -32,14 +32,14 @@ def project(folder: Path) -> Path:
 
 
 def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-P", str(ROOT / "ones_lib" / "study" / "batch.py"), *arguments]
+    command = [sys.executable, "-m", "ones_lib.study", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with (folder / "log.txt").open("a") as log:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
 
 def kill(process: subprocess.Popen, chance: random.Random) -> str:
-    """Kill what the run consists of, or a part; and wait for what dies of that."""
+    """Kill all or some of a run's processes, and wait for its end; returns which."""
     try:
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -48,7 +48,7 @@ def kill(process: subprocess.Popen, chance: random.Random) -> str:
     for victim in {"all": tree, "the first": tree[:1], "another": [chance.choice(tree[1:] or tree)]}[how]:
         with suppress(psutil.NoSuchProcess):
             victim.kill()
-    if how == "another":  # the run may end by it, or not notice
+    if how == "another":  # the run may fail or go on
         try:
             process.wait(timeout=20)
         except subprocess.TimeoutExpired:
@@ -58,7 +58,7 @@ def kill(process: subprocess.Popen, chance: random.Random) -> str:
 
 
 def with_kills(folder: Path, arguments: list[str], kills: int, longest: float, seed: int = 0) -> list[str]:
-    """Start a run and kill it after a random time, so many times, then let it end; what was killed, and after how long."""
+    """Kill a run ``kills`` times after random times, then let it end; returns a line per kill."""
     chance, done = random.Random(seed), []
     while len(done) < kills:
         process, wait = start(folder, arguments), chance.uniform(1, longest)
@@ -75,7 +75,7 @@ def with_kills(folder: Path, arguments: list[str], kills: int, longest: float, s
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What has to be the same, by file."""
+    """What must be the same, by file; ``left`` for unfinished files."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -105,11 +105,11 @@ def main() -> int:
     began = time.monotonic()
     if start(alone, arguments).wait():
         raise RuntimeError((alone / "log.txt").read_text()[-3000:])
-    print(f"left alone: {time.monotonic() - began:.0f} s", flush=True)
+    print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
     began = time.monotonic()
     for number, line in enumerate(with_kills(killed, arguments, options.kills, options.longest, options.seed), start=1):
         print(f"kill {number}: {line}")
-    print(f"then to its end; all of it {time.monotonic() - began:.0f} s")
+    print(f"with kills: {time.monotonic() - began:.0f} s")
     expected, found = contents(alone / "runs"), contents(killed / "runs")
     odd = sorted(name for name, _ in set(expected.items()) ^ set(found.items()))
     weights = sum(name.endswith("weights.safetensors") for name in expected)

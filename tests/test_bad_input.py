@@ -1,6 +1,6 @@
-"""What people get wrong, and what they are told: the file or parameter, what was found, what was expected; and nothing is lost.
+"""Bad inputs and their errors: each names the file or parameter, what was found and what was expected; and nothing is lost.
 
-The table of :data:`CASES`, a line each. More of the kind stands with the gatherings, checkpoints, text data and notebooks.
+The table is :data:`CASES`. Tests of gatherings, checkpoints, text data and notebooks have more.
 """
 
 import json
@@ -20,9 +20,12 @@ from ones_lib.checkpoints.experts import open_experts
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.data import image_data
 from ones_lib.data.files import save_tensors, write_text
-from ones_lib.data.text import text_data
+from ones_lib.data.text import text_corpus
 from ones_lib.gathering.registry import gather
-from ones_lib.study import batch, checks
+from ones_lib.study import command as run_all
+from ones_lib.study.checks import check
+from ones_lib.study.notebooks import CommandError, groups_of
+from ones_lib.study.parameters import ParameterError, read_parameters
 from ones_lib.study.records import Record, Records, compare
 from ones_lib.study.running import Execution
 from ones_lib.study.training import Training
@@ -31,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, checked_here):
+def here(tmp_path, monkeypatch):
     """A project to run in: notebooks and nothing else."""
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     shutil.copy(ROOT / "run_all.sh", tmp_path)
@@ -50,19 +53,18 @@ def command(*arguments: str, **files: str) -> Callable:
         for name, text in files.items():
             path = here / name.replace("__", "/").replace("_yaml", ".yaml")
             path.write_text(text)
-        if batch.main(list(arguments)):
-            raise batch.BatchError("told")
+        if run_all.main(list(arguments)):
+            raise CommandError("told")
 
     return case
 
 
-def parameter(name: str, value, notebook: str = "01_imagenet") -> Callable:
-    """A notebook's parameters with another value in them, as the batch has them checked before anything runs."""
+def parameter(name: str, value, notebook: str = "01_imagenet", **others) -> Callable:
+    """A notebook's parameters with another value in them, checked as before anything runs."""
 
     def case(here: Path) -> None:
-        declared = batch.declared_parameters(ROOT / "notebooks" / f"{notebook}.ipynb")
-        assert name in declared
-        checks.check({**declared, name: value})
+        groups = groups_of(ROOT / "notebooks" / f"{notebook}.ipynb")
+        check(read_parameters("demo", {name: value, **others}, groups))
 
     return case
 
@@ -154,10 +156,8 @@ def text_files(*rows: dict, task: str = "sst2") -> Callable:
         (here / task).mkdir()
         for split in ("train", "validation"):
             (here / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        data = text_data(
-            "local", text_dir=here, tasks=(task,), corpus="tasks", vocab_size=300, cache_dir=here / "cache"
-        )
-        data.rows(task)
+        of_tasks = {"name": "local", "text_dir": str(here), "tasks": [task], "max_train": None}
+        text_corpus("tasks", of_tasks=of_tasks, vocab_size=300, cache_dir=here / "cache")
 
     return case
 
@@ -177,121 +177,133 @@ QUESTION = {"id": "0", "context": "a b c", "question": "which?"}
 #: What is wrong, how it is asked for, the error, and what it says (a regular expression).
 CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     # the command
-    "parameter misspelt": (command("-p", "teacher_step", "5"), batch.BatchError, "did you mean 'teacher_steps'"),
+    "parameter misspelt": (command("-p", "teacher_step", "5"), CommandError, "did you mean 'teacher_steps'"),
     "parameter of another notebook": (
         command("--only", "01", "-p", "budgets", "[5]"),
-        batch.BatchError,
+        CommandError,
         "no chosen notebook has a parameter 'budgets'",
     ),
     "text for a number": (
         command("-p", "num_experts", "eight"),
-        batch.BatchError,
-        "expected int like 8, found 'eight'",
+        CommandError,
+        "-p: num_experts: expected int or null, found 'eight'",
     ),
     "number for a list": (
         command("-p", "seeds", "3"),
-        batch.BatchError,
-        r"seeds: expected list like \[0, 1, 2\], found 3",
+        CommandError,
+        r"-p: seeds: expected list\[int\], found 3",
     ),
-    "fraction for a whole": (command("-p", "depth", "2.5"), batch.BatchError, "depth: expected int like 2, found 2.5"),
+    "fraction for a whole": (command("-p", "depth", "2.5"), CommandError, "-p: depth: expected int or null, found 2.5"),
     "value that is no YAML": (
         command("-p", "seeds", "[0,"),
-        batch.BatchError,
+        CommandError,
         r"-p: expected a value in YAML, found '\[0,'",
     ),
     "notebook that is not there": (
         command("--only", "77"),
-        batch.BatchError,
+        CommandError,
         r"--only: no notebook '77', expected of \[",
     ),
     "profile that is no YAML": (
         command("--profile", "smoke", notebooks__profiles__smoke_yaml="seeds: ["),
-        batch.BatchError,
+        CommandError,
         r"smoke\.yaml: expected YAML",
     ),
     "profile of a list": (
         command("--profile", "smoke", notebooks__profiles__smoke_yaml="- seeds"),
-        batch.BatchError,
+        CommandError,
         r"smoke\.yaml: expected names with values, found list",
     ),
     "profile with a misspelt name": (
-        command("--profile", "smoke", notebooks__profiles__smoke_yaml="sedes: [0]"),
-        batch.BatchError,
-        r"smoke\.yaml: no chosen notebook has a parameter 'sedes'; did you mean 'seeds'",
+        command("--profile", "smoke", notebooks__profiles__smoke_yaml="image: {sedes: [0]}"),
+        CommandError,
+        r"smoke\.yaml: image: no parameter 'sedes'; did you mean 'seeds'",
     ),
-    "negative device batch": (command("--device-batch", "-1"), batch.BatchError, "--device-batch: expected .*found -1"),
-    "shards without processes": (command("--shard"), batch.BatchError, "--shard: expected --launch 'torchrun"),
+    "negative device batch": (command("--device-batch", "-1"), CommandError, "--device-batch: expected .*found -1"),
+    "shards without processes": (command("--shard"), CommandError, "--shard: expected --launch 'torchrun"),
     "launcher that is not there": (
         command("--launch", "torchrum -n 2"),
-        batch.BatchError,
+        CommandError,
         "--launch: expected a command, found none called 'torchrum'",
     ),
     "file in the place of runs": (
         command("--only", "01", runs=""),
-        batch.BatchError,
+        CommandError,
         "runs/demo: expected a folder that can be written to, found none: .*/runs",
     ),
     # sweeps
     "sweep that is not there": (
         command("--sweep", "none.yaml"),
-        batch.BatchError,
+        CommandError,
         "none.yaml: expected YAML .*No such file",
     ),
     "sweep without a grid": (
         command("--sweep", "s.yaml", s_yaml=SWEEP),
-        batch.BatchError,
+        CommandError,
         r"expected \['grid'\], found",
     ),
     "sweep with a misspelt key": (
         command("--sweep", "s.yaml", s_yaml=SWEEP + "gird: {seed: [0]}"),
-        batch.BatchError,
+        CommandError,
         "found 'gird'; did you mean 'grid'",
     ),
     "grid of single values": (
         command("--sweep", "s.yaml", s_yaml=SWEEP + "grid: {seed: 0}"),
-        batch.BatchError,
+        CommandError,
         "grid: expected names with lists of values, found {'seed': 0}",
     ),
     "grid of a misspelt parameter": (
         command("--sweep", "s.yaml", s_yaml=SWEEP + "grid: {sede: [0]}"),
-        batch.BatchError,
+        CommandError,
         "s.yaml: no chosen notebook has a parameter 'sede'; did you mean 'seed'",
     ),
     "sweep of no jobs": (
         command("--sweep", "s.yaml", "--jobs", "0", s_yaml=SWEEP + "grid: {seed: [0]}"),
-        batch.BatchError,
+        CommandError,
         "--jobs: expected a number of at least 1, found 0",
     ),
     "sweep with parameters beside it": (
         command("--sweep", "s.yaml", "--only", "01", s_yaml=SWEEP + "grid: {seed: [0]}"),
-        batch.BatchError,
+        CommandError,
         "--sweep: expected notebook, profile and parameters in its file",
     ),
     # values of parameters, before a notebook runs
-    "no steps": (parameter("teacher_steps", 0), ValueError, "teacher_steps: expected a positive number, found 0"),
+    "no steps": (parameter("teacher_steps", 0), ValueError, "teacher_steps: expected a number at least 1, found 0"),
     "negative rate": (
         parameter("kd_learning_rate", -1.0),
         ValueError,
-        "kd_learning_rate: expected a positive.*found -1.0",
+        "kd_learning_rate: expected a number above 0, found -1.0",
     ),
     "no batch": (
         parameter("text_batch_size", 0, "03_nlp"),
         ValueError,
-        "text_batch_size: expected a positive.*found 0",
+        "text_batch_size: expected a number at least 1, found 0",
     ),
-    "warm-up beyond the end": (parameter("warmup", 1.5), ValueError, "warmup: expected a number from 0 to below 1"),
+    "warm-up beyond the end": (
+        parameter("warmup", 1.5),
+        ValueError,
+        "warmup: expected a number at least 0 and below 1, found 1.5",
+    ),
     "optimizer of no library": (
         parameter("optimizer", "adamww"),
         ValueError,
-        "optimizer: expected one of timm's, such as",
+        "optimizer: expected one of .*adamw.*found 'adamww'",
     ),
     "precision of no library": (
         parameter("mixed_precision", "fp8"),
         ValueError,
-        "mixed_precision: expected 'no', 'bf16'",
+        "mixed_precision: expected one of .*found 'fp8'",
     ),
-    "alpha above one": (parameter("alpha", 2.0), ValueError, "alpha: expected a number from 0 to 1, found 2.0"),
-    "temperature of zero": (parameter("temperature", 0.0), ValueError, "temperature: expected a positive number"),
+    "alpha above one": (
+        parameter("alpha", 2.0),
+        ValueError,
+        "alpha: expected a number at least 0 and at most 1, found 2.0",
+    ),
+    "temperature of zero": (
+        parameter("temperature", 0.0),
+        ValueError,
+        "temperature: expected a number above 0, found 0.0",
+    ),
     "no seeds": (parameter("seeds", []), ValueError, "seeds: expected at least one"),
     "a seed twice": (parameter("seeds", [1, 1]), ValueError, r"seeds: expected .*all different.*found \[1, 1\]"),
     "more choices than experts": (
@@ -299,11 +311,11 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         ValueError,
         "top_k: expected an integer from 1 to num_experts=8",
     ),
-    "no experts": (parameter("num_experts", 0), ValueError, "num_experts: expected an integer of at least 1, found 0"),
+    "no experts": (parameter("num_experts", 0), ValueError, "num_experts: expected a number at least 2, found 0"),
     "an MoE of one expert": (
         parameter("expert_counts", [1, 8], "02_retention_curves"),
         ValueError,
-        "expert_counts: expected numbers of at least 2, found 1",
+        "expert_counts: expected a number at least 2, found 1",
     ),
     "heads that do not divide": (
         parameter("num_heads", 5),
@@ -318,36 +330,43 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "picture of no glyph": (
         parameter("image_size", 15),
         ValueError,
-        "image_size: expected .*a divisor of 64, found 15",
+        "image_size: expected a divisor of 64 for glyphs, found 15",
     ),
     "data set of no kind": (parameter("data", "cifar"), ValueError, "data: expected 'glyphs', 'folder' or a hub name"),
-    "method of no kind": (parameter("methods", ["sun"]), ValueError, r"methods: expected of \['sum', .*found 'sun'"),
+    "method of no kind": (parameter("methods", ["sun"]), ValueError, r"methods: expected one of \['sum'.*found 'sun'"),
     "budget below nothing": (
         parameter("budgets", [100, -1], "02_retention_curves"),
         ValueError,
-        "budgets: expected whole numbers of steps, at least 0, found -1",
+        "budgets: expected a number at least 0, found -1",
     ),
     "rank beyond the matrix": (
         parameter("ranks", [25], "07_gathering_ablation"),
         ValueError,
-        "rank: expected an integer from 1 to 24, found 25",
+        "ranks: expected a number from 1 to 24, found 25",
     ),
     "scale of no kind": (
         parameter("scales", ["routers"], "07_gathering_ablation"),
         ValueError,
-        r"scales: expected numbers or of \['router', 'scalar', 'vector'\], found 'routers'",
+        r"scales: expected one of \['router'.*found 'routers'",
     ),
-    "task of no kind": (parameter("tasks", ["sst3"], "03_nlp"), ValueError, r"tasks: expected of \[.*found 'sst3'"),
+    "task of no kind": (
+        parameter("tasks", ["sst3"], "03_nlp"),
+        ValueError,
+        r"tasks: expected one of \['sst2'.*found 'sst3'",
+    ),
     "time without a zone": (
         parameter("redo_before", "2026-01-01"),
         ValueError,
         "redo_before: expected a time with its zone.*found '2026-01-01'",
     ),
     "time that is none": (parameter("redo_before", "yesterday"), ValueError, "redo_before: expected a time such as"),
+    "task longer than the positions": (
+        parameter("task_length", 128, "03_nlp"),
+        ParameterError,
+        "overrides: task_length: expected at most max_positions=64, found 128",
+    ),
     "folder of no data": (
-        lambda here: checks.check(
-            batch.declared_parameters(ROOT / "notebooks/01_imagenet.ipynb") | {"data": "folder", "data_dir": "no"}
-        ),
+        parameter("data", "folder", data_dir="no"),
         FileNotFoundError,
         "data_dir: expected a folder .*train, found in .*no: no such folder",
     ),
@@ -410,7 +429,9 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         "row 0: column 'answers': expected 'c' at 0, found 'a'",
     ),
     "text folder of nothing": (
-        lambda here: text_data("local", text_dir=here / "no", tasks=("sst2",), corpus="tasks"),
+        lambda here: text_corpus(
+            "tasks", of_tasks={"name": "local", "text_dir": str(here / "no"), "tasks": ["sst2"], "max_train": None}
+        ),
         FileNotFoundError,
         "text_dir: expected .*no such folder",
     ),
@@ -475,12 +496,12 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "pickle": (
         lambda here: (torch.save({}, here / "pytorch_model.bin"), Shards(here)),
         FileNotFoundError,
-        r"expected model\.safetensors or model\.safetensors\.index\.json, found .*pytorch_model\.bin",
+        r"expected a safetensors file or a folder of them, found .*pytorch_model\.bin",
     ),
     "pickle named safetensors": (
         lambda here: (torch.save({}, here / "x.safetensors"), open_experts(here / "x.safetensors")),
         ValueError,
-        r"x\.safetensors: expected a safetensors file, found something else",
+        r"x\.safetensors: expected a whole safetensors file, found .* of something else",
     ),
     "file without experts": (
         lambda here: (save_file({"a": torch.ones(2)}, here / "x.safetensors"), open_experts(here)),

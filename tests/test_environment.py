@@ -102,7 +102,7 @@ def test_conda_makes_its_environment_once(tmp_path):
         result = run_all("--profile", "smoke", cwd=tmp_path, **env)
         assert result.returncode == 0, result.stderr
         assert "using the conda environment .conda" in result.stderr
-        assert result.stdout == "ran -P ones_lib/study/batch.py --profile smoke\n"
+        assert result.stdout == "ran -m ones_lib.study --profile smoke\n"
     calls = (tmp_path / "conda.log").read_text().splitlines()
     assert calls == ["env create --quiet --yes --prefix .conda --file environment.yml"]
 

@@ -1,5 +1,7 @@
 """Experts out of models, records and files, in every layout; and that no more is read than asked for."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,8 @@ from transformers import (
 )
 
 from ones_lib import FeedForwardWeights
-from ones_lib.checkpoints import experts
-from ones_lib.checkpoints.experts import open_experts
+from ones_lib.checkpoints import open_experts
+from ones_lib.checkpoints.shards import Shards
 from ones_lib.data.files import model_tensors
 from ones_lib.models.causal import model_class
 from ones_lib.study.running import load_record, record_activations
@@ -40,7 +42,7 @@ def test_a_records_experts_are_those_of_its_model(tiny_record, tmp_path):
     record, cache_dir = tiny_record
     model, _ = load_record(record, cache_dir)
     save_file({n: t.clone() for n, t in model_tensors(model).items()}, tmp_path / "copy.safetensors")
-    for source in (model, str(record.folder / "weights.safetensors"), tmp_path):
+    for source in (model, str(record.weights_file), tmp_path):
         banks = open_experts(source)
         assert list(banks) == ["blocks.0.mlp"]  # shared across depth
         assert_same(banks["blocks.0.mlp"], model.blocks[0].mlp.bank().map(torch.Tensor.detach))
@@ -95,8 +97,8 @@ def test_only_the_layer_asked_for_is_read(tmp_path, monkeypatch):
                     tensors[f"layers.{layer}.mlp.experts.{e}.{name}.{kind}"] = tensor[e].clone()
     save_file(tensors, tmp_path / "model.safetensors")
     read = []
-    whole = experts.ExpertBanks._tensor
-    monkeypatch.setattr(experts.ExpertBanks, "_tensor", lambda self, name: read.append(name) or whole(self, name))
+    whole = Shards.read
+    monkeypatch.setattr(Shards, "read", lambda self, name: read.append(name) or whole(self, name))
     banks = open_experts(tmp_path / "model.safetensors")
     assert read == []
     assert list(banks) == [f"layers.{i}.mlp.experts" for i in range(3)]
@@ -105,14 +107,35 @@ def test_only_the_layer_asked_for_is_read(tmp_path, monkeypatch):
     assert all(name.startswith("layers.1.") for name in read)
 
 
+def test_which_files_of_a_folder_are_read(tmp_path):
+    """Those that the index names; without it, model.safetensors; without that, all."""
+    for name, value in {"model": 1.0, "a": 2.0, "b": 3.0}.items():
+        save_file({name: torch.full((2,), value)}, tmp_path / f"{name}.safetensors")
+    assert list(Shards(tmp_path).shapes) == ["model"]
+    assert list(Shards(tmp_path / "a.safetensors").shapes) == ["a"]
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
+    assert list(Shards(tmp_path).shapes) == ["a"]
+    index.unlink()
+    (tmp_path / "model.safetensors").unlink()
+    shards = Shards(tmp_path)
+    assert shards.shapes == {"a": [2], "b": [2]}
+    assert shards.read("b").tolist() == [3.0, 3.0]
+    shards.read("b").zero_()  # stays out of the file
+    assert shards.read("b").tolist() == [3.0, 3.0]
+
+
 def test_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected a safetensors file or a folder of them, found none"):
+    with pytest.raises(FileNotFoundError, match=r"expected a safetensors file or a folder of them, found \[\]"):
         open_experts(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors: expected"):
         open_experts(tmp_path / "gone.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors here")
-    with pytest.raises(ValueError, match=r"text\.safetensors: expected a safetensors file, found something else"):
+    with pytest.raises(ValueError, match=r"text\.safetensors: expected a whole safetensors file, found 15 bytes of"):
         open_experts(tmp_path / "text.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(ValueError, match=r"empty\.safetensors: expected layers of 2 experts or more.*among 0 tensors"):
+        open_experts(tmp_path / "empty.safetensors")
     save_file({"dense.up": torch.ones(1, 4, 2), "dense.down": torch.ones(1, 2, 4)}, tmp_path / "dense.safetensors")
     with pytest.raises(
         ValueError, match=r"dense\.safetensors: expected layers of 2 experts or more.*found none among 2"
@@ -127,7 +150,7 @@ def test_a_layer_that_lacks_an_expert_or_is_quantised_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"l\.experts: expected up of experts 0 to 2, found none of \[1\]"):
         open_experts(tmp_path / "a.safetensors")["l.experts"]
     save_file({n: t.to(torch.int8) for n, t in tensors.items()}, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match=r"w1\.weight: expected weights that are not quantised, found torch\.int8"):
+    with pytest.raises(ValueError, match=r"w1\.weight: expected weights that are not quantised, found I8"):
         open_experts(tmp_path / "b.safetensors")["l.experts"]
 
 

@@ -1,4 +1,4 @@
-"""Causal language models in the study: the task against transformers' own loss, and students made by way of files."""
+"""Causal language models in the study: the task against transformers' own loss, and students made by conversion."""
 
 from dataclasses import replace
 
@@ -7,9 +7,10 @@ import torch
 from transformers import MistralForCausalLM, MixtralForCausalLM
 
 from ones_lib import Distillation, gather
-from ones_lib.checkpoints.experts import open_experts
-from ones_lib.data.text import text_data
+from ones_lib.checkpoints import open_experts
+from ones_lib.data.text import text_corpus
 from ones_lib.models.causal import without_bars
+from ones_lib.study.entries import by_name
 from ones_lib.study.language_task import LanguageModelling, language_model
 from ones_lib.study.records import Records
 from ones_lib.study.study import Study
@@ -40,7 +41,7 @@ def study(tmp_path_factory, text_cache):
 
 
 def test_the_task_is_transformers_own_loss(text_cache):
-    data = text_data(**TEXT, cache_dir=text_cache)
+    data = text_corpus(**TEXT, cache_dir=text_cache)
     model, task = language_model(MOE, data, seed=0), LanguageModelling(data)
     batch = next(iter(task.batches(Training(steps=1, batch_size=4), 0, 0, torch.device("cpu"))))
     assert batch.shape == (4, 16)
@@ -48,15 +49,15 @@ def test_the_task_is_transformers_own_loss(text_cache):
     torch.testing.assert_close(task.loss(task.forward(model.eval(), batch), batch), expected)
     scores = task.predict(model, torch.device("cpu"))
     assert scores["loss"].shape == (12 * 15,)
-    rows = data.corpus["validation"].long()
+    rows = data.validation.long()
     losses = [model.model(input_ids=row[None], labels=row[None]).loss.item() for row in rows]
     assert scores["loss"].mean().item() == pytest.approx(sum(losses) / 12, rel=1e-5)
 
 
 def test_the_balance_loss_reaches_the_routers_in_training_alone(text_cache):
-    data = text_data(**TEXT, cache_dir=text_cache)
+    data = text_corpus(**TEXT, cache_dir=text_cache)
     model = language_model(MOE, data, seed=0)
-    ids = data.corpus["train"][:4].long()
+    ids = data.train[:4].long()
     model.train()(ids)
     model.balance_loss().backward()
     assert all(layer.mlp.gate.weight.grad.abs().sum() > 0 for layer in model.model.model.layers)
@@ -71,7 +72,7 @@ def test_the_balance_loss_reaches_the_routers_in_training_alone(text_cache):
 
 def test_students_are_made_by_way_of_files(study):
     students = {"mine": ("average", {}), "wide": ("topk", {"d_ff": 20}), "zero_ffn": ("zero_ffn", {})}
-    entries = study.named_entries(students, [0, 3])
+    entries = by_name(study, students, [0, 3])
     study.run([entry.config for entry in entries])
     moe = study.load_model(study.records.find(study.moe(0)))
     assert isinstance(moe.model, MixtralForCausalLM)
@@ -101,9 +102,9 @@ def test_a_published_model_is_read_where_it_lies(study, tmp_path):
     records = Records(tmp_path / "records")
     published = replace(study, data=data, model={"checkpoint": str(tmp_path / "moe")}, records=records)
     teacher, student = published.run([published.moe(0), published.student("average", 0, 0)])
-    assert (teacher.folder / "weights.safetensors").stat().st_size < 100  # no copy of it is kept
+    assert teacher.weights_file.stat().st_size < 100  # no copy of it is kept
     loaded = published.load_model(teacher)
-    ids = study.open_data().corpus["validation"][:2].long()
+    ids = study.open_data().validation[:2].long()
     torch.testing.assert_close(loaded(ids), model(ids))
     assert isinstance(published.load_model(student).model, MistralForCausalLM)
     dense = published.load_model(*published.run([published.dense(0)]))

@@ -1,5 +1,6 @@
 """The notebooks through papermill at the smoke profile and in a browser, and what the batch refuses."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -13,18 +14,18 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-import yaml
 from playwright.sync_api import sync_playwright
 
-from ones_lib.study import batch
-from ones_lib.study.batch import BatchError, check_parameters, declared_parameters, parse_value
+from ones_lib.study import command, notebooks
+from ones_lib.study.command import parse_value
+from ones_lib.study.parameters import GROUPS, ParameterError, group_of, read_parameters
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory, text_cache, checked_here):
+def project(tmp_path_factory, text_cache):
     """A copy of the notebooks to run in, so that the tests leave the project as it is."""
     root = tmp_path_factory.mktemp("project")
     shutil.copytree(text_cache, root / "runs" / "cache")
@@ -43,7 +44,7 @@ def records_made(root):
 
 
 def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
-    assert batch.main(["--profile", "smoke"]) == 0
+    assert command.main(["--profile", "smoke"]) == 0
     out = capfd.readouterr()
     assert "[1/8] 01_imagenet.ipynb: done in" in out.out
     assert "step/s" in out.err  # the progress bar, from inside the notebook
@@ -114,21 +115,21 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
 
     # Again: nothing to do. Asked for the figures: drawn from the records, byte for byte, without training.
     records, tables = records_made(project), {p: p.read_bytes() for p in folder.glob("*.csv")}
-    assert batch.main(["--profile", "smoke"]) == 0
+    assert command.main(["--profile", "smoke"]) == 0
     assert capfd.readouterr().out.count("finished before") == 8
     shutil.rmtree(folder)
-    assert batch.main(["--profile", "smoke", "--figures"]) == 0
+    assert command.main(["--profile", "smoke", "--figures"]) == 0
     assert "finished before" not in capfd.readouterr().out
     assert records_made(project) == records
     assert {p: p.read_bytes() for p in folder.glob("*.csv")} == tables
-    assert batch.main(["--profile", "smoke"]) == 0  # what was only drawn again need not be made again
+    assert command.main(["--profile", "smoke"]) == 0  # what was only drawn again need not be made again
     assert capfd.readouterr().out.count("finished before") == 8
 
 
 def test_figures_alone_train_nothing(project, capfd):
     few = ["--profile", "smoke", "--only", "01", "-p", "seeds", "[9]", "-p", "figures_dir", "runs/other"]
     before = records_made(project)
-    assert batch.main([*few, "--figures"]) == 1
+    assert command.main([*few, "--figures"]) == 1
     error = capfd.readouterr().err
     assert "ValueError: records: expected all 2 in" in error
     assert "found 0; the first that is missing: moe, seed 9" in error
@@ -142,8 +143,8 @@ def test_an_interrupt_reaches_a_notebook_that_trains(project, monkeypatch, capsy
         assert threading.current_thread() is threading.main_thread()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch, "execute", interrupted)
-    assert batch.main(["--profile", "smoke", "--only", "01", "-p", "seeds", "[11]"]) == 130
+    monkeypatch.setattr(notebooks, "execute", interrupted)
+    assert command.main(["--profile", "smoke", "--only", "01", "-p", "seeds", "[11]"]) == 130
     assert "interrupted; run it again to go on where it stopped" in capsys.readouterr().err
 
 
@@ -163,9 +164,9 @@ def test_force_trains_again(project):
         "processes",
         "1",
     ]
-    assert batch.main(few) == 0
+    assert command.main(few) == 0
     before = records_made(project)
-    assert batch.main([*few, "--force"]) == 0
+    assert command.main([*few, "--force"]) == 0
     changed = {path for path, stamp in records_made(project).items() if before.get(path) != stamp}
     assert len(changed) == 3  # teacher, dense, the student
     assert set(before) == set(records_made(project))
@@ -173,19 +174,18 @@ def test_force_trains_again(project):
 
 def test_a_failing_notebook_ends_the_batch_naming_cell_and_error(project, capfd):
     few = ["--profile", "smoke", "--only", "01", "02", "-p", "processes", "1", "-p", "learning_rate", "1e30"]
-    assert batch.main(few) == 1
+    assert command.main(few) == 1
     error = capfd.readouterr().err
     assert "01_imagenet.ipynb failed in cell" in error
     assert "Diverged: the loss became nan at step" in error
     assert (project / "runs" / "smoke" / "01_imagenet.failed.ipynb").exists()
 
 
-def test_what_cannot_be_is_told_before_the_first_notebook_runs(project, checked_here, monkeypatch, capfd):
-    """Also where it is wrong in the last one alone."""
-    monkeypatch.setattr(batch, "check_values", checked_here)
-    assert batch.main(["--profile", "smoke", "--only", "01", "08", "-p", "teacher_methods", "[sun]"]) == 1
+def test_a_bad_value_is_refused_before_the_first_notebook_runs(project, capfd):
+    """Also where it belongs to the last notebook alone."""
+    assert command.main(["--profile", "smoke", "--only", "01", "08", "-p", "teacher_methods", "[sun]"]) == 1
     said = capfd.readouterr()
-    assert "08_other_teachers.ipynb: teacher_methods: expected of" in said.err
+    assert "-p: teacher_methods: expected one of" in said.err
     assert "profile smoke" not in said.out
 
 
@@ -210,7 +210,7 @@ def page():
 @pytest.fixture
 def voila(project):
     """The address at which Voila serves the executed notebook of the experts."""
-    assert batch.main(["--profile", "smoke", "--only", "04"]) == 0
+    assert command.main(["--profile", "smoke", "--only", "04"]) == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -265,15 +265,15 @@ def test_widgets_in_a_browser(page, voila):
             ["-p", "teacher_step", "5"],
             "no chosen notebook has a parameter 'teacher_step'; did you mean 'teacher_steps'?",
         ),
-        (["-p", "num_experts", "eight"], "num_experts: expected int like 8, found 'eight'"),
-        (["-p", "seeds", "3"], "seeds: expected list like [0, 1, 2], found 3"),
-        (["-p", "renormalize", "1"], "renormalize: expected bool like True, found 1"),
+        (["-p", "num_experts", "eight"], "-p: num_experts: expected int or null, found 'eight'"),
+        (["-p", "seeds", "3"], "seeds: expected list[int], found 3"),
+        (["-p", "renormalize", "1"], "renormalize: expected bool, found 1"),
         (["--only", "77"], "--only: no notebook '77', expected of ['01_imagenet'"),
         (["--only", "01", "-p", "budgets", "[5]"], "no chosen notebook has a parameter 'budgets'"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(project, capsys, arguments, message):
-    assert batch.main(["--profile", "smoke", *arguments]) == 1
+    assert command.main(["--profile", "smoke", *arguments]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -289,12 +289,6 @@ def test_values_of_the_command_line():
     ]
 
 
-def test_whole_numbers_pass_for_fractions_but_not_the_other_way():
-    check_parameters({"a": 1}, {"a": 0.5}, "-p")
-    with pytest.raises(BatchError, match="a: expected int"):
-        check_parameters({"a": 0.5}, {"a": 1}, "-p")
-
-
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
 def test_notebooks_are_committed_without_outputs_and_are_short_cells(notebook):
     for cell in nbformat.read(notebook, as_version=4).cells:
@@ -306,15 +300,80 @@ def test_notebooks_are_committed_without_outputs_and_are_short_cells(notebook):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
-def test_parameters_cell_is_the_demo_profile(notebook):
-    demo = yaml.safe_load((ROOT / "notebooks" / "profiles" / "demo.yaml").read_text())
-    declared = declared_parameters(notebook)
-    assert {k: v for k, v in demo.items() if k in declared} == {k: v for k, v in declared.items() if k in demo}
+def test_a_notebook_declares_its_groups_and_reads_nothing_else(notebook):
+    """Its parameters cell has three lines; every ``p.name`` in it is a parameter of the groups that it declares."""
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    (given,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(given.splitlines()) == 3
+    assert 'profile = "demo"' in given
+    groups = notebooks.groups_of(notebook)
+    used = set(re.findall(r"(?<![\w.])p\.(\w+)", "\n".join(cell.source for cell in cells)))
+    assert {group_of()[name] for name in used} <= set(groups)
+    assert not any("globals()" in cell.source for cell in cells)
 
 
-@pytest.mark.parametrize("profile", batch.PROFILES)
-def test_profiles_name_only_parameters_that_exist(profile):
-    declared = {k: v for n in NOTEBOOKS for k, v in declared_parameters(n).items()}
-    check_parameters(
-        yaml.safe_load((ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text()), declared, profile
+def test_papermill_alone_runs_a_notebook_with_overrides(project):
+    """Without run_all.sh, from the notebooks' own folder, as JupyterLab does."""
+    overrides = "{overrides: {num_experts: 2, seed: 3, teacher_steps: 3, budget: 0, processes: 1}}"
+    arguments = [
+        "-m",
+        "papermill",
+        "-k",
+        "python3",
+        "student.ipynb",
+        "../out.ipynb",
+        "-p",
+        "profile",
+        "smoke",
+        "-y",
+        overrides,
+    ]
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=project / "notebooks", capture_output=True, text=True, check=False
     )
+    assert done.returncode == 0, done.stderr
+    executed = nbformat.read(project / "out.ipynb", as_version=4)
+    shown = [str(o.get("data", {}).get("text/html", "")) for cell in executed.cells for o in cell.get("outputs", [])]
+    assert any("num_experts = 2" in text and "experts of the MoE" in text for text in shown)  # what it ran with
+    row = pd.read_csv(project / "runs" / "smoke" / "figures" / "student.csv").iloc[0]
+    assert (row["num_experts"], row["seed"], row["budget"]) == (2, 3, 0)
+
+
+# --- parameters --------------------------------------------------------------------------------------------------------
+
+PROFILES = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profiles_have_a_value_for_every_parameter(profile):
+    parameters = read_parameters(profile, {}, GROUPS)
+    assert set(parameters.values()) == set(group_of())
+
+
+def test_every_name_is_of_one_group_and_has_a_meaning():
+    names = [declared for group in GROUPS.values() for declared in dataclasses.fields(group)]
+    assert len({declared.name for declared in names}) == len(names)
+    assert all(declared.metadata["meaning"] for declared in names)
+
+
+def test_overrides_win_over_the_profile_and_the_profile_over_its_base():
+    assert read_parameters("demo", {}, ["image"]).num_experts == 8
+    smoke = read_parameters("smoke", {"num_experts": 16}, ["image"])
+    assert (smoke.num_experts, smoke.d_model, smoke.learning_rate) == (16, 16, 0.008)
+    with pytest.raises(AttributeError, match="text_d_ff: no parameter of the groups"):
+        smoke.text_d_ff  # noqa: B018
+
+
+def test_a_whole_number_passes_for_a_fraction_but_not_the_other_way():
+    assert read_parameters("smoke", {"distortion": 1}, ["image"]).distortion == 1.0
+    with pytest.raises(ParameterError, match="overrides: depth: expected int or null, found 2.5"):
+        read_parameters("smoke", {"depth": 2.5}, ["image"])
+
+
+def test_a_profile_of_ones_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: smoke\nimage: {num_experts: 3}\n")
+    mine = read_parameters(str(tmp_path / "mine.yaml"), {}, ["image"])
+    assert (mine.profile, mine.num_experts, mine.d_model) == ("mine", 3, 16)
+    (tmp_path / "mine.yaml").write_text("image: {num_experts: 3}\n")
+    with pytest.raises(ParameterError, match="mine.yaml: common: expected a value for 'methods', found none"):
+        read_parameters(str(tmp_path / "mine.yaml"), {}, ["image"])

@@ -2,8 +2,8 @@
 
 import json
 import os
+import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -13,12 +13,14 @@ from pathlib import Path
 import kills
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from test_bad_input import flip, make_record
 from test_processes import tiny_study
 
 from ones_lib.data.files import checksum, remove_unfinished, save_tensors, write_text
 from ones_lib.study import records as records_module
 from ones_lib.study.records import Record, Records, code_state, compare, config_hash, provenance
+from ones_lib.study.running import Workplace, carry_out
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +37,7 @@ def test_two_records_of_the_same_differ_in_nothing(tmp_path, capsys):
     pair = [make_record(tmp_path / name) for name in ("a", "b")]
     assert compare(*pair).empty
     assert records_module.main([str(record.folder) for record in pair]) == 0
-    assert capsys.readouterr().out == "the same, but for times\n"
+    assert capsys.readouterr().out == "no difference except in times\n"
 
 
 def test_every_difference_is_said(tmp_path, capsys):
@@ -99,23 +101,23 @@ def test_work_on_a_record_waits_for_the_one_who_is_at_it(tmp_path, capsys):
         order.append("first")
     waiting.join(timeout=10)
     assert order == ["first", "second"]
-    assert f"moe-{config_hash(config)}: another run is at it, waiting for that" in capsys.readouterr().err
+    assert f"moe-{config_hash(config)}: another run works on it, waiting" in capsys.readouterr().err
     with records.lock({"kind": "moe", "seed": 1}), records.lock(config):  # other records are others
         pass
 
 
 def test_a_killed_process_holds_no_lock(tmp_path):
-    code = (
-        "import sys, time\nfrom ones_lib.records import Records\n"
-        "with Records(sys.argv[1]).lock({'kind': 'moe'}):\n    print('held', flush=True)\n    time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert holder.stdout.readline() == "held\n"
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    with Records(tmp_path).lock({"kind": "moe"}):
+    records, config = Records(tmp_path), {"kind": "moe"}
+    with records.lock(config):
+        (file,) = (tmp_path / "locks").iterdir()
+    code = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-uc", code, str(file)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "1\n"
+        with pytest.raises(Timeout):
+            FileLock(file).acquire(timeout=0)
+        holder.kill()
+    with records.lock(config):
         pass
-    holder.stdout.close()
 
 
 def test_two_studies_at_once_make_each_record_once(tmp_path):
@@ -143,17 +145,25 @@ def test_two_studies_at_once_make_each_record_once(tmp_path):
 # --- kills and full disks --------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_killed_twice_ends_as_one_that_was_not(tmp_path):
-    """The notebook of one student; ``tests/kills.py`` does it with everything."""
+def test_a_run_that_is_killed_and_started_again_ends_as_one_that_was_not(tmp_path):
+    """The notebook of one student, killed while it trains; ``tests/kills.py`` does the same with all of them."""
     arguments = ["--to", "smoke"]  # as a sweep's cell, whose values have been checked
     arguments += ["--profile", "smoke", "--only", "student", "-p", "teacher_steps", "20", "-p", "processes", "2"]
-    alone, killed = (kills.project(tmp_path / name) for name in ("alone", "killed"))
-    assert kills.start(alone, arguments).wait() == 0, (alone / "log.txt").read_text()[-2000:]
-    done = kills.with_kills(killed, arguments, kills=2, longest=8, seed=5)
-    assert any(" after " in line for line in done)
-    expected = kills.contents(alone / "runs")
-    assert kills.contents(killed / "runs") == expected
-    assert sum(name.endswith("weights.safetensors") for name in expected) == 3
+    folder = kills.project(tmp_path / "killed")
+    run, started = kills.start(folder, arguments), time.monotonic()
+    while not list(folder.glob("runs/*/records/*.partial")):
+        assert run.poll() is None, (folder / "log.txt").read_text()[-2000:]
+        assert time.monotonic() - started < 120
+        time.sleep(0.05)
+    kills.kill(run, random.Random(1))  # all of its processes
+    assert kills.start(folder, [*arguments[:-1], "1"]).wait() == 0, (folder / "log.txt").read_text()[-2000:]
+    assert "left" not in kills.contents(folder / "runs").values()
+    (root,) = folder.rglob("records")
+    made = [Record(path.parent) for path in root.glob("*/result.json")]
+    assert sorted(record.config["kind"] for record in made) == ["dense", "moe", "student"]
+    place = Workplace(Records(tmp_path / "alone"), tmp_path / "cache", tmp_path / "logits")
+    for record in sorted(made, key=lambda record: record.config["kind"]):  # the teacher before the student
+        assert compare(record, carry_out(record.config, place)).empty
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path):
@@ -168,28 +178,27 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits of a process are POSIX's")
 def test_no_room_is_told_and_leaves_nothing_half_written(tmp_path):
     """A limit on the size of files stands for a full disk; what was there stays."""
-    code = (
-        "import resource, signal, sys, torch\nfrom pathlib import Path\n"
-        "from ones_lib.files import save_tensors, write_text\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "for write in (lambda: save_tensors(Path(sys.argv[1], 'a.safetensors'), {'a': torch.ones(4000)}),"
-        " lambda: write_text(Path(sys.argv[1], 'b.txt'), 'b' * 4000)):\n"
-        "    try:\n        write()\n    except OSError as error:\n        print(error)\n"
-    )
+    resource = pytest.importorskip("resource")
     save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
-    before = checksum(tmp_path / "a.safetensors")
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    lines = ran.stdout.splitlines()
-    assert len(lines) == 2
-    for line, name in zip(lines, ("a.safetensors", "b.txt"), strict=True):
-        assert "could not be written, with" in line
-        assert str(tmp_path / name) in line
+    before, errors = checksum(tmp_path / "a.safetensors"), []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        for write, name, content in (
+            (save_tensors, "a.safetensors", {"a": torch.ones(4000)}),
+            (write_text, "b.txt", "b" * 4000),
+        ):
+            try:
+                write(tmp_path / name, content)
+            except OSError as error:
+                errors.append(str(error))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for error, name in zip(errors, ("a.safetensors", "b.txt"), strict=True):
+        assert "could not be written, with" in error
+        assert str(tmp_path / name) in error
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     assert checksum(tmp_path / "a.safetensors") == before
 

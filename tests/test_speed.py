@@ -53,7 +53,7 @@ def test_transformers_ways_compute_what_the_plain_one_does():
     expected = dispatch_plain(bank, x, routing, F.gelu)
     for implementation in ("eager", "batched_mm", "grouped_mm"):
         found = transformers_dispatch(implementation, bank)(bank, x, routing, F.gelu)
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_every_way_of_dispatch_is_timed_in_both_directions(monkeypatch):

@@ -11,37 +11,38 @@ from distributed import LocalCluster
 from nbformat.v4 import new_code_cell, new_notebook
 from test_bad_input import here  # noqa: F401
 
-from ones_lib.study import batch
+from ones_lib.study import command, sweeps
 
 SWEEP = """
 notebook: tiny
 profile: smoke
 table: squares
-parameters: {offset: 10}
+parameters: {budget: 10}
 grid:
-  - {number: [1, 2], seed: [3]}
-  - {number: [13]}
-  - {number: [1], seed: [3]}
+  - {rank: [1, 2], seed: [3]}
+  - {rank: [13]}
+  - {rank: [1], seed: [3]}
 """
 CODE = """
-import pandas as pd
+import csv
 from pathlib import Path
 
-assert number != 13, f"{number} brings bad luck"
-Path(figures_dir).mkdir(parents=True, exist_ok=True)
+rank, figures = overrides["rank"], Path(overrides["figures_dir"])
+assert rank != 13, f"{rank} brings bad luck"
+figures.mkdir(parents=True, exist_ok=True)
 Path("runs/executed").open("a").write("x")
-pd.DataFrame({"square": [number**2 + offset], "seed": [seed]}).to_csv(Path(figures_dir, "squares.csv"), index=False)
+with open(figures / "squares.csv", "w") as file:
+    csv.writer(file).writerows([["square", "seed"], [rank**2 + overrides["budget"], overrides["seed"]]])
 """
 
 
 @pytest.fixture
 def sweep(here):  # noqa: F811
     """A sweep of a notebook that takes no time, in three cells of which one fails; one stands twice in the grids."""
-    parameters = 'number = 1\noffset = 0\nseed = 0\nfigures_dir = "figures"'
+    parameters = 'profile = "demo"\noverrides = {}\ngroups = ["student"]'
     cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell(CODE)]
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
     nbformat.write(new_notebook(cells=cells, metadata=metadata), here / "notebooks" / "tiny.ipynb")
-    (here / "notebooks" / "profiles" / "smoke.yaml").write_text("seed: 0")
     (here / "squares.yaml").write_text(SWEEP)
     return here
 
@@ -52,7 +53,7 @@ def executed(root):
 
 def test_a_failing_cell_is_left_the_others_go_on_and_finished_ones_are_not_run_again(sweep, capsys):
     (sweep / "squares.yaml").write_text(SWEEP + "retries: 1\n")
-    assert batch.main(["--sweep", "squares.yaml", "--jobs", "2"]) == 1
+    assert command.main(["--sweep", "squares.yaml", "--jobs", "2"]) == 1
     assert "squares: 3 cells: 2 done, 1 failed; see runs/sweeps/squares/summary.csv" in capsys.readouterr().out
     table = pd.read_csv(sweep / "runs/sweeps/squares/summary.csv")
     assert table["status"].tolist() == ["done", "done", "failed"]
@@ -63,16 +64,16 @@ def test_a_failing_cell_is_left_the_others_go_on_and_finished_ones_are_not_run_a
 
     # Again, with a further cell: the finished ones are found.
     (sweep / "squares.yaml").write_text(SWEEP.replace("[1, 2]", "[1, 2, 3]"))
-    assert batch.main(["--sweep", "squares.yaml", "--jobs", "2"]) == 1
+    assert command.main(["--sweep", "squares.yaml", "--jobs", "2"]) == 1
     table = pd.read_csv(sweep / "runs/sweeps/squares/summary.csv")
     assert table["status"].value_counts().to_dict() == {"found": 2, "done": 1, "failed": 1}
     assert executed(sweep) == 3
 
 
 def test_cells_on_a_dask_scheduler(sweep):
-    (sweep / "squares.yaml").write_text(SWEEP.replace("  - {number: [13]}\n", ""))
+    (sweep / "squares.yaml").write_text(SWEEP.replace("  - {rank: [13]}\n", ""))
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
-        assert batch.main(["--sweep", "squares.yaml", "--on", cluster.scheduler_address]) == 0
+        assert command.main(["--sweep", "squares.yaml", "--on", cluster.scheduler_address]) == 0
     assert pd.read_csv(sweep / "runs/sweeps/squares/summary.csv")["square"].tolist() == [11, 14]
 
 
@@ -88,8 +89,8 @@ def test_cells_as_slurm_jobs(sweep, monkeypatch):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{sweep / 'bin'}{os.pathsep}{os.environ['PATH']}")
     slurm = json.dumps({"cores": 1, "memory": "4GB", "walltime": "00:10:00", "interface": "lo", "queue": "short"})
-    (sweep / "squares.yaml").write_text(SWEEP.replace("  - {number: [13]}\n", "") + f"slurm: {slurm}")
-    assert batch.main(["--sweep", "squares.yaml", "--on", "slurm"]) == 0
+    (sweep / "squares.yaml").write_text(SWEEP.replace("  - {rank: [13]}\n", "") + f"slurm: {slurm}")
+    assert command.main(["--sweep", "squares.yaml", "--on", "slurm"]) == 0
     assert pd.read_csv(sweep / "runs/sweeps/squares/summary.csv")["square"].tolist() == [11, 14]
     job = (sweep / "job.sh").read_text()
     assert "#SBATCH -p short" in job
@@ -99,15 +100,15 @@ def test_cells_as_slurm_jobs(sweep, monkeypatch):
 def test_gpus_that_are_named_are_taken_in_turns(sweep, monkeypatch):
     given = []
     done = {"status": "done", "attempts": 1, "seconds": 0, "error": ""}
-    monkeypatch.setattr(batch, "run_cell", lambda command, environment, *_: given.append(environment) or done)
+    monkeypatch.setattr(sweeps, "run_cell", lambda command, environment, *_: given.append(environment) or done)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert batch.main(["--sweep", "squares.yaml", "--jobs", "2", "--launch", "true"]) == 0
+    assert command.main(["--sweep", "squares.yaml", "--jobs", "2", "--launch", "true"]) == 0
     assert [e["CUDA_VISIBLE_DEVICES"] for e in given] == ["2", "5", "2"]
     assert {e["ONES_LAUNCH"] for e in given} == {"true"}
 
 
 def test_names_of_cells_are_folders_of_their_own():
     cells = [{"a": "../../x"}, {"a": "..//..x"}, {"a": [0, 1], "b": None}, {"a": "y" * 300}]
-    names = [batch.cell_name(cell) for cell in cells]
+    names = [sweeps.cell_name(cell) for cell in cells]
     assert len(set(names)) == 4
     assert all("/" not in name and len(name) < 100 and not name.startswith(".") for name in names)

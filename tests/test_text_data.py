@@ -17,15 +17,18 @@ from transformers import PreTrainedTokenizerFast
 from ones_lib.data import docstrings
 from ones_lib.data.bag_of_words import bag_of_words
 from ones_lib.data.docstrings import PACKAGES, STATEMENT_CLASSES, Document, Parameter, answer_or_none_examples, parse
-from ones_lib.data.text import EMBEDDED_TASKS, HUB_TASKS, TASKS, pack, read_texts, text_data, train_tokenizer
+from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS, TASKS
+from ones_lib.data.text import read_texts, text_corpus, text_tasks
+from ones_lib.data.tokens import pack, train_tokenizer
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "text"
-SMALL = {"vocab_size": 200, "sequence_length": 16, "task_length": 24, "stride": 6}
+SMALL_CORPUS = {"vocab_size": 200, "sequence_length": 16}
+SMALL_TASKS = {"task_length": 24, "stride": 6}
 
 
 @pytest.fixture(scope="module")
 def embedded(text_cache):
-    return text_data(cache_dir=text_cache)
+    return text_tasks(tokenizer=text_corpus(cache_dir=text_cache).tokenizer, cache_dir=text_cache)
 
 
 # --- docstrings ------------------------------------------------------------------------------------------------------
@@ -113,21 +116,15 @@ def test_no_text_and_no_module_is_in_two_splits(embedded, text_cache):
             assert len(shared) <= 0.01 * len(validation), (name, column, list(shared)[:3])
 
 
-def test_documents_hold_every_sentence_once_and_are_read_in_the_same_order(monkeypatch):
-    monkeypatch.setattr(docstrings, "PACKAGES", {"networkx": "networkx"})
-    first, second = docstrings.read_documents(), docstrings.read_documents()
-    assert first == second
-    sentences = [sentence.lower() for document in first for sentence in document.sentences]
-    assert len(sentences) == len(set(sentences)) > 1000
-    assert {d.split for d in first} == {"train", "validation"}
-    assert len({(d.module, d.split) for d in first}) == len({d.module for d in first})
-
-
-def test_the_same_documents_give_the_same_files(tmp_path, monkeypatch):
+def test_documents_hold_every_sentence_once_and_give_the_same_files_again(tmp_path, monkeypatch):
     monkeypatch.setattr(docstrings, "PACKAGES", {"networkx": "networkx"})
     documents = docstrings.read_documents()
-    for name in ("a", "b"):
-        docstrings.write_docstrings(tmp_path / name, documents)
+    sentences = [sentence.lower() for document in documents for sentence in document.sentences]
+    assert len(sentences) == len(set(sentences)) > 1000
+    assert {d.split for d in documents} == {"train", "validation"}
+    assert len({(d.module, d.split) for d in documents}) == len({d.module for d in documents})
+    docstrings.write_docstrings(tmp_path / "a", documents)
+    docstrings.write_docstrings(tmp_path / "b")  # read again
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.jsonl"))
     assert len(files) == 10
     for file in files:
@@ -254,22 +251,32 @@ def local(tmp_path):
     return folder
 
 
-def open_local(folder, **changes):
+def local_corpus(folder, name="tasks", **options):
+    """Of the texts of the folder's tasks."""
+    of_tasks = {"name": "local", "text_dir": folder, "tasks": HUB_TASKS}
     cache = folder.parent / "cache"
-    return text_data(
-        "local", **{**SMALL, "text_dir": folder, "cache_dir": cache, "corpus": "tasks", "tasks": HUB_TASKS, **changes}
-    )
+    return text_corpus(name, **{"of_tasks": of_tasks, "cache_dir": cache, **SMALL_CORPUS, **options})
+
+
+def local_rows(folder, **options):
+    """Tasks without a tokenizer, to read rows only."""
+    return text_tasks("local", **{"text_dir": folder, "tokenizer": None, **SMALL_TASKS, **options})
+
+
+def local_tasks(folder, **options):
+    """Tasks with the tokenizer of their own texts."""
+    return local_rows(folder, tokenizer=local_corpus(folder).tokenizer, **options)
 
 
 def test_local_tasks_with_the_hubs_columns(local):
-    data = open_local(local)
+    corpus, data = local_corpus(local), local_tasks(local)
     assert {task: {split: len(rows) for split, rows in data.rows(task).items()} for task in HUB_TASKS} == {
         "sst2": {"train": 80, "validation": 40},
         "mnli": {"train": 30, "validation_matched": 12, "validation_mismatched": 8},
         "squad": {"train": 60, "validation": 20},
         "squad_v2": {"train": 60, "validation": 20},
     }
-    assert data.corpus["train"].shape[1] == 16
+    assert corpus.train.shape[1] == corpus.validation.shape[1] == 16
     encoded = data.encoded("mnli", "train")
     for i, row in enumerate(data.rows("mnli")["train"]):
         length = int(encoded.lengths[i])
@@ -285,23 +292,23 @@ def test_other_files(local, ending):
     rows = pd.read_json(local / "sst2" / "train.jsonl", lines=True)
     (local / "sst2" / "train.jsonl").unlink()
     getattr(rows, f"to_{ending}")(local / "sst2" / f"train.{ending}", index=False)
-    assert open_local(local).rows("sst2")["train"].to_pandas().equals(rows)
+    assert local_rows(local).rows("sst2")["train"].to_pandas().equals(rows)
 
 
 def test_only_the_first_rows(local):
-    data = open_local(local, max_train=10, max_validation=8)
+    data = local_rows(local, max_train=10, max_validation=8)
     assert [len(rows) for rows in data.rows("squad").values()] == [10, 8]
 
 
 def test_a_changed_file_is_read_again(local):
-    assert len(open_local(local).rows("sst2")["train"]) == 80
+    assert len(local_rows(local).rows("sst2")["train"]) == 80
     write(local, "sst2", train=sentences(50))
-    assert len(open_local(local).rows("sst2")["train"]) == 50
+    assert len(local_rows(local).rows("sst2")["train"]) == 50
 
 
 @pytest.mark.parametrize("task_length", [20, 24, 60])
 def test_windows_cover_the_context_and_overlap_by_the_stride(local, task_length):
-    data = open_local(local, task_length=task_length, stride=4)
+    data = local_tasks(local, task_length=task_length, stride=4)
     rows, encoded = data.rows("squad_v2")["train"], data.encoded("squad_v2", "train")
     windows: dict[int, list[int]] = {}
     for window, question in enumerate(encoded.example.tolist()):
@@ -333,7 +340,7 @@ def assert_answers_map_back(data, task):
 
 
 def test_targets_map_back_to_the_answers(local):
-    data = open_local(local, task_length=22)
+    data = local_tasks(local, task_length=22)
     for task in ("squad", "squad_v2"):
         assert_answers_map_back(data, task)
 
@@ -341,9 +348,9 @@ def test_targets_map_back_to_the_answers(local):
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
 @pytest.mark.parametrize("task", ["squad", "squad_v2"])
 def test_every_answer_of_the_real_slice_maps_back_to_its_characters(task, tmp_path):
-    data = text_data(
-        "local", text_dir=REAL, cache_dir=tmp_path, corpus="tasks", tasks=[task], task_length=192, stride=64
-    )
+    of_tasks = {"name": "local", "text_dir": REAL, "tasks": [task]}
+    tokenizer = text_corpus("tasks", of_tasks=of_tasks, cache_dir=tmp_path).tokenizer
+    data = text_tasks("local", tokenizer=tokenizer, text_dir=REAL, task_length=192, stride=64)
     assert len(data.encoded(task, "train")) > len(data.rows(task)["train"])  # some contexts take several windows
     assert_answers_map_back(data, task)
 
@@ -351,12 +358,15 @@ def test_every_answer_of_the_real_slice_maps_back_to_its_characters(task, tmp_pa
 def test_corpus_from_files_keeps_its_validation_split_or_holds_one_out(tmp_path, local):
     texts = [{"text": f"number {i} of many short texts"} for i in range(200)]
     write(tmp_path, "own", train=texts)
-    whole = open_local(local, corpus=str(tmp_path / "own"))
-    file = open_local(local, corpus=str(tmp_path / "own" / "train.jsonl"))
-    assert torch.equal(whole.corpus["train"], file.corpus["train"])
+    whole, file = (local_corpus(local, str(path)) for path in (tmp_path / "own", tmp_path / "own" / "train.jsonl"))
+    assert torch.equal(whole.train, file.train)
     assert "180 texts" in whole.report  # every tenth is for validation
     write(tmp_path, "own", validation=texts[:20])
-    assert "200 texts" in open_local(local, corpus=str(tmp_path / "own")).report
+    assert "200 texts" in local_corpus(local, str(tmp_path / "own")).report
+    (tmp_path / "own" / "train.csv").write_text("text\nother\n")  # the file that was named is read, not its neighbour
+    assert torch.equal(local_corpus(local, str(tmp_path / "own" / "train.jsonl")).train, file.train)
+    with pytest.raises(ValueError, match="corpus: expected at least 14 tokens, found 0"):
+        local_corpus(local, str(tmp_path / "own" / "train.csv"))
 
 
 def test_packed_texts_are_the_texts():
@@ -402,7 +412,7 @@ def test_a_tokenizer_trained_again_elsewhere_is_the_same(text_cache):
     """Equally frequent tokens come in another order in every process; a record's weights must not depend on that."""
     (folder,) = text_cache.glob("docstrings-*")
     program = (
-        "import hashlib, json, sys; from ones_lib.data.text import train_tokenizer;"
+        "import hashlib, json, sys; from ones_lib.data.tokens import train_tokenizer;"
         "texts = [json.loads(line)['text'] for line in open(sys.argv[1])][:3000];"
         "print(hashlib.sha256(train_tokenizer(texts, 800).backend_tokenizer.to_str().encode()).hexdigest())"
     )
@@ -414,10 +424,10 @@ def test_a_tokenizer_trained_again_elsewhere_is_the_same(text_cache):
 
 
 def test_bag_of_words_finds_a_telling_word_and_nothing_in_noise(local):
-    assert bag_of_words("sst2", open_local(local)) == {"constant": 0.5, "bag_of_words": 1.0}
+    assert bag_of_words("sst2", local_rows(local)) == {"constant": 0.5, "bag_of_words": 1.0}
     write(local, "sst2", train=sentences(80, telling=False), validation=sentences(400, seed=1, telling=False))
-    assert bag_of_words("sst2", open_local(local))["bag_of_words"] == pytest.approx(0.5, abs=0.1)
-    scores = bag_of_words("squad_v2", open_local(local))
+    assert bag_of_words("sst2", local_rows(local))["bag_of_words"] == pytest.approx(0.5, abs=0.1)
+    scores = bag_of_words("squad_v2", local_rows(local))
     assert 0 < scores["bag_of_words"] < 1
 
 
@@ -435,56 +445,85 @@ def change(task, split="train", row=0, **columns):
 
 NO_ANSWER = {"text": [], "answer_start": []}
 BAD_ROWS = [
-    (change("sst2", label=None), r"sst2, split train: expected columns \['sentence', 'label'\].*missing: \['label'\]"),
-    (change("mnli", hypothesis=None), r"mnli, split train: .*missing: \['hypothesis'\]"),
-    (change("squad", "validation", answers=None), r"squad, split validation: .*missing: \['answers'\]"),
     (
+        "sst2",
+        change("sst2", label=None),
+        r"sst2, split train: expected columns \['sentence', 'label'\].*missing: \['label'\]",
+    ),
+    ("mnli", change("mnli", hypothesis=None), r"mnli, split train: .*missing: \['hypothesis'\]"),
+    ("squad", change("squad", "validation", answers=None), r"squad, split validation: .*missing: \['answers'\]"),
+    (
+        "sst2",
         change("sst2", row=3, label=2),
         "sst2, split train: row 3: column 'label': expected 0 negative, 1 positive, found 2",
     ),
-    (change("mnli", row=5, label=-1), "mnli, split train: row 5: column 'label': expected 0 entailment.*found -1"),
+    ("mnli", change("mnli", row=5, label=-1), "split train: row 5: column 'label': expected 0 entailment.*found -1"),
     (
+        "squad",
         change("squad", row=2, answers={"text": ["purple"], "answer_start": [0]}),
         "row 2: column 'answers': expected 'purple' at 0, found 'The ho'",
     ),
-    (change("squad", row=1, answers=NO_ANSWER), "row 1: column 'answers': expected an answer, found none"),
+    ("squad", change("squad", row=1, answers=NO_ANSWER), "row 1: column 'answers': expected an answer, found none"),
     (
+        "squad",
         change("squad", row=1, answers={"text": ["red", "red"], "answer_start": [0]}),
         "row 1: column 'answers': expected as many texts as answer_start",
     ),
-    (lambda folder: write(folder, "sst2", train=[]), "sst2/train.jsonl: expected at least one row"),
-    (lambda folder: (folder / "squad" / "train.jsonl").unlink(), "text_dir: expected .*squad/train with one of"),
-    (lambda folder: (folder / "sst2" / "train.jsonl").write_text('{"a'), "sst2/train.jsonl: could not be read"),
+    ("sst2", lambda folder: write(folder, "sst2", train=[]), "sst2/train.jsonl: expected at least one row"),
+    (
+        "squad",
+        lambda folder: (folder / "squad" / "train.jsonl").unlink(),
+        "text_dir: expected .*squad/train with one of",
+    ),
+    (
+        "sst2",
+        lambda folder: (folder / "sst2" / "train.jsonl").write_text('{"a'),
+        "sst2/train.jsonl: could not be read",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("prepare", "message"), BAD_ROWS)
-def test_bad_rows_are_refused_naming_file_row_and_column(local, prepare, message):
+@pytest.mark.parametrize(("task", "prepare", "message"), BAD_ROWS)
+def test_bad_rows_are_refused_naming_file_row_and_column(local, task, prepare, message):
     prepare(local)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        open_local(local)
+        local_rows(local).rows(task)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"vocab_size": 3}, ValueError, "vocab_size: expected an integer of at least 8, found 3"),
+        ({"mask_rate": 1.0}, ValueError, "mask_rate: expected a number between 0 and 1, found 1.0"),
+        ({"versions": {"numpy": "1.0"}}, ValueError, "versions: expected those installed, .*found {'numpy': '1.0'}"),
+        ({"of_tasks": None}, ValueError, "tasks: expected at least one for a corpus of 'tasks'"),
+        ({"of_tasks": {"name": "glue", "tasks": ["sst2"]}}, ValueError, "data: expected 'docstrings'.*found 'glue'"),
+        ({"name": "no such file"}, FileNotFoundError, "corpus: expected 'docstrings', 'tasks', a file"),
+        ({"name": __file__}, ValueError, r"test_text_data.py: expected one of the endings .jsonl.*found '.py'"),
+        ({"name": "nobody/nothing"}, ConnectionError, "could not open 'nobody/nothing'"),
+        ({"tokenizer": "nobody/nothing"}, ValueError, "tokenizer: could not open 'nobody/nothing'"),
+    ],
+)
+def test_bad_options_of_a_corpus_are_refused(local, options, error, message):
+    with pytest.raises(error, match=message):
+        local_corpus(local, **options)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"name": "glue"}, ValueError, "data: expected 'docstrings', 'local' or 'hub', found 'glue'"),
-        ({"vocab_size": 3}, ValueError, "vocab_size: expected an integer of at least 8, found 3"),
-        ({"mask_rate": 1.0}, ValueError, "mask_rate: expected a number between 0 and 1, found 1.0"),
+        ({"max_train": 3}, ValueError, "max_train: expected an integer of at least 8, found 3"),
         ({"stride": 12}, ValueError, "stride: expected an integer from 0 to below task_length / 2 = 12, found 12"),
-        ({"tasks": ["package"]}, ValueError, r"tasks: expected some of \['sst2', .*found 'package'"),
-        ({"tasks": []}, ValueError, "tasks: expected at least one for a corpus of 'tasks'"),
-        ({"corpus": "no such file"}, FileNotFoundError, "corpus: expected 'docstrings', 'tasks', a file"),
+        ({"versions": {"numpy": "1.0"}}, ValueError, "versions: expected those installed, .*found {'numpy': '1.0'}"),
+        ({"task": "package"}, ValueError, r"tasks: expected some of \['sst2', .*found 'package'"),
         ({"name": "hub"}, ConnectionError, "data: could not open 'nyu-mll/glue' on the Hugging Face hub.*data='local'"),
-        ({"corpus": "nobody/nothing"}, ConnectionError, "could not open 'nobody/nothing'"),
-        ({"tokenizer": "nobody/nothing"}, ValueError, "tokenizer: could not open 'nobody/nothing'"),
     ],
 )
-def test_bad_options_are_refused(local, options, error, message):
-    name = options.pop("name", "local")
-    arguments = {**SMALL, "text_dir": local, "cache_dir": local / "cache", "corpus": "tasks", "tasks": HUB_TASKS}
+def test_bad_options_of_tasks_are_refused(local, options, error, message):
+    task = options.pop("task", "sst2")
     with pytest.raises(error, match=message):
-        text_data(name, **{**arguments, **options})
+        text_tasks(**{"name": "local", "text_dir": local, "tokenizer": None, **SMALL_TASKS, **options}).rows(task)
 
 
 def test_an_interrupted_cache_is_not_taken_for_whole(local, monkeypatch):
@@ -492,15 +531,13 @@ def test_an_interrupted_cache_is_not_taken_for_whole(local, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ones_lib.data.text.pack", interrupt)
+        patch.setattr("ones_lib.data.tokens.pack", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            open_local(local)
+            local_corpus(local)
     assert [p.name for p in (local.parent / "cache").iterdir()] == ["locks"]
-    assert open_local(local).corpus["train"].shape[1] == 16
+    assert local_corpus(local).train.shape[1] == 16
 
 
-def test_records_of_other_versions_are_not_mistaken(text_cache):
-    with pytest.raises(ValueError, match="versions: expected those installed, .*found {'numpy': '1.0'}"):
-        text_data(cache_dir=text_cache, versions={"numpy": "1.0"})
+def test_versions_and_tasks_of_embedded_text():
     assert set(docstrings.versions()) == set(PACKAGES)
     assert all(TASKS[task].hub is None for task in EMBEDDED_TASKS)

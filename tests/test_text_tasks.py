@@ -5,13 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_text_data import REAL, SMALL, local, open_local  # noqa: F401  a fixture
+from test_text_data import REAL, SMALL_CORPUS, SMALL_TASKS, local, local_corpus, local_tasks  # noqa: F401  a fixture
 
 from ones_lib import Distillation
 from ones_lib.data.files import model_tensors
+from ones_lib.data.rows import HUB_TASKS, TASKS
 from ones_lib.data.squad import LONGEST_ANSWER, best_spans, span_texts
-from ones_lib.data.text import HUB_TASKS, TASKS, EncodedText, text_data
-from ones_lib.study.records import Records
+from ones_lib.data.text import text_corpus, text_tasks
+from ones_lib.data.tokens import EncodedText
+from ones_lib.study import entries as compare
+from ones_lib.study.records import Records, config_hash
 from ones_lib.study.running import build_model
 from ones_lib.study.study import Study
 from ones_lib.study.tables import AVERAGE, main_metrics, results_table, retention_table, with_average
@@ -39,7 +42,12 @@ MODEL = {
 
 @pytest.fixture
 def data(local):  # noqa: F811
-    return open_local(local)
+    return local_corpus(local)
+
+
+@pytest.fixture
+def tasks(local):  # noqa: F811
+    return local_tasks(local)
 
 
 # --- masked language modelling ---------------------------------------------------------------------------------------
@@ -141,36 +149,36 @@ def knowing(task, monkeypatch):
 
 @pytest.mark.parametrize("task_length", [22, 60])
 def test_a_model_that_knows_scores_full_marks(local, monkeypatch, task_length):  # noqa: F811
-    data = open_local(local, task_length=task_length)
+    tasks = local_tasks(local, task_length=task_length)
     for name in ("squad", "squad_v2"):
-        task = QuestionAnswering(data, name)
+        task = QuestionAnswering(tasks, name)
         scores = knowing(task, monkeypatch)
         assert set(task.metrics) <= set(scores)
         for metric in task.metrics:
             assert scores[metric].shape == (20,)
             assert scores[metric].mean() == 1.0, (name, metric)
     for name in ("sst2", "mnli"):
-        scores = knowing(Classification(data, name), monkeypatch)
-        assert all(scores[metric].mean() == 1.0 for metric in Classification(data, name).metrics)
+        scores = knowing(Classification(tasks, name), monkeypatch)
+        assert all(scores[metric].mean() == 1.0 for metric in Classification(tasks, name).metrics)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
 def test_a_model_that_knows_scores_full_marks_on_real_data(monkeypatch, tmp_path):
-    data = text_data(
-        "local", text_dir=REAL, cache_dir=tmp_path, corpus="tasks", tasks=HUB_TASKS, task_length=192, stride=64
-    )
+    of_tasks = {"name": "local", "text_dir": REAL, "tasks": HUB_TASKS}
+    tokenizer = text_corpus("tasks", of_tasks=of_tasks, cache_dir=tmp_path).tokenizer
+    tasks = text_tasks("local", text_dir=REAL, tokenizer=tokenizer, task_length=192, stride=64)
     for name in HUB_TASKS:
-        task = (QuestionAnswering if TASKS[name].labels is None else Classification)(data, name)
+        task = (QuestionAnswering if TASKS[name].labels is None else Classification)(tasks, name)
         scores = knowing(task, monkeypatch)
         long = 0  # an answer longer than any that a model may give
         if TASKS[name].labels is None:
-            encoded = data.encoded(name, "validation")
+            encoded = tasks.encoded(name, "validation")
             long = (encoded.targets[:, 1] - encoded.targets[:, 0] >= LONGEST_ANSWER).sum().item()
         assert scores[task.metrics[0]].mean() >= 1 - long / len(scores[task.metrics[0]])
 
 
-def test_only_the_context_and_silence_can_be_answered(data):
-    task = QuestionAnswering(data, "squad_v2")
+def test_only_the_context_and_silence_can_be_answered(data, tasks):
+    task = QuestionAnswering(tasks, "squad_v2")
     model = finetuning_model(pretraining_model(MODEL, data, 0), "squad_v2", 0).eval()
     batch = next(task.batches(Training(steps=1, batch_size=8), 0, 0, CPU))
     logits = task.forward(model, batch)
@@ -182,8 +190,8 @@ def test_only_the_context_and_silence_can_be_answered(data):
     assert torch.isfinite(task.loss(logits, batch))
 
 
-def test_mnli_is_measured_matched_and_mismatched(data):
-    task = Classification(data, "mnli")
+def test_mnli_is_measured_matched_and_mismatched(data, tasks):
+    task = Classification(tasks, "mnli")
     assert task.metrics == ("accuracy", "accuracy_mismatched")
     model = finetuning_model(pretraining_model(MODEL, data, 0), "mnli", 0)
     scores = task.predict(model, CPU)
@@ -207,9 +215,9 @@ def test_fine_tuning_starts_from_the_encoder(data):
     assert not torch.equal(head[0], head[2])
 
 
-@pytest.mark.parametrize("task", [MaskedLanguageModelling, lambda d: QuestionAnswering(d, "squad_v2")])
-def test_resume_after_an_interrupt_gives_the_same_weights(data, task, tmp_path):
-    task = task(data)
+@pytest.mark.parametrize("kind", [MaskedLanguageModelling, QuestionAnswering])
+def test_resume_after_an_interrupt_gives_the_same_weights(data, tasks, kind, tmp_path):
+    task = kind(data) if kind is MaskedLanguageModelling else kind(tasks, "squad_v2")
     training = Training(steps=9, batch_size=8, learning_rate=5e-3)
 
     def start():
@@ -235,7 +243,11 @@ def study(local, tmp_path):  # noqa: F811
     recipe = Training(steps=6, batch_size=8, learning_rate=5e-3, evaluations=2)
     return Study(
         domain="text",
-        data={"name": "local", "text_dir": str(local), "corpus": "tasks", "tasks": HUB_TASKS, **SMALL},
+        data={
+            "name": "tasks",
+            "of_tasks": {"name": "local", "text_dir": str(local), "tasks": HUB_TASKS},
+            **SMALL_CORPUS,
+        },
         model=MODEL,
         teaching=recipe,
         learning=replace(recipe, steps=4, evaluations=1),
@@ -244,14 +256,15 @@ def study(local, tmp_path):  # noqa: F811
         records=Records(tmp_path / "records"),
         cache_dir=tmp_path / "cache",
         tasks=["sst2", "squad_v2"],
+        task_data={"name": "local", "text_dir": str(local), **SMALL_TASKS},
         finetuning=replace(recipe, steps=3, evaluations=1),
         processes=1,
     )
 
 
 def test_tables_of_a_small_study(study):
-    entries = study.entries(["topk", "zero_ffn"])
-    task_entries = study.task_entries(["topk", "zero_ffn"])
+    entries = compare.main(study, ["topk", "zero_ffn"])
+    task_entries = compare.by_task(study, ["topk", "zero_ffn"])
     study.run([entry.config for entry in (*entries, *task_entries)])
     masked, tasks = (results_table(e, study.records) for e in (entries, task_entries))
     assert set(masked["metric"]) == {"loss", "accuracy"}
@@ -291,7 +304,7 @@ def test_tables_of_a_small_study(study):
 
 def test_who_teaches_whom(study):
     """Distilled models learn a task again from the fine-tuned MoE; baselines and, if asked, all learn alone."""
-    entries = study.task_entries(["average"])
+    entries = compare.by_task(study, ["average"])
     by_model = {(e.model, e.stage): e.config for e in entries if e.axes["task"] == "sst2" and e.config["seed"] == 1}
     teacher = study.finetuned("sst2", study.moe(1))
     assert by_model["moe", "trained"] == teacher
@@ -304,12 +317,12 @@ def test_who_teaches_whom(study):
     assert by_model["average", "distilled"]["start"] == study.student("average", 1)
     assert by_model["dense_long", "trained"]["start"]["training"]["steps"] == 10
     study.finetune_kd = False
-    alone = {e.model: e.config for e in study.task_entries(["average"]) if e.stage == "distilled"}
+    alone = {e.model: e.config for e in compare.by_task(study, ["average"]) if e.stage == "distilled"}
     assert not any("teacher" in config for config in alone.values())
 
 
 def test_budgets_of_the_tasks(study):
-    entries = study.task_budget_entries(["topk"], [0, 2])
+    entries = compare.by_task_and_budget(study, ["topk"], [0, 2])
     assert {(e.model, e.axes.get("budget")) for e in entries} == {
         *((m, None) for m in ("moe", "dense", "dense_long")),
         *(("topk", budget) for budget in (0, 2)),
@@ -328,5 +341,15 @@ def test_models_of_records(study):
     assert model.config.num_experts == 1
     (record,) = study.run([config])
     loaded = study.load_model(record)
-    scores = QuestionAnswering(data, "squad_v2").predict(loaded, CPU)
+    scores = QuestionAnswering(study.open_tasks(), "squad_v2").predict(loaded, CPU)
     assert torch.equal(scores["f1"], record.predictions["f1"])
+
+
+def test_a_teacher_does_not_depend_on_what_it_is_fine_tuned_on(study):
+    """Another window, or fewer rows of the tasks, leave every pre-trained and distilled model as it is."""
+    other = replace(
+        study, task_data={**study.task_data, "task_length": 30, "stride": 4, "max_train": 20, "max_validation": 10}
+    )
+    for make in (lambda s: s.moe(0), lambda s: s.dense(0, 2), lambda s: s.dense_kd(0), lambda s: s.student("topk", 0)):
+        assert config_hash(make(other)) == config_hash(make(study))
+    assert config_hash(other.finetuned("sst2", other.moe(0))) != config_hash(study.finetuned("sst2", study.moe(0)))

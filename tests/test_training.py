@@ -9,16 +9,19 @@ from datetime import UTC, datetime, timedelta
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 
 from ones_lib import Distillation
-from ones_lib.data import image_data, images
+from ones_lib.data import images
 from ones_lib.data.files import load_tensors, model_tensors, save_tensors
+from ones_lib.data.images import image_data
+from ones_lib.distillation import HiddenStates, hidden_error
 from ones_lib.models.images import WideNet
 from ones_lib.models.upcycling import Upcycled
-from ones_lib.study import running as execution
+from ones_lib.study import entries, parallel
 from ones_lib.study.image_task import ImageClassification
-from ones_lib.study.records import Records, config_hash
-from ones_lib.study.running import build_model, carry_out, steps_of
+from ones_lib.study.records import Records, compare, config_hash
+from ones_lib.study.running import carry_out, steps_of
 from ones_lib.study.study import Study
 from ones_lib.study.tables import ablation_table, layer_error, results_table, retention_table
 from ones_lib.study.training import Diverged, Training, fit
@@ -38,7 +41,7 @@ MODEL = {
 RECIPE = Training(steps=12, batch_size=16, learning_rate=5e-3, ema_decay=0.9, mixup=0.2, label_smoothing=0.1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def task(tmp_path_factory):
     return ImageClassification(image_data(**DATA, cache_dir=tmp_path_factory.mktemp("cache")))
 
@@ -129,8 +132,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(task, tmp_path):
     recipe = replace(RECIPE, steps=40)
     with pytest.raises(Diverged, match=r"the loss became nan at step 7 of 40 \(seed 3"):
         fit(small_model(), Poisoned(task.data), recipe, seed=3, checkpoint=checkpoint, checkpoint_every=5)
-    from safetensors import safe_open
-
     with safe_open(checkpoint, "pt") as file:
         assert file.metadata()["step"] == "5"
         assert all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118
@@ -161,8 +162,6 @@ def test_expert_aware_distillation_changes_what_is_learnt(task, option):
 
 
 def test_matching_hidden_states_brings_them_together(task):
-    from ones_lib.distillation import HiddenStates, hidden_error
-
     errors = []
     for weight in (0.0, 30.0):
         teacher = small_model(seed=5).eval()
@@ -260,36 +259,31 @@ def test_loaded_model_predicts_what_the_record_says(study):
         assert torch.equal(predicted, record.predictions["predicted"])
 
 
-def test_parallel_processes_give_the_same_weights(study, tmp_path):
-    configs = [study.student("average", seed) for seed in (0, 1)]
-    alone = study.run(configs)
+def test_processes_side_by_side_make_the_same_records_and_an_error_in_one_ends_all(study, tmp_path):
+    configs = [study.moe(0), study.moe(1), study.student("fit", 0, budget=0)]
+    alone = {record.folder.name: record for record in study.run(configs)}
     study.records, study.processes = Records(tmp_path / "parallel"), 2
-    for left, right in zip(alone, study.run(configs), strict=True):
-        model = build_model(left.config, study.open_data())
-        left_weights = weights(left.load_weights(model))
-        right_weights = weights(right.load_weights(model))
-        assert all(torch.equal(left_weights[name], right_weights[name]) for name in left_weights)
-
-
-def test_an_error_in_a_process_reaches_the_caller_and_leaves_no_record(study):
-    study.processes = 2
-    study.teaching = replace(study.teaching, learning_rate=1e30, clip_norm=1e30, warmup=0.0)
+    study.learning = replace(study.learning, learning_rate=1e30, clip_norm=1e30, warmup=0.0)
+    bad = study.student("fit", 0)  # starts from the gathered student, and that from its teacher
     with pytest.raises(Diverged, match="the loss became"):
-        study.run([study.moe(0), study.moe(1)])
-    assert study.records.find(study.moe(0)) is None
-    assert study.records.find(study.moe(1)) is None
+        study.run([*configs, bad])
+    assert study.records.find(bad) is None
+    found = [record for config in configs if (record := study.records.find(config))]
+    assert {config_hash(configs[0]), config_hash(configs[2])} <= {config_hash(record.config) for record in found}
+    for record in found:
+        assert compare(record, alone[record.folder.name]).empty
 
 
 def test_tables(study):
     methods = ["average", "zero_ffn"]
-    entries = study.entries(methods)
-    study.run([entry.config for entry in entries])
-    table = results_table(entries, study.records)
+    rows = entries.main(study, methods)
+    study.run([entry.config for entry in rows])
+    table = results_table(rows, study.records)
     assert list(table.columns) == ["data", "model", "stage", "seed", "metric", "value", "retention", "record"]
     assert len(table) == 2 * (4 + 2 * len(methods))
     for seed in (0, 1):
-        rows = table[table["seed"] == seed].set_index(["model", "stage"])["value"]
-        dense, moe, student = rows["dense", "trained"], rows["moe", "trained"], rows["average", "distilled"]
+        values = table[table["seed"] == seed].set_index(["model", "stage"])["value"]
+        dense, moe, student = values["dense", "trained"], values["moe", "trained"], values["average", "distilled"]
         found = table.query(f"model == 'average' and stage == 'distilled' and seed == {seed}")["retention"].item()
         if moe > dense:
             assert found == pytest.approx((student - dense) / (moe - dense))
@@ -302,13 +296,13 @@ def test_tables(study):
 
 
 def test_curves_refer_to_the_teacher_with_the_same_number_of_experts(study):
-    entries = study.expert_entries(["average"], [2, 3], budget=3)
-    study.run([entry.config for entry in entries])
-    table = results_table(entries, study.records)
+    rows = entries.by_experts(study, ["average"], [2, 3], budget=3)
+    study.run([entry.config for entry in rows])
+    table = results_table(rows, study.records)
     teachers = table[table["model"] == "moe"]
     assert sorted(teachers["num_experts"]) == [2, 2, 3, 3]
     assert set(teachers["retention"].dropna()) <= {1.0}
-    budgets = study.budget_entries(["average"], [2, 3])
+    budgets = entries.by_budget(study, ["average"], [2, 3])
     assert {entry.axes.get("budget") for entry in budgets} == {None, 2, 3}
     assert sum(steps_of(entry.config) for entry in budgets) == 2 * (6 + 9 + 6 + 2 + 3)
 
@@ -345,15 +339,6 @@ def test_students_that_look_at_data_are_gathered_once_for_all_budgets(study):
     assert not torch.equal(loaded[0]["head.weight"], loaded[2]["head.weight"])
 
 
-def test_configurations_without_the_new_hold_nothing_of_it(study):
-    """Records of students that need no data, distilled by plain KD, are found as they were before there was more."""
-    config = study.student("average", 0, budget=2)
-    assert set(config) == {"kind", "domain", "seed", "data", "method", "options", "training", "teacher", "distillation"}
-    assert set(config["distillation"]) == {"temperature", "alpha"}
-    more = study.student("average", 0, budget=2, distillation=Distillation(augmentations=1))
-    assert more["distillation"] == {**config["distillation"], "augmentations": 1}
-
-
 def test_calibration_does_not_depend_on_the_budget_or_the_caller(study):
     torch.manual_seed(1)
     study.calibration_examples = 32
@@ -367,9 +352,9 @@ def test_calibration_does_not_depend_on_the_budget_or_the_caller(study):
 def test_ablation_table(study):
     study.calibration_examples = 32
     variants = [("svd", {}), ("svd", {"scale": "router", "rank": 2}), ("readout", {}), ("zero_ffn", {})]
-    entries = study.variant_entries(variants, [0, 2])
-    study.run([entry.config for entry in entries])
-    table = ablation_table(entries, study)
+    rows = entries.by_variant(study, variants, [0, 2])
+    study.run([entry.config for entry in rows])
+    table = ablation_table(rows, study)
     assert len(table) == 2 * 2 * 4
     assert table["loss"].isna().all()
     assert table["scale"].tolist()[:2] == [1.0, 1.0]
@@ -393,17 +378,17 @@ def test_upcycled_teachers_and_their_students(study):
         }
 
     before = study.upcycled(0, 0)
-    entries = study.teacher_entries(teachers, ["average"], [0, 1])
+    rows = entries.by_teacher(study, teachers, ["average"], [0, 1])
     average = study.student("average", 0, 0, before)
-    study.run([before, average, *(entry.config for entry in entries)])
-    table = results_table(entries, study.records)
+    study.run([before, average, *(entry.config for entry in rows)])
+    table = results_table(rows, study.records)
     assert set(table["teacher"]) == {"moe", "upcycled", "soft"}
     assert len(table) == 2 * 3 * (3 + 2)
     # Before training the upcycled MoE is the dense baseline, and so is its average.
     accuracy = [study.records.find(c).result["metrics"] for c in (before, study.dense(0), average)]
     assert accuracy[0] == accuracy[1] == accuracy[2]
     # As long as teacher and KD: 6 steps of the MoE and 1; 6 of the dense model, 2 of the upcycled and 1.
-    long = {e.axes["teacher"]: e.config["training"]["steps"] for e in entries if e.model == "dense_long"}
+    long = {e.axes["teacher"]: e.config["training"]["steps"] for e in rows if e.model == "dense_long"}
     assert long == {"moe": 7, "upcycled": 9, "soft": 7}
     record = study.records.find(study.upcycled(0, 2))
     assert isinstance(study.load_model(record), Upcycled)
@@ -412,9 +397,9 @@ def test_upcycled_teachers_and_their_students(study):
 
 def test_losses_are_compared_from_the_same_start(study):
     losses = {"KD": study.distillation, "more": replace(study.distillation, hidden_weight=1.0)}
-    entries = study.distillation_entries(losses, ["average"], 2)
-    study.run([entry.config for entry in entries])
-    table = results_table(entries, study.records)
+    rows = entries.by_loss(study, losses, ["average"], 2)
+    study.run([entry.config for entry in rows])
+    table = results_table(rows, study.records)
     assert table.groupby("loss").size().to_dict() == {"KD": 2, "more": 2}
     assert table["record"].nunique() == len(table)
 
@@ -442,7 +427,7 @@ def test_logits_that_were_kept_are_those_that_would_be_computed(task, tmp_path, 
     for other in ({"seed": 4}, {"teacher_seed": 6}):
         distilled(tmp_path / "a", **other)
         assert len(passes) == steps * each
-    monkeypatch.setattr("ones_lib.study.teacher_logits.LARGEST_CACHE", 100)
+    monkeypatch.setattr("ones_lib.study.teaching.LARGEST_CACHE", 100)
     distilled(tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -462,7 +447,7 @@ def test_kept_logits_go_when_the_students_are_done(study):
         return record
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "carry_out", watched)
+        patch.setattr(parallel, "carry_out", watched)
         study.processes = 1
         study.run([study.student("average", 0)])
     assert len(seen) == study.learning.steps
@@ -480,13 +465,13 @@ def test_what_moves_or_watches_the_teacher_keeps_no_logits(task, tmp_path):
 def test_trainings_side_by_side_share_the_cores(cores, processes, monkeypatch):
     """Threads and loader processes of all of them together are not more than the cores (but one loader each at least)."""
     set_to = []
-    for module in (images, execution):
+    for module in (images, parallel):
         monkeypatch.setattr(module, "available_cores", lambda: cores)
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     monkeypatch.setattr(images, "SIDE_BY_SIDE", 1)
-    monkeypatch.setattr(execution.threading.Thread, "start", lambda self: None)
-    monkeypatch.setattr(execution.gc, "freeze", lambda: None)
-    execution._start_worker(processes, None, None)
+    monkeypatch.setattr(parallel.threading.Thread, "start", lambda self: None)
+    monkeypatch.setattr(parallel.gc, "freeze", lambda: None)
+    parallel._start_worker(processes, None, None)
     assert set_to == [cores // processes]
     loaders = images.worker_count([])
     assert loaders >= 1

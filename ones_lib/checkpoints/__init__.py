@@ -1,8 +1,9 @@
-"""Checkpoints: a published MoE becomes a dense model that plain transformers loads.
+"""Makes published MoE checkpoints dense, and reads the experts of models and checkpoints.
 
-Imports the core, models and data.
+May import the core, models and data.
 """
 
 from ones_lib.checkpoints.convert import convert
+from ones_lib.checkpoints.experts import open_experts
 
-__all__ = ["convert"]
+__all__ = ["convert", "open_experts"]

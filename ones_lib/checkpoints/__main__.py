@@ -1,4 +1,4 @@
-"""TODO."""
+"""The command line of :func:`ones_lib.checkpoints.convert`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from ones_lib.checkpoints.architectures import ARCHITECTURES
 from ones_lib.checkpoints.convert import convert
 from ones_lib.gathering.registry import gathering_methods
-
-# --- command line ----------------------------------------------------------------------------------------------------
 
 
 def _option(text: str) -> tuple[str, object]:
@@ -23,40 +21,32 @@ def _option(text: str) -> tuple[str, object]:
         return name, value
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of :func:`convert`."""
-    twins = "\n".join(
-        f"  {kind:20s} -> {a.twin}{' with one expert' if a.one_expert else ''}"
-        f"{f' (--approximate: {a.approximation.twin})' if a.approximation else ''}"
-        for kind, a in ARCHITECTURES.items()
-    )
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ones_lib.checkpoints.convert",
+        prog="python -m ones_lib.checkpoints",
         description="Make an MoE checkpoint dense: gather the experts of every layer, copy the rest.",
-        epilog=f"architectures:\n{twins}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"Architectures: {', '.join(ARCHITECTURES)}.",
     )
-    parser.add_argument("source", help="folder or Hugging Face hub name of the MoE")
-    parser.add_argument("destination", help="folder to make")
-    parser.add_argument("--method", default="svd", choices=gathering_methods(), help="gathering (default: svd)")
-    parser.add_argument("--d-ff", type=int, help="hidden neurons of the gathered network (default: an expert's)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("source", help="folder or Hugging Face hub name of the MoE")
+    add("destination", help="folder to make")
+    add("--method", default="svd", choices=gathering_methods(), help="gathering (default: svd)")
+    add("--d-ff", type=int, help="hidden units of the gathered network (default: an expert's)")
+    text = "file, folder, hub name, or 'docstrings' (the embedded text)"
+    add(
         "--calibration",
         metavar="TEXT",
-        help="file, folder, hub name, or 'docstrings' (the embedded text) to run the MoE on: for methods that look at data,"
-        " router statistics and output errors",
+        help=f"run the MoE on this text, for methods that use data and statistics: {text}",
     )
-    parser.add_argument("--calibration-tokens", type=int, default=4096, metavar="N", help="(default: 4096)")
-    parser.add_argument("--approximate", action="store_true", help="a plain dense class where the exact twin is none")
-    parser.add_argument("--check", metavar="TEXT", help="text to measure the perplexity of both models on")
-    parser.add_argument(
-        "--option",
-        action="append",
-        type=_option,
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the method, such as scale=1.0 or rank=64; may be repeated",
-    )
+    add("--calibration-tokens", type=int, default=4096, metavar="N", help="tokens of it (default: 4096)")
+    add("--approximate", action="store_true", help="make a plain dense class where the exact twin is none")
+    add("--check", metavar="TEXT", help="measure the perplexity of both models on this text")
+    add("--option", action="append", type=_option, default=[], metavar="NAME=VALUE", help="of the method; repeatable")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
     given = vars(parser.parse_args(arguments))
     options = dict(given.pop("option"))
     try:

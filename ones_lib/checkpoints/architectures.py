@@ -1,7 +1,6 @@
-"""The MoE architectures of transformers that can be made dense, and what becomes of each: one table, :data:`ARCHITECTURES`.
+"""The MoE architectures of transformers that can be made dense: the table :data:`ARCHITECTURES`.
 
-To add one, write an entry: its dense class (or its own, with one expert), the configuration's name for an expert's width,
-what a token's gates sum to, and what else differs. How its experts are stored is known to :mod:`ones_lib.checkpoints.experts`.
+To add one, write an entry. How experts are stored is in :mod:`ones_lib.checkpoints.experts`.
 """
 
 from __future__ import annotations
@@ -10,38 +9,38 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING
+from transformers import PreTrainedConfig as Config
 
-Config = PreTrainedConfig
 
-
-def _where_normalised(config: Config) -> float | None:
+def _if_normalised(config: Config) -> float | None:
     return 1.0 if config.norm_topk_prob else None
 
 
-def _scaled_where_normalised(config: Config) -> float | None:
+def _factor_if_normalised(config: Config) -> float | None:
     return config.routed_scaling_factor if config.norm_topk_prob else None
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What becomes of an MoE class of transformers.
+    """How an MoE class of transformers is made dense. Its dense class is called the twin.
 
     Args:
-        twin: model type of the dense class, or its own.
-        width: the configuration's name of an expert's hidden neurons.
-        gates: what a token's gates sum to, scaling factor included; None: it differs from token to token, so it is measured.
-        changes: of the twin's configuration, which otherwise has the same values as the MoE's.
-        shared: module of the experts that every token passes through, without a gate: joined to the gathered one.
-        mean_gated: module of such an expert with a gate that depends on the token, which the twin replaces by its mean.
-        one_expert: the twin is the same class with one expert, whose gate is 1: these are its router's tensors, as (name,
-            width of the model or 1), which are then zero. ``kept`` are modules of the layer that the twin has too.
-        interleaved: the twin's experts are stored as GPT-OSS's.
-        names: of the feed-forward network's matrices.
-        rename: what the module that holds it is called in the MoE and in the twin.
-        weights_alone: its experts' function is not ``down(act(gate) * up)``, so methods that compute it can't be used.
-        approximation: what becomes of it where the twin need not be exact.
-        refuse: why a configuration can't be converted, if so.
+        twin: model type of the twin; may be the MoE's own.
+        width: name in the MoE's config of an expert's hidden units.
+        gates: sum of a token's gates, scaling factor included. None: it differs between tokens and has to be measured.
+        changes: values of the twin's config that differ from the MoE's.
+        shared: module of the experts that every token passes through, which are joined to the gathered network.
+        mean_gated: whether they have a gate that depends on the token. The twin has its mean instead.
+        one_expert: not empty if the twin is the MoE's class with one expert, whose gate is 1: names of its router's
+            tensors, which become zero.
+        kept: modules of the MoE layer that such a twin keeps.
+        gpt_oss: whether the experts are GPT-OSS's. They are stored in their own way (see ``experts``), and they compute
+            something else than ``down(act(gate) * up)``, so no method can be used that computes that.
+        names: of the matrices of a feed-forward network.
+        rename: name in the MoE, and in the twin, of the module that holds the feed-forward network.
+        approximation: another entry, for a twin that is not exact.
+        refuse: reason why a config cannot be converted, or an empty string.
     """
 
     twin: str
@@ -49,21 +48,20 @@ class Architecture:
     gates: Callable[[Config], float | None] = lambda config: 1.0
     changes: Callable[[Config], dict] = lambda config: {}
     shared: str = ""
-    mean_gated: str = ""
+    mean_gated: bool = False
     one_expert: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
-    interleaved: bool = False
+    gpt_oss: bool = False
     names: Mapping[str, str] = field(
         default_factory=lambda: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     )
     rename: tuple[str, str] = ("", "")
-    weights_alone: bool = False
     approximation: Architecture | None = None
     refuse: Callable[[Config], str] = lambda config: ""
 
 
 def _all_dense(config: Config) -> dict:
-    """Settings of a class whose first layers are dense, and with these all of them."""
+    """For classes whose first layers are dense: all are."""
     extra = {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if hasattr(config, name)}
     return {"first_k_dense_replace": config.num_hidden_layers, **extra}
 
@@ -84,13 +82,14 @@ def _qwen3_layers(config: Config) -> dict:
 _QWEN2 = Architecture(
     "qwen2",
     "moe_intermediate_size",
-    _where_normalised,
-    mean_gated="shared_expert",
+    _if_normalised,
+    shared="shared_expert",
+    mean_gated=True,
     refuse=lambda config: (
         "" if config.qkv_bias else "Qwen2 has biases of queries, keys and values, this model has none"
     ),
 )
-_SHARED = {"gates": _scaled_where_normalised, "changes": _all_dense, "shared": "shared_experts"}
+_DEEPSEEK = {"gates": _factor_if_normalised, "changes": _all_dense, "shared": "shared_experts"}
 
 #: By model type.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -98,19 +97,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_moe": Architecture(
         "qwen2_moe",
         "moe_intermediate_size",
-        _where_normalised,
+        _if_normalised,
         _one_expert,
         one_expert=("gate.weight",),
         kept=("shared_expert", "shared_expert_gate"),
         approximation=_QWEN2,
     ),
-    "qwen3_moe": Architecture("qwen3", "moe_intermediate_size", _where_normalised, _qwen3_layers),
-    "olmoe": Architecture("olmoe", "intermediate_size", _where_normalised, _one_expert, one_expert=("gate.weight",)),
-    "flex_olmo": Architecture("olmo2", "intermediate_size", _where_normalised),
-    # In transformers its gates are never normalised, whatever norm_topk_prob says.
-    "deepseek_v2": Architecture("deepseek_v2", "moe_intermediate_size", **_SHARED | {"gates": lambda config: None}),
-    "deepseek_v3": Architecture("deepseek_v3", "moe_intermediate_size", **_SHARED),
-    "glm4_moe": Architecture("glm4_moe", "moe_intermediate_size", **_SHARED),
+    "qwen3_moe": Architecture("qwen3", "moe_intermediate_size", _if_normalised, _qwen3_layers),
+    "olmoe": Architecture("olmoe", "intermediate_size", _if_normalised, _one_expert, one_expert=("gate.weight",)),
+    "flex_olmo": Architecture("olmo2", "intermediate_size", _if_normalised),
+    # Transformers never normalises its gates, whatever norm_topk_prob says.
+    "deepseek_v2": Architecture("deepseek_v2", "moe_intermediate_size", **_DEEPSEEK | {"gates": lambda config: None}),
+    "deepseek_v3": Architecture("deepseek_v3", "moe_intermediate_size", **_DEEPSEEK),
+    "glm4_moe": Architecture("glm4_moe", "moe_intermediate_size", **_DEEPSEEK),
     "granitemoe": Architecture(
         "granite",
         "intermediate_size",
@@ -123,15 +122,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         changes=lambda config: {"head_dim": _head_dim(config)},
         shared="shared_experts",
     ),
-    # Clamped gates, and 1 added to up: of averages, chosen neurons and cut matrices that is the same function as of any other
-    # weights, so one expert of its own class is exact.
+    # Its experts clamp gate and up and add 1 to up. They do that to gathered weights as to any others, so one expert of its own
+    # class is exact.
     "gpt_oss": Architecture(
         "gpt_oss",
         "intermediate_size",
         changes=lambda config: {"num_local_experts": 1, "num_experts_per_tok": 1},
         one_expert=("router.weight", "router.bias"),
-        interleaved=True,
-        weights_alone=True,
+        gpt_oss=True,
     ),
     "switch_transformers": Architecture(
         "t5",
@@ -150,7 +148,11 @@ REFUSED = {
 
 
 def architecture_of(config: Config, source: Path, approximate: bool = False) -> Architecture:
-    """The entry for a checkpoint's configuration; ValueError, naming ``source`` and the reason, where there can be none."""
+    """The entry for a checkpoint's config.
+
+    Raises:
+        ValueError: there is none, or the config is refused; names ``source`` and the reason.
+    """
     kind = config.model_type
     if kind in REFUSED:
         raise ValueError(f"{source}: {kind} has no dense twin: {REFUSED[kind]}")
@@ -171,8 +173,7 @@ def architecture_of(config: Config, source: Path, approximate: bool = False) -> 
 
 
 def twin_config(config: Config, architecture: Architecture, width: int) -> Config:
-    """The dense twin's configuration with feed-forward networks of ``width``: every value that both classes know, and the
-    entry's changes."""
+    """The twin's config with feed-forward networks of ``width``: values that both classes have, and the changes."""
     twin = CONFIG_MAPPING[architecture.twin]
     known = twin().to_dict()
     carried = {k: v for k, v in config.to_dict().items() if k in known and k not in ("model_type", "architectures")}

@@ -1,5 +1,4 @@
-"""The experts of an MoE by layer: of a model in memory, or of safetensors files, of which only what is asked for
-is read."""
+"""The experts of an MoE by layer, from a model in memory or from safetensors files."""
 
 from __future__ import annotations
 
@@ -7,34 +6,44 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ones_lib.checkpoints.shards import Shards
 from ones_lib.ffn import FeedForwardWeights
 
-# How the tensors of an expert layer are named: by this library ("up" [E, h, d], "down" [E, d, h], ...), by transformers in
-# memory (all experts in one tensor, gate above up; with biases they are GPT-OSS's: transposed, gate and up by turns), by
-# Granite's files (the same), and in the files of most others (a tensor an expert).
-_OURS = re.compile(r"(?P<layer>.+)\.(?P<part>(?:up|gate|down)(?:_bias)?)")
-_STACKED = re.compile(r"(?P<layer>.+\.experts)\.(?P<part>gate_up_proj|down_proj)(?P<bias>_bias)?")
-_GRANITE = re.compile(r"(?P<layer>.+\.block_sparse_moe)\.(?P<part>input_linear|output_linear)\.weight")
+# Names of expert tensors:
+# - this library's: all experts in one tensor a part, "up" [E, h, d], "down" [E, d, h], ...;
+# - transformers' in memory, and Granite's files: all experts in one tensor, gate above up. With biases it is GPT-OSS's
+#   layout: matrices are transposed, gate and up interleaved;
+# - most files: a tensor an expert.
+_OURS = re.compile(r"(?P<layer>.+)\.(?P<part>(?:up|gate|down)(?P<bias>_bias)?)")
+_STACKED = re.compile(
+    r"(?P<module>.+)\.(?:(?P<up>experts\.gate_up_proj|input_linear\.weight)|experts\.down_proj|output_linear\.weight)"
+    r"(?P<bias>_bias)?"
+)
 _SEPARATE = re.compile(r"(?P<layer>.+\.experts)\.(?:expert_)?(?P<expert>\d+)\.(?P<part>\w+)\.(?P<kind>weight|bias)")
 _PARTS = {"up_proj": "up", "gate_proj": "gate", "down_proj": "down", "w3": "up", "w1": "gate", "w2": "down"}
 _PARTS |= {"wi": "up", "wo": "down"}
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class ExpertBanks(Mapping[str, FeedForwardWeights]):
-    """Expert layers by name, each read when it is asked for. Made by :func:`open_experts`."""
+    """Banks of experts by layer, each read when it is asked for. :func:`open_experts` makes one.
+
+    Args:
+        source: its name in errors.
+        shapes: of all tensors, by name.
+        read: returns a tensor by name.
+    """
 
     def __init__(self, source: str, shapes: Mapping[str, list[int]], read: Callable[[str], Tensor]) -> None:
         self.source, self._shapes, self._read = source, shapes, read
-        self._tensors: dict[str, dict] = {}  # layer -> part -> name, or part -> expert -> name
+        # layer -> part -> name of the tensor with all experts, or names by expert
+        self._layers: dict[str, dict[str, str | dict[int, str]]] = {}
+        self.names: set[str] = set()  # of the tensors that hold experts
         for name, shape in shapes.items():
             self._place(name, shape)
-        self._tensors = {layer: parts for layer, parts in self._tensors.items() if {"up", "down"} <= set(parts)}
-        if not self._tensors:
+        self._layers = {layer: parts for layer, parts in self._layers.items() if {"up", "down"} <= set(parts)}
+        if not self._layers:
             raise ValueError(
                 f"{source}: expected layers of 2 experts or more, with tensors named like <layer>.up [E, h, d],"
                 " <layer>.experts.0.up_proj.weight, <layer>.experts.0.w3.weight or <layer>.experts.gate_up_proj,"
@@ -42,93 +51,76 @@ class ExpertBanks(Mapping[str, FeedForwardWeights]):
             )
 
     def _place(self, name: str, shape: list[int]) -> None:
-        if (found := _OURS.fullmatch(name)) and shape[0] > 1 and len(shape) == (2 if "bias" in found["part"] else 3):
-            self._tensors.setdefault(found["layer"], {})[found["part"]] = name
-        elif (found := _STACKED.fullmatch(name)) and len(shape) == (2 if found["bias"] else 3):
-            parts = ("gate", "up") if found["part"] == "gate_up_proj" else ("down",)
-            names = {part + (found["bias"] or ""): name for part in parts}
-            self._tensors.setdefault(found["layer"], {}).update(names)
-        elif (found := _GRANITE.fullmatch(name)) and len(shape) == 3:
-            parts = ("gate", "up") if found["part"] == "input_linear" else ("down",)
-            self._tensors.setdefault(f"{found['layer']}.experts", {}).update(dict.fromkeys(parts, name))
-        elif (found := _SEPARATE.fullmatch(name)) and found["part"] in _PARTS:
+        if (found := _SEPARATE.fullmatch(name)) and found["part"] in _PARTS:
             part = _PARTS[found["part"]] + ("_bias" if found["kind"] == "bias" else "")
-            self._tensors.setdefault(found["layer"], {}).setdefault(part, {})[int(found["expert"])] = name
+            self._layers.setdefault(found["layer"], {}).setdefault(part, {})[int(found["expert"])] = name
+        elif (found := _STACKED.fullmatch(name)) and len(shape) == (2 if found["bias"] else 3):
+            parts = ("gate", "up") if found["up"] else ("down",)
+            names = {f"{part}{found['bias'] or ''}": name for part in parts}
+            self._layers.setdefault(f"{found['module']}.experts", {}).update(names)
+        elif (found := _OURS.fullmatch(name)) and len(shape) == (2 if found["bias"] else 3) and shape[0] > 1:
+            self._layers.setdefault(found["layer"], {})[found["part"]] = name
+        else:
+            return
+        self.names.add(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._layers)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._layers)
 
     def __getitem__(self, layer: str) -> FeedForwardWeights:
-        parts = self._tensors[layer]
-        if all(isinstance(at, str) for at in parts.values()):
-            return FeedForwardWeights(**{part: self._part(part, at) for part, at in parts.items()})
-        return FeedForwardWeights.stack(self.experts(layer))
-
-    def names(self, layer: str) -> list[str]:
-        """The tensors that a layer's experts are stored in."""
-        found = (at.values() if isinstance(at, dict) else [at] for at in self._tensors[layer].values())
-        return list(dict.fromkeys(name for names in found for name in names))
+        """The bank of a layer."""
+        parts = self._layers[layer]
+        if any(isinstance(stored, dict) for stored in parts.values()):
+            return FeedForwardWeights.stack(self.experts(layer))
+        return FeedForwardWeights(**{part: self._stacked(part, name) for part, name in parts.items()})
 
     def experts(self, layer: str) -> list[FeedForwardWeights]:
-        """A layer's experts one by one, as they are stored: of a file they are in memory only when they are looked at."""
-        parts = self._tensors[layer]
-        if all(isinstance(at, str) for at in parts.values()):
+        """The experts of a layer one by one, without a copy: those of files are mapped.
+
+        Raises:
+            ValueError: an expert is missing, or weights are quantised.
+        """
+        parts = self._layers[layer]
+        if all(isinstance(stored, str) for stored in parts.values()):
             return self[layer].experts()
-        count = max(e for experts in parts.values() for e in experts) + 1
-        for part, at in parts.items():
-            if missing := sorted(set(range(count)) - set(at)):
+        count = max(e for stored in parts.values() for e in stored) + 1
+        for part, stored in parts.items():
+            if missing := sorted(set(range(count)) - set(stored)):
                 raise ValueError(
                     f"{self.source}: {layer}: expected {part} of experts 0 to {count - 1}, found none of {missing[:5]}"
                     " (of a model in several files, give the folder)"
                 )
-        return [FeedForwardWeights(**{part: self._tensor(at[e]) for part, at in parts.items()}) for e in range(count)]
+        return [FeedForwardWeights(**{part: self._read(parts[part][e]) for part in parts}) for e in range(count)]
 
-    def _part(self, part: str, name: str) -> Tensor:
-        tensor, which = self._tensor(name), ("gate", "up", "down").index(part.removesuffix("_bias"))
-        if not ((found := _STACKED.fullmatch(name)) or _GRANITE.fullmatch(name)):
+    def _stacked(self, part: str, name: str) -> Tensor:
+        """A part of all experts, cut out of the tensor that holds it."""
+        tensor, found = self._read(name), _STACKED.fullmatch(name)
+        if not found:
             return tensor
-        joined = part.startswith(("gate", "up"))
-        if found and (found["bias"] or f"{name}_bias" in self._shapes):
-            tensor = tensor[..., which::2] if joined else tensor
-            return tensor if found["bias"] else tensor.mT
-        return tensor.chunk(2, dim=1)[which] if joined else tensor
-
-    def _tensor(self, name: str) -> Tensor:
-        tensor = self._read(name)
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{self.source}: {name}: expected weights that are not quantised, found {tensor.dtype}")
-        return tensor
+        interleaved = found["bias"] or f"{name}_bias" in self._shapes
+        if found["up"]:
+            half = ("gate", "up").index(part.removesuffix("_bias"))
+            tensor = tensor[..., half::2] if interleaved else tensor.chunk(2, dim=1)[half]
+        return tensor.mT if interleaved and not found["bias"] else tensor
 
 
 def open_experts(source: nn.Module | str | Path) -> ExpertBanks:
-    """The expert layers of a model in memory, a safetensors file, or a folder of them (one model in several files).
+    """The banks of experts of a model in memory, a safetensors file, or a folder of them, by layer.
 
-    Layers are named as in the model. Of files only the names and shapes are read here, and a layer's experts when it is
-    asked for; a model's are its own tensors, detached.
+    Layers are named as in the model. Of files only headers are read here, and a layer's experts when they are asked
+    for. A model's banks are its own parameters, detached.
 
     Raises:
-        FileNotFoundError: no such file, or no safetensors file in the folder.
-        ValueError: not a safetensors file, no layer of experts in it; later, a layer of which experts are missing, or
-            weights that are quantised.
+        FileNotFoundError: there is no such file, or no safetensors file in the folder.
+        ValueError: not a safetensors file, or no layer of experts in it; later, when a layer is read, see
+            :meth:`ExpertBanks.experts`.
     """
     if isinstance(source, nn.Module):
-        tensors = dict(source.named_parameters())
+        tensors = {name: parameter.detach() for name, parameter in source.named_parameters()}
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        return ExpertBanks(type(source).__name__, shapes, lambda name: tensors[name].detach())
-
-    path = Path(source).expanduser()
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise FileNotFoundError(f"{path}: expected a safetensors file or a folder of them, found none")
-    shapes, where = {}, {}
-    for file in files:
-        try:
-            tensors = safe_open(file, "pt")
-        except SafetensorError as error:
-            raise ValueError(f"{file}: expected a safetensors file, found something else ({error})") from error
-        for name in tensors.keys():  # noqa: SIM118  it is no dictionary
-            shapes[name], where[name] = tensors.get_slice(name).get_shape(), tensors
-    return ExpertBanks(str(path), shapes, lambda name: where[name].get_tensor(name))
+        return ExpertBanks(type(source).__name__, shapes, tensors.__getitem__)
+    shards = Shards(Path(source).expanduser())
+    return ExpertBanks(str(shards.path), shards.shapes, shards.read)

@@ -1,15 +1,16 @@
-"""What the shards of a checkpoint's dense twin are made of, decided from names and shapes before any tensor is read."""
+"""Plans the dense twin of a checkpoint from names and shapes, before any tensor is read."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from ones_lib.checkpoints.architectures import Architecture, Config, twin_config
+from ones_lib.checkpoints.architectures import Architecture, twin_config
 from ones_lib.checkpoints.experts import ExpertBanks
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.ffn import FeedForwardWeights, count_non_finite
@@ -19,162 +20,171 @@ from ones_lib.models.causal import language_class, model_class
 _ROUTER = ("gate.", "router.", "moe_statics.")
 
 
-def _module_of(layer: str) -> str:
-    """The module that holds a layer's router and experts."""
-    return layer.removesuffix(".experts")
+@dataclass
+class Block:
+    """What one shard of the twin is made of: a transformer block, or what stands outside of the blocks.
+
+    Args:
+        name: such as ``model.layers.3``; empty outside of the blocks.
+        copies: names of the tensors that are copied.
+        ffn: module of the feed-forward network that is rewritten; empty: there is none.
+        sparse: whether that is an MoE layer.
+        parts: names of the tensors of the dense network, or of an MoE layer's shared experts, by part.
+    """
+
+    name: str
+    copies: list[str] = field(default_factory=list)
+    ffn: str = ""
+    sparse: bool = False
+    parts: dict[str, str] = field(default_factory=dict)
 
 
 def block_of(name: str) -> str:
-    """The transformer block that a tensor or module belongs to; empty for embeddings and the like."""
+    """The transformer block of a tensor or module, such as ``model.layers.3``; empty for embeddings and the like."""
     found = re.match(r".*?\.(?:layers|block)\.\d+", name)
-    # In T5's blocks the feed-forward network is one of several numbered layers.
     return found[0] if found else ""
 
 
-def _natural(text: str) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
-
-
 class TwinPlan:
-    """What each shard of the twin is made of, and the twin's configuration."""
+    """The dense twin of a checkpoint: its ``config`` and its ``blocks``.
+
+    Raises:
+        ValueError: ``d_ff`` is not a width of the method, or the checkpoint's tensors do not make the twin.
+    """
 
     def __init__(
-        self, shards: Shards, config: Config, architecture: Architecture, method: str, d_ff: int | None, k: int | None
+        self,
+        shards: Shards,
+        config: PreTrainedConfig,
+        architecture: Architecture,
+        method: str,
+        d_ff: int | None,
+        k: int | None,
     ) -> None:
-        self.shards, self.architecture = shards, architecture
-        self.ignored = getattr(language_class(config), "_keys_to_ignore_on_load_unexpected", [])
-        self.num_blocks = config.num_hidden_layers
-        self.banks = ExpertBanks(str(shards.folder), shards.shapes, shards.read)
-        self.modules = {_module_of(layer): layer for layer in self.banks if not self._dropped(layer)}
-        stored = {name for layer in self.banks for name in self.banks.names(layer)}
-        self.copies: dict[str, list[str]] = defaultdict(list)  # block -> names
-        self.dense: dict[str, dict[str, str]] = defaultdict(dict)  # module -> part of its FFN -> name
-        self.shared: dict[str, dict[str, str]] = defaultdict(dict)  # MoE module -> part of its shared experts -> name
-        for name in shards.shapes:
-            if name not in stored and not self._dropped(name):
-                self._place(name)
-        experts = self.experts(next(iter(self.modules)))
+        self.shards, self.source_config, self.architecture = shards, config, architecture
+        self.banks = ExpertBanks(str(shards.path), shards.shapes, shards.read)
+        self.blocks = self._find_blocks()
+        experts = self.experts(next(block for block in self.blocks if block.sparse))
         self.num_experts, self.expert_width, self.d_model = len(experts), experts[0].d_ff, experts[0].d_model
         check_width(d_ff, method, self.num_experts, self.expert_width)
         self.routed_width = self.num_experts * k if k else d_ff or self.expert_width
-        self.width = self.routed_width
-        if not architecture.one_expert:
-            joined = [self._width(parts) for parts in self.shared.values()] or [0]
-            self.width = max(self.routed_width + max(joined), *map(self._width, self.dense.values()), 0)
+        self.width = max(self.routed_width * b.sparse + self._width(b.parts) for b in self.blocks)
         self.config = twin_config(config, architecture, self.width)
         self.config.architectures = [language_class(self.config).__name__]
-        self._check_names()
+        self._check_tensors()
 
-    def _dropped(self, name: str) -> bool:
-        """Layers beyond the last, for the prediction of more than one token, and what else transformers does not load."""
-        if number := re.search(r"\.layers\.(\d+)\.", name):
-            return int(number[1]) >= self.num_blocks or name.endswith("rotary_emb.inv_freq")
-        return any(re.search(pattern, name) for pattern in self.ignored or [])
+    def _find_blocks(self) -> list[Block]:
+        unused = getattr(language_class(self.source_config), "_keys_to_ignore_on_load_unexpected", None) or []
+        blocks: dict[str, Block] = {}
 
-    def _place(self, name: str) -> None:
-        names = {module: part for part, module in self.architecture.names.items()}
-        found = re.fullmatch(rf"(?P<module>.+)\.(?P<part>{'|'.join(names)})\.(?P<kind>weight|bias)", name)
-        part = names[found["part"]] + ("_bias" if found["kind"] == "bias" else "") if found else ""
-        prefixes = (name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1))
-        module = next((prefix for prefix in prefixes if prefix in self.modules), None)
-        if module is None:
-            if part and found["module"].endswith(".mlp") and not self.architecture.one_expert:
-                self.dense[found["module"]][part] = name
-            else:
-                self.copies[block_of(name)].append(name)
-            return
-        rest, architecture = name[len(module) + 1 :], self.architecture
-        joined = architecture.shared or architecture.mean_gated
-        if joined and part and found["module"] == f"{module}.{joined}":
-            self.shared[module][part] = name
-        elif rest.startswith(tuple(f"{kept}." for kept in architecture.kept)):
-            self.copies[block_of(name)].append(name)
-        elif not rest.startswith((*_ROUTER, f"{architecture.mean_gated}_gate.")):
-            raise ValueError(f"{self.shards.folder}: expected a router and experts in {module}, found {rest} too")
+        def block_with(name: str) -> Block:
+            return blocks.setdefault(block_of(name), Block(block_of(name)))
+
+        def loaded(name: str) -> bool:
+            """Whether transformers loads it. Layers beyond the last, which predict further tokens, it does not."""
+            if number := re.search(r"\.layers\.(\d+)\.", name):
+                beyond = int(number[1]) >= self.source_config.num_hidden_layers
+                return not beyond and not name.endswith("rotary_emb.inv_freq")
+            return not any(re.search(pattern, name) for pattern in unused)
+
+        for layer in filter(loaded, self.banks):
+            block = block_with(layer)
+            block.ffn, block.sparse = layer.removesuffix(".experts"), True
+        for name in filter(loaded, self.shards.shapes):
+            if name not in self.banks.names:
+                self._place(name, block_with(name))
+        return [blocks[name] for name in sorted(blocks, key=_natural)]
+
+    def _place(self, name: str, block: Block) -> None:
+        """Decide what becomes of a tensor that is not a routed expert's."""
+        architecture, where = self.architecture, f"{block.ffn}."
+        modules = {module: part for part, module in architecture.names.items()}
+        module, part = "", ""
+        if found := re.fullmatch(rf"(.+)\.({'|'.join(modules)})\.(weight|bias)", name):
+            module, part = found[1], modules[found[2]] + ("_bias" if found[3] == "bias" else "")
+        if block.sparse and name.startswith(where):
+            rest, shared = name.removeprefix(where), architecture.shared
+            if shared and module == where + shared:
+                block.parts[part] = name
+            elif rest.startswith(tuple(f"{kept}." for kept in architecture.kept)):
+                block.copies.append(name)
+            elif not rest.startswith((*_ROUTER, f"{shared}_gate.") if architecture.mean_gated else _ROUTER):
+                raise ValueError(f"{self.shards.path}: expected a router and experts in {block.ffn}, found {rest} too")
+        elif module.endswith(".mlp") and not block.sparse and not architecture.one_expert:
+            block.ffn, block.parts[part] = module, name
+        else:
+            block.copies.append(name)
 
     def _width(self, parts: Mapping[str, str]) -> int:
-        return self.shards.shapes[parts["up"]][0]
+        return self.shards.shapes[parts["up"]][0] if "up" in parts else 0
 
-    def experts(self, module: str) -> list[FeedForwardWeights]:
-        return self.banks.experts(self.modules[module])
+    def experts(self, block: Block) -> list[FeedForwardWeights]:
+        """The routed experts of a sparse block."""
+        return self.banks.experts(f"{block.ffn}.experts")
 
-    def ffn(self, parts: Mapping[str, str]) -> FeedForwardWeights:
-        return FeedForwardWeights(**{part: self.read(name) for part, name in parts.items()})
+    def ffn(self, block: Block) -> FeedForwardWeights:
+        """The dense network of a block, or the shared experts of a sparse one."""
+        return FeedForwardWeights(**{part: self.read(name) for part, name in block.parts.items()})
 
     def read(self, name: str) -> Tensor:
-        """A tensor that is not an expert's."""
+        """A tensor that is not an expert's; ValueError: it has NaN or infinity."""
         tensor = self.shards.read(name)
         if count := count_non_finite(tensor):
-            raise ValueError(f"{self.shards.folder}: {name}: expected finite weights, found {count} NaN or infinite")
+            raise ValueError(f"{self.shards.path}: {name}: expected finite weights, found {count} NaN or infinite")
         return tensor
 
-    def blocks(self) -> list[str]:
-        found = {*self.copies, *map(block_of, self.modules), *map(block_of, self.dense)}
-        return sorted(found, key=_natural)
-
-    def twin_module(self, module: str) -> str:
+    def _name(self, module: str, part: str) -> str:
+        """Name in the twin of a part of the feed-forward network in ``module``."""
         old, new = self.architecture.rename
-        return f"{module.removesuffix(old)}{new}" if old and module.endswith(old) else module
+        module = f"{module.removesuffix(old)}{new}" if module.endswith(old) else module
+        kind = "bias" if part.endswith("_bias") else "weight"
+        return f"{module}.{self.architecture.names[part.removesuffix('_bias')]}.{kind}"
 
     def dense_tensors(self, module: str, ffn: FeedForwardWeights) -> dict[str, Tensor]:
-        """A feed-forward network's tensors by their names in the twin."""
-        names = self.architecture.names
-        return {
-            f"{self.twin_module(module)}.{names[part.removesuffix('_bias')]}"
-            f".{'bias' if part.endswith('_bias') else 'weight'}": tensor
-            for part, tensor in ffn.tensors()
-        }
+        """The tensors of a feed-forward network by their names in the twin."""
+        return {self._name(module, part): tensor for part, tensor in ffn.tensors()}
 
-    def moe_tensors(self, module: str, ffn: FeedForwardWeights) -> dict[str, Tensor]:
-        """The same of what was gathered, with the router of one expert where the twin has that."""
+    def gathered_tensors(self, module: str, ffn: FeedForwardWeights) -> dict[str, Tensor]:
+        """The tensors of a gathered network by their names in the twin, with a router of zeros if the twin has one expert."""
         if not self.architecture.one_expert:
             return self.dense_tensors(module, ffn)
         sizes = {"weight": (1, self.d_model), "bias": (1,)}
         router = {f"{module}.{n}": ffn.up.new_zeros(sizes[n.split(".")[-1]]) for n in self.architecture.one_expert}
-        if not self.architecture.interleaved:
+        if not self.architecture.gpt_oss:
             return router | self.dense_tensors(f"{module}.experts.0", ffn)
-        both = torch.stack([ffn.gate, ffn.up], dim=1).flatten(0, 1)  # gate and up by turns, [2h, d]
+        both = torch.stack([ffn.gate, ffn.up], dim=1).flatten(0, 1)  # gate and up interleaved, [2h, d]
         stacked = {"gate_up_proj": both.T, "down_proj": ffn.down.T, "down_proj_bias": ffn.down_bias}
         stacked["gate_up_proj_bias"] = torch.stack([ffn.gate_bias, ffn.up_bias], dim=1).flatten()
         return router | {f"{module}.experts.{name}": tensor[None].contiguous() for name, tensor in stacked.items()}
 
-    def _check_names(self) -> None:
-        """Raise ValueError unless the twin has the tensors that will be written, all of their shapes."""
+    def _check_tensors(self) -> None:
+        """Raise ValueError unless the tensors to be written are the twin's, with their shapes; set ``bytes``, their size."""
         with torch.device("meta"):
             twin = model_class(self.config).from_config(self.config)
-        state = {name: list(tensor.shape) for name, tensor in twin.state_dict().items()}
-        tied = set(twin.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
         self.bytes = sum(t.numel() * self.config.dtype.itemsize for t in twin.parameters())
-        made = {name: self.shards.shapes[name] for names in self.copies.values() for name in names}
-        for module, parts in self.dense.items():
-            made |= self._dense_shapes(module, "up_bias" in parts, "down_bias" in parts)
-        for module in self.modules:
-            parts = self.shared.get(module, {})
-            if not self.architecture.one_expert:
-                made |= self._dense_shapes(module, "up_bias" in parts, "down_bias" in parts)
-            else:
-                state = {n: s for n, s in state.items() if not n.startswith(f"{module}.") or n in made}
-        missing = sorted(set(state) - set(made) - tied)
-        wrong = [f"{n} {made[n]}" for n in made if state.get(n, made[n] if n in tied else None) != made[n]]
+        expected = {name: list(tensor.shape) for name, tensor in twin.state_dict().items()}
+        tied = set(twin.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
+        made = {name: self.shards.shapes[name] for block in self.blocks for name in block.copies}
+        for block in self.blocks:
+            if block.ffn and self.architecture.one_expert:  # in memory these have other names than in files
+                expected = {n: s for n, s in expected.items() if not n.startswith(f"{block.ffn}.") or n in made}
+            elif block.ffn:
+                made |= self._ffn_shapes(block)
+        missing = sorted(set(expected) - set(made) - tied)
+        wrong = [f"{n} {made[n]}" for n in made if expected.get(n, made[n] if n in tied else None) != made[n]]
         if missing or wrong:
             raise ValueError(
-                f"{self.shards.folder}: expected the tensors of {self.config.architectures[0]}, missing: {missing[:5]}, of"
-                f" another shape or not known to it: {wrong[:5]}"
+                f"{self.shards.path}: expected the tensors of {self.config.architectures[0]}, missing: {missing[:5]},"
+                f" unknown or of another shape: {wrong[:5]}"
             )
 
-    def _dense_shapes(self, module: str, bias: bool, down_bias: bool) -> dict[str, list[int]]:
-        """Names and shapes of a feed-forward network in the twin."""
+    def _ffn_shapes(self, block: Block) -> dict[str, list[int]]:
+        h, d = self.width, self.d_model
+        shapes = {"up": [h, d], "gate": [h, d], "down": [d, h], "up_bias": [h], "gate_bias": [h], "down_bias": [d]}
+        parts = [*(self.architecture.names if block.sparse else []), *block.parts]
+        return {self._name(block.ffn, part): shapes[part] for part in parts}
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device="meta")
 
-        gated, width, d_model = "gate" in self.architecture.names, self.width, self.d_model
-        ffn = FeedForwardWeights(
-            up=empty(width, d_model),
-            down=empty(d_model, width),
-            gate=empty(width, d_model) if gated else None,
-            up_bias=empty(width) if bias else None,
-            gate_bias=empty(width) if bias and gated else None,
-            down_bias=empty(d_model) if down_bias else None,
-        )
-        return {name: list(tensor.shape) for name, tensor in self.dense_tensors(module, ffn).items()}
+def _natural(text: str) -> list:
+    """Sort key by which layer 10 comes after layer 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]

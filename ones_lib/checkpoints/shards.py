@@ -1,93 +1,106 @@
-"""The safetensors files of a checkpoint of transformers, read a tensor at a time.
+"""Reads safetensors files one tensor at a time.
 
-The library's own reader maps whole files, of which a checkpoint's may be larger than the memory that there is; this one maps
-the bytes of one tensor. The format: eight bytes with the length of a JSON header, the header with every tensor's dtype, shape
-and place in what follows, and that (https://huggingface.co/docs/safetensors).
+The safetensors library maps whole files, and a checkpoint's files may be larger than memory. This reader maps the bytes
+of one tensor. File format (https://huggingface.co/docs/safetensors): the length of the header in 8 bytes; the header,
+JSON with dtype, shape and byte offsets of every tensor; the data.
 """
 
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+INDEX = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_LONGEST_HEADER = 100_000_000  # bytes, as in the library
+_LONGEST_HEADER = 100_000_000  # bytes, the library's limit
 
 
 class Shards:
-    """The tensors of a checkpoint's folder, checked against its index.
+    """The tensors of a safetensors file or of a folder of them.
+
+    A folder's files are those that its index names; without an index, ``model.safetensors``; without that, all.
+    ``shapes`` has the shape of every tensor by name.
 
     Raises:
-        FileNotFoundError: no safetensors file, or one that the index names is missing.
-        ValueError: a file is damaged, does not hold what the index says, or lies elsewhere.
+        FileNotFoundError: there is no safetensors file, or one that the index names is missing.
+        ValueError: a file is damaged, or the index does not fit the files or names files outside the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[str, str] = {}  # of every tensor, by its name: the file,
-        self.shapes: dict[str, list[int]] = {}
-        self._dtypes: dict[str, str] = {}
-        self._places: dict[str, tuple[int, int]] = {}  # and the first byte in it and the one after the last
-        index = folder / "model.safetensors.index.json"
-        if not index.exists() and not (folder / "model.safetensors").exists():
-            found = sorted(p.name for p in folder.iterdir())[:8]
-            raise FileNotFoundError(
-                f"{folder}: expected model.safetensors or model.safetensors.index.json, found {found}"
-            )
-        indexed = None
-        if index.exists():
-            try:
-                indexed = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{index}: expected JSON with a weight_map of files by tensor ({error!r})") from error
-        for file in ["model.safetensors"] if indexed is None else sorted(set(indexed.values())):
-            self._read_header(file)
+    def __init__(self, path: Path) -> None:
+        self.path, index = path, path / INDEX
+        indexed = _read_index(index) if index.exists() else None
+        files = _files(path) if indexed is None else [path / name for name in sorted(set(indexed.values()))]
+        # By tensor: its file, dtype, shape, and the bytes from start to stop.
+        self._stored = {name: (file, *rest) for file in files for name, rest in _read_header(file).items()}
+        self.files = {name: file.name for name, (file, *_) in self._stored.items()}
+        self.shapes = {name: shape for name, (_, _, shape, *_) in self._stored.items()}
         if indexed is not None and indexed != self.files:
             odd = sorted(name for name, _ in indexed.items() ^ self.files.items())
-            raise ValueError(f"{index}: expected the tensors of its files, each in its own, not so: {odd[:5]}")
-
-    def _read_header(self, name: str) -> None:
-        if Path(name).name != name:
-            raise ValueError(f"{self.folder}: expected an index that names files of this folder, found {name!r}")
-        if not (path := self.folder / name).exists():
-            raise FileNotFoundError(f"{path}: expected this file, which the index names, found none")
-        size = path.stat().st_size
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length)) if length <= min(size - 8, _LONGEST_HEADER) else {}
-            tensors = {key: value for key, value in header.items() if key != "__metadata__"}
-            places = {key: [8 + length + at for at in value["data_offsets"]] for key, value in tensors.items()}
-            whole = max((end for _, end in places.values()), default=0) == size
-        except (ValueError, KeyError, TypeError, AttributeError):
-            whole = False
-        if not whole:
-            raise ValueError(f"{path}: expected a whole safetensors file, found {size} bytes that are none")
-        for key, value in tensors.items():
-            self.files[key], self.shapes[key], self._dtypes[key] = name, list(value["shape"]), value["dtype"]
-            self._places[key] = tuple(places[key])
+            raise ValueError(f"{index}: expected the tensors of its files, each in its own, found others: {odd[:5]}")
 
     def paths(self) -> list[Path]:
-        return [self.folder / name for name in sorted(set(self.files.values()))]
+        return sorted({file for file, *_ in self._stored.values()})
 
     def read(self, name: str) -> Tensor:
-        """A tensor, mapped from its file: in memory only where it is looked at.
+        """A tensor, mapped from its file: only the pages that are used get into memory.
 
         Raises:
-            ValueError: it is not floating point, so quantised, or its place in the file is not of its size.
+            ValueError: it is not floating point, so quantised, or its bytes do not fit its shape.
         """
-        path, shape, (start, stop) = self.folder / self.files[name], self.shapes[name], self._places[name]
-        if self._dtypes[name] not in _DTYPES:
-            raise ValueError(f"{path}: {name}: expected weights that are not quantised, found {self._dtypes[name]}")
-        dtype, count = _DTYPES[self._dtypes[name]], int(np.prod(shape))
-        if not 0 <= start <= stop <= path.stat().st_size or stop - start != count * dtype.itemsize:
-            raise ValueError(f"{path}: {name}: expected {count} numbers for {shape}, found {stop - start} bytes")
-        if not count:
+        file, stored, shape, start, stop = self._stored[name]
+        if stored not in _DTYPES:
+            raise ValueError(f"{file}: {name}: expected weights that are not quantised, found {stored}")
+        dtype, size = _DTYPES[stored], stop - start
+        if not 0 <= start <= stop <= file.stat().st_size or size != prod(shape) * dtype.itemsize:
+            raise ValueError(f"{file}: {name}: expected {stored} of shape {shape}, found {size} bytes")
+        if not size:
             return torch.empty(shape, dtype=dtype)
-        # Private to this process: what is written to it, if anything, stays out of the file.
-        mapped = np.memmap(path, np.uint8, "c", start, (stop - start,))
+        mapped = np.memmap(file, np.uint8, "c", start, (size,))  # a write does not reach the file
         return torch.frombuffer(mapped, dtype=dtype).view(shape)
+
+
+def _files(path: Path) -> list[Path]:
+    """The safetensors files at a path without an index."""
+    if (path / "model.safetensors").exists():
+        return [path / "model.safetensors"]
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "none"
+        raise FileNotFoundError(f"{path}: expected a safetensors file or a folder of them, found {found}")
+    return files
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of every tensor."""
+    try:
+        files = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: expected JSON with a weight_map of files by tensor ({error!r})") from error
+    if outside := [file for file in files.values() if Path(file).name != file]:
+        raise ValueError(f"{index}: expected an index that names files of this folder, found {outside[0]!r}")
+    return files
+
+
+def _read_header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """Dtype, shape, and first byte and end of every tensor."""
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: expected this file, which the index names, found none")
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(start - 8)) if start <= min(size, _LONGEST_HEADER) else None
+        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        places = {name: [start + at for at in tensor["data_offsets"]] for name, tensor in tensors.items()}
+        found = {name: (t["dtype"], list(t["shape"]), *places[name]) for name, t in tensors.items()}
+        whole = max((stop for *_, stop in found.values()), default=start) == size
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{file}: expected a whole safetensors file, found {size} bytes of something else")
+    return found

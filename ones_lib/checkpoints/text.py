@@ -1,24 +1,20 @@
-"""TODO."""
+"""Reads text as blocks of a model's tokens."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from ones_lib.data.text import pack, read_texts
+from ones_lib.data.text import read_texts
+from ones_lib.data.tokens import pack
 
-BLOCK = 512  # tokens of a block of text, if the model can take so many
+BLOCK = 512  # tokens of a block, where the model can take that many
 
 
 def block_length(config: PreTrainedConfig) -> int:
-    """Tokens of a block of text for a model."""
+    """Tokens of a block for a model."""
     return min(BLOCK, getattr(config, "max_position_embeddings", None) or BLOCK)
 
 
@@ -26,19 +22,21 @@ def text_blocks(text: str | Path, folder: str | Path, tokens: int | None = None,
     """Token ids [n, L] of a text, by the tokenizer of the model in ``folder``.
 
     Args:
-        text: a plain text file, a file or folder of texts, ``"docstrings"`` (the embedded text), or a hub name; see
+        text: a text file, a file or folder of texts, ``"docstrings"`` (the embedded text), or a hub name; see
             :func:`ones_lib.data.text.read_texts`.
-        tokens: how many to take, at most, in evenly spaced blocks. None: all.
-        split: of what has several.
+        tokens: at most this many, in evenly spaced blocks. None: all.
+        split: which split to read, where there are several.
+
+    Raises:
+        ValueError: the folder has no tokenizer, or one with more tokens than the model.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: expected a tokenizer beside the model, to read text with: {error}") from error
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    texts = read_texts(text, split)
     length = block_length(config)
-    blocks = pack(texts, tokenizer, length)
+    blocks = pack(read_texts(text, split), tokenizer, length)
     if int(blocks.max()) >= config.vocab_size:
         raise ValueError(
             f"{folder}: expected a tokenizer of at most {config.vocab_size} tokens, as the model's, found {len(tokenizer)}"

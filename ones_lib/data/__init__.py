@@ -1,8 +1,6 @@
-"""Named data sets behind one small interface: embedded, local folders, the Hugging Face hub.
+"""Data sets: images and text, made here, read from local files, or from the Hugging Face hub.
 
-:func:`image_data` gives an :class:`ImageData`, whose splits are indexed by *keys* [batch, 2] of (index, seed): the seed
-decides the random augmentation of that one drawing of that image, -1 asks for none. :func:`training_keys` makes them, so
-the whole stream of training batches is a function of (seed, step): it can go on from any step, with any number of workers.
+Imports nothing else of ones_lib.
 """
 
 from ones_lib.data.images import ImageData, image_data

@@ -1,7 +1,4 @@
-"""How far words without their order get on a text task: the baseline that says whether a task asks for more.
-
-A task that it solves can be solved by trivial cues, and says nothing of a language model.
-"""
+"""A bag-of-words baseline for the text tasks. A task that it solves has trivial cues and does not test a language model."""
 
 from __future__ import annotations
 
@@ -9,33 +6,37 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from datasets import Dataset
-from scipy.sparse import hstack
+from sklearn.compose import ColumnTransformer
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.svm import LinearSVC
 
+from ones_lib.data.rows import TASKS
 from ones_lib.data.squad import squad_scores
-from ones_lib.data.text import TASKS, TextData, TextTask
+from ones_lib.data.text import TextTasks
 
-ANSWERS = 200  # answers of the training split, the most frequent, that the baseline chooses from
+ANSWERS = 200  # the most frequent answers of the training split, which are the classes for question answering
 
 
-def bag_of_words(task: str, data: TextData) -> dict[str, float]:
-    """A task's main metric, 0 to 1, on its (first) validation split.
+def bag_of_words(task: str, tasks: TextTasks) -> dict[str, float]:
+    """Scores of two baselines: a task's main metric, 0 to 1, on its first validation split.
 
     Returns:
-        ``constant``: the best that one answer to everything gets: the training split's most frequent class or answer.
-        ``bag_of_words``: a linear classifier on which words, and which pairs of neighbours, each of the texts has. For
-        question answering its classes are the training split's most frequent answers and, where there may be none, the
-        empty one; the answer is the best scored that stands in the context.
+        ``constant``: the best single answer to everything: the training split's most frequent class or answer.
+        ``bag_of_words``: a linear classifier of the words and pairs of neighbouring words in each text. For question
+        answering it scores the training split's most frequent answers (the empty one included), and the best that stands
+        in the context is the answer.
     """
-    spec, rows = TASKS[task], data.rows(task)
+    spec, rows = TASKS[task], tasks.rows(task)
     train, validation = rows["train"], rows[spec.validation[0]]
-    features, unseen = _features(train, validation, spec)
+    words = ColumnTransformer(
+        [(column, CountVectorizer(ngram_range=(1, 2), min_df=2, binary=True), column) for column in spec.texts]
+    )
+    features, unseen = words.fit_transform(train.to_pandas()), words.transform(validation.to_pandas())
+    classifier = LinearSVC(C=0.03, tol=1e-2, random_state=0)
     if spec.labels is not None:
         known, labels = np.asarray(train["label"]), np.asarray(validation["label"])
         most_frequent = np.bincount(known).argmax()
-        predicted = _classifier().fit(features, known).predict(unseen)
+        predicted = classifier.fit(features, known).predict(unseen)
         return {
             "constant": float((labels == most_frequent).mean()),
             "bag_of_words": float((labels == predicted).mean()),
@@ -47,23 +48,10 @@ def bag_of_words(task: str, data: TextData) -> dict[str, float]:
     known = np.array([a["text"][0] if a["text"] else "" for a in train["answers"]])
     frequent = [text for text, _ in Counter(known.tolist()).most_common(ANSWERS)]
     kept = np.isin(known, frequent)
-    classifier = _classifier().fit(features[kept], known[kept])
+    classifier.fit(features[kept], known[kept])
     predicted = []
     for context, scores in zip(validation["context"], classifier.decision_function(unseen), strict=True):
-        there = [text in context for text in classifier.classes_]  # the empty answer always is
+        there = [text in context for text in classifier.classes_]  # always true of the empty answer
         predicted.append(str(classifier.classes_[np.where(there, scores, -np.inf).argmax()]) if any(there) else "")
     constant = max(f1([text] * len(validation)) for text in frequent[:3])
     return {"constant": constant, "bag_of_words": f1(predicted)}
-
-
-def _classifier() -> LinearSVC:
-    return LinearSVC(C=0.03, tol=1e-2, random_state=0)
-
-
-def _features(train: Dataset, validation: Dataset, spec: TextTask):
-    """Presence of words and of neighbouring words in each text column, sparse [rows, features], for both splits."""
-    parts = []
-    for column in spec.texts:
-        vectorizer = CountVectorizer(ngram_range=(1, 2), min_df=2, binary=True)
-        parts.append((vectorizer.fit_transform(train[column]), vectorizer.transform(validation[column])))
-    return tuple(hstack(split, format="csr") for split in zip(*parts, strict=True))

@@ -1,24 +1,25 @@
-"""Docstrings: English made from the docstrings of installed scientific packages, as a corpus and four tasks.
+"""Docstrings: a corpus and four tasks in English, made from the docstrings of installed scientific packages.
 
-The corpus is for masked-language pre-training; the tasks are of the four kinds of the paper's (arXiv 2201.10890):
+The corpus is for masked-language pre-training. The tasks are of the same kinds as the paper's (arXiv 2201.10890):
 
 =================  ==========================================================================================
-``package``        one sentence, one class of :data:`PACKAGES`: the package that it comes from (as SST-2: one sentence)
-``statement``      some parameters and a statement on the type of one, three classes: it follows, says nothing on any of
-                   them, or contradicts (as MNLI: a pair)
-``answer``         a question on the type or default of a parameter; the answer is a span of the context (as SQuAD 1.1)
-``answer_or_none`` the same, and a third of the questions have no answer, as in SQuAD 2.0's training split: the
-                   parameter is not in the context, or (more rarely) has no default there
+``package``        one sentence, one class of :data:`PACKAGES`: the package it comes from (like SST-2)
+``statement``      a pair, some parameters and a statement on the type of one; three classes: the statement follows,
+                   the parameters say nothing on it, or they contradict it (like MNLI)
+``answer``         a question on the type or default of a parameter; the answer is a span of the context (like SQuAD 1.1)
+``answer_or_none`` the same, but a third of the questions have no answer, as in SQuAD 2.0's training split: the context
+                   lacks the parameter or (more rarely) its default
 =================  ==========================================================================================
 
-Everything is written as JSON lines with the columns that the hub's data sets of that kind have, so that embedded and real
-data are read by the same code. A module's texts are all in one split, and a text that occurs again elsewhere (inherited
-docstrings) is dropped there, so that no text is in two splits. Deterministic given the packages' versions.
+Rows are written as JSON lines with the columns of the hub's data sets of that kind, so the same code reads both. All texts of
+a module are in one split, and a repeated text (an inherited docstring) is kept only once, so no text is in two splits.
+The same versions of the packages give the same texts.
 """
 
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import importlib.util
 import json
@@ -32,8 +33,7 @@ from importlib.metadata import version
 from inspect import cleandoc
 from pathlib import Path
 
-#: import name -> distribution
-PACKAGES = {
+PACKAGES = {  # import name -> distribution
     "matplotlib": "matplotlib",
     "networkx": "networkx",
     "numpy": "numpy",
@@ -46,7 +46,7 @@ VALIDATION_PART = 0.2  # of the modules
 STATEMENT_CLASSES = ("entailment", "neutral", "contradiction")
 
 _SKIPPED_FOLDERS = {"tests", "test", "testing", "externals", "_vendor", "extern"}
-#: Names and aliases of the packages: a sentence with one of them says where it comes from.
+# Names and aliases of the packages, which would give a sentence's package away.
 _NAMES = {*PACKAGES, "scikit", "learn", "pytorch", "np", "pd", "plt", "mpl", "nx", "sp", "aten", "pyplot", "cuda"}
 _SECTION = re.compile(r"^(?P<title>[A-Z][A-Za-z ]+)\n(?:-{3,}|={3,})\s*$", re.MULTILINE)
 _ENTRY = re.compile(r"^(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*) ?: (?P<type>\S.*)$")
@@ -57,7 +57,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 @dataclass(frozen=True)
 class Parameter:
-    """An entry of a numpydoc Parameters section, such as ``axis : int, default 0`` and its description."""
+    """An entry of a numpydoc Parameters section, such as ``axis : int, default 0``, with its description."""
 
     name: str
     type: str
@@ -67,8 +67,17 @@ class Parameter:
     def header(self) -> str:
         return f"{self.name} : {self.type}"
 
+    @property
+    def entry(self) -> str:
+        """The parameter in a task's context: its header and the first words of its description."""
+        return f"{self.header}. {' '.join(self.description.split()[:5])}"
+
+    @property
+    def stated_type(self) -> str:
+        return self.header[slice(*self.span("type"))]
+
     def span(self, what: str) -> tuple[int, int] | None:
-        """Where the header states the ``type`` (without what follows it) or the ``default``; None where it does not."""
+        """Start and end of the ``type`` (without remarks such as "optional") or the ``default`` in the header, or None."""
         before = len(self.header) - len(self.type)
         if what == "type":
             return before, before + len(_TYPE.match(self.type)[0].rstrip())
@@ -78,7 +87,7 @@ class Parameter:
 
 @dataclass
 class Document:
-    """What one docstring says: sentences of its prose, and its parameters."""
+    """One docstring: the sentences of its prose, and its parameters."""
 
     package: str
     module: str
@@ -102,7 +111,7 @@ def versions() -> dict[str, str]:
 
 
 def read_documents() -> list[Document]:
-    """The packages' docstrings in a fixed order, cleaned; a sentence or description that occurred before is left out."""
+    """The packages' docstrings in a fixed order, cleaned, without repeated sentences and descriptions."""
     seen: set[str] = set()
 
     def new(text: str) -> bool:
@@ -121,26 +130,35 @@ def read_documents() -> list[Document]:
 
 
 def _docstrings(package: str) -> Iterator[tuple[str, str]]:
-    """(module, docstring) of a package's public parts, found in its sources, which are not imported."""
+    """(module, docstring) of a package's public modules, classes and functions, parsed from its sources."""
     root = Path(importlib.util.find_spec(package).origin).parent
     for path in sorted(root.rglob("*.py")):
         module = path.relative_to(root.parent)
         folders = module.parts[:-1]
         if _SKIPPED_FOLDERS & set(folders) or any(f.startswith("_") and f != "_core" for f in folders):
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-            tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
-        nodes = [tree]
-        while nodes:  # modules, classes and functions only: walking through every expression takes as long as parsing
+        nodes = [_parsed(path)]
+        while nodes:  # not ast.walk: visiting every expression takes as long as parsing
             node = nodes.pop()
             nodes += [n for n in reversed(node.body) if isinstance(n, ast.ClassDef | ast.FunctionDef)]
             if found := ast.get_docstring(node):
                 yield module.as_posix(), found
 
 
+def _parsed(path: Path) -> ast.Module:
+    collecting = gc.isenabled()
+    gc.disable()  # syntax trees are many objects without cycles; the collector takes longer than the parser
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            return ast.parse(path.read_text(encoding="utf-8", errors="replace"))
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def parse(docstring: str, package: str = "", module: str = "") -> Document:
-    """Prose and parameters of one docstring in numpydoc's form (of other forms, the prose before the arguments)."""
+    """Parse a docstring in numpydoc's form; of other forms, only the prose before the arguments is used."""
     docstring = cleandoc(docstring)
     heads = list(_SECTION.finditer(docstring))
     starts = [head.start() for head in heads] + [len(docstring)]
@@ -152,7 +170,7 @@ def parse(docstring: str, package: str = "", module: str = "") -> Document:
 
 
 def _clean(text: str) -> str:
-    """Plain text of reStructuredText: roles, links, emphasis and white space taken out."""
+    """Plain text of reStructuredText, without roles, links, emphasis and extra white space."""
     text = re.sub(r":[\w:+.-]+:`~?\.?([^`<]*?)(?:\s*<[^`]*>)?`", r"\1", text)
     text = re.sub(r"`+([^`<]*?)(?:\s*<[^`]*>)?`+_*", r"\1", text)
     text = re.sub(r"\[\d+\]_|[`*~]|https?://\S+", "", text)
@@ -160,7 +178,7 @@ def _clean(text: str) -> str:
 
 
 def _sentences(text: str) -> Iterator[str]:
-    """Sentences of the plain paragraphs: no examples, directives, lists, tables, formulas."""
+    """Sentences of plain paragraphs; examples, directives, lists, tables and formulas are skipped."""
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         if re.match(r"\s+\S|\.\.|>>>|[-*+=|] ?|\d+\.", paragraph) or "::" in paragraph or "\\" in paragraph:
             continue
@@ -171,6 +189,7 @@ def _sentences(text: str) -> Iterator[str]:
 
 
 def _parameters(section: str) -> Iterator[Parameter]:
+    """Parameters of a numpydoc section; of an entry with several names, the first."""
     entries: list[tuple[str, str, list[str]]] = []
     for line in section.splitlines():
         if line and not line[0].isspace():
@@ -191,7 +210,7 @@ def _parameters(section: str) -> Iterator[Parameter]:
 
 
 def write_docstrings(folder: Path, documents: Iterable[Document] | None = None) -> None:
-    """Write ``corpus/`` and the tasks' folders, each with ``train.jsonl`` and ``validation.jsonl``."""
+    """Write the folders ``corpus`` and of each task, with ``train.jsonl`` and ``validation.jsonl``."""
     documents = read_documents() if documents is None else list(documents)
     makers = {
         "corpus": lambda part, train, rng: ({"text": d.text} for d in part if len(d.text) >= 40),
@@ -204,7 +223,7 @@ def write_docstrings(folder: Path, documents: Iterable[Document] | None = None) 
     for name, make in makers.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for split in ("train", "validation"):
-            rng = random.Random(f"{name} {split}")  # a split must not depend on the other
+            rng = random.Random(f"{name} {split}")  # no split depends on another
             rows = list(make([d for d in documents if d.split == split], train, rng))
             rng.shuffle(rows)
             with open(folder / name / f"{split}.jsonl", "w", encoding="utf-8") as file:
@@ -216,8 +235,11 @@ def _words(text: str) -> set[str]:
 
 
 def package_examples(documents: list[Document], train: list[Document], rng: random.Random) -> Iterator[dict]:
-    """``sentence, label``: as many of every package. Left out are sentences with a package's name or with a word that is
-    nearly always one package's in the training split ("DataFrame"), which alone would give the label away."""
+    """Columns ``sentence, label``, equally many rows per package.
+
+    Sentences are skipped if one word gives the label away: a package's name, or a word that comes nearly always from one
+    package in the training split ("DataFrame").
+    """
     counts: dict[str, Counter] = defaultdict(Counter)
     for document in train:
         for sentence in document.sentences:
@@ -236,37 +258,39 @@ def package_examples(documents: list[Document], train: list[Document], rng: rand
 
 
 def statement_examples(documents: list[Document], train: list[Document], rng: random.Random) -> Iterator[dict]:
-    """``premise, hypothesis, label``: labels of :data:`STATEMENT_CLASSES` in turn. Whatever the label, the type that is stated
-    stands in the premise, and names are drawn from all, so that neither premise nor hypothesis alone says what is right."""
+    """Columns ``premise, hypothesis, label``, the labels of :data:`STATEMENT_CLASSES` in turn.
+
+    For every label the stated type occurs in the premise, and names come from the whole split. So neither premise nor
+    hypothesis alone gives the label away.
+    """
     names = [p.name for d in documents for p in d.parameters]
     label = 0
-    for run, context, _ in _runs(documents):
-        types = list(dict.fromkeys(p.header[slice(*p.span("type"))] for p in run))
+    for pair, context, _ in _pairs(documents):
+        types = list(dict.fromkeys(p.stated_type for p in pair))
         if len(types) < 2:
             continue
-        stated = rng.randrange(len(types))
-        having, others = (
-            [p for p in run if (p.header[slice(*p.span("type"))] == types[stated]) == have] for have in (True, False)
-        )
+        stated = types[rng.randrange(len(types))]
+        having, others = ([p for p in pair if (p.stated_type == stated) == same] for same in (True, False))
+        # All three are drawn whatever the label: the draws that follow depend on it.
         name = (rng.choice(having).name, _absent(context, names, rng), rng.choice(others).name)[label]
-        yield {"premise": context, "hypothesis": f"The type of {name} is {types[stated]}.", "label": label}
+        yield {"premise": context, "hypothesis": f"The type of {name} is {stated}.", "label": label}
         label = (label + 1) % len(STATEMENT_CLASSES)
 
 
 def answer_examples(documents: list[Document], train: list[Document], rng: random.Random) -> Iterator[dict]:
-    """SQuAD's columns: two questions on every run of parameters, on types and defaults."""
+    """SQuAD's columns: two questions on the types and defaults of each pair of parameters."""
     return (row for row, _ in _questions(documents, rng))
 
 
 def answer_or_none_examples(documents: list[Document], train: list[Document], rng: random.Random) -> Iterator[dict]:
-    """SQuAD 2.0's columns: for every second question one that the context does not answer, with empty ``answers``."""
+    """SQuAD 2.0's columns: the questions of :func:`answer_examples`, and after every second one a question without answer."""
     names = [p.name for d in documents for p in d.parameters]
-    for number, (row, run) in enumerate(_questions(documents, rng)):
+    for number, (row, pair) in enumerate(_questions(documents, rng)):
         yield row
         if number % 2:
             continue
         what = row["id"].rpartition("-")[2]
-        silent = [p.name for p in run if what == "default" and "default" not in _entry(p).lower()]
+        silent = [p.name for p in pair if what == "default" and "default" not in p.entry.lower()]
         if silent and rng.random() < 0.5:
             name = rng.choice(silent)
         else:
@@ -276,43 +300,38 @@ def answer_or_none_examples(documents: list[Document], train: list[Document], rn
 
 
 def _questions(documents: list[Document], rng: random.Random) -> Iterator[tuple[dict, list[Parameter]]]:
-    """Two questions on every run of parameters, each with the run."""
-    for number, (run, context, starts) in enumerate(_runs(documents)):
-        possible = [(i, what) for i, p in enumerate(run) for what in ("type", "default") if p.span(what)]
+    """Two questions on each pair of parameters, each with its pair."""
+    for number, (pair, context, starts) in enumerate(_pairs(documents)):
+        possible = [(i, what) for i, p in enumerate(pair) for what in ("type", "default") if p.span(what)]
         for i, what in rng.sample(possible, 2):
-            start, end = (starts[i] + offset for offset in run[i].span(what))
+            start, end = (starts[i] + offset for offset in pair[i].span(what))
             row = {
                 "id": f"{number}-{i}-{what}",
                 "context": context,
-                "question": _question(what, run[i].name, rng),
+                "question": _question(what, pair[i].name, rng),
                 "answers": {"text": [context[start:end]], "answer_start": [start]},
             }
-            yield row, run
+            yield row, pair
 
 
-def _runs(documents: list[Document]) -> Iterator[tuple[list[Parameter], str, list[int]]]:
-    """Two neighbouring parameters of a docstring, the text that states them, and where in it each begins."""
+def _pairs(documents: list[Document]) -> Iterator[tuple[list[Parameter], str, list[int]]]:
+    """Pairs of neighbouring parameters of a docstring, their text, and the position in it where each begins."""
     for document in documents:
         named = list({p.name: p for p in document.parameters}.values())
         for first in range(0, len(named) - 1, 2):
-            run, context, starts = named[first : first + 2], "", []
-            for parameter in run:
+            pair, context, starts = named[first : first + 2], "", []
+            for parameter in pair:
                 starts.append(len(context))
-                context += f"{_entry(parameter)} "
-            yield run, context.rstrip(), starts
+                context += f"{parameter.entry} "
+            yield pair, context.rstrip(), starts
 
 
 def _absent(context: str, names: list[str], rng: random.Random) -> str:
-    """A name that is no word of the context."""
+    """A random name that does not occur in the context."""
     words = set(re.findall(r"\w+", context))
     while (name := rng.choice(names)) in words:
         pass
     return name
-
-
-def _entry(parameter: Parameter) -> str:
-    """What a context says of a parameter: header, and the first words of the description."""
-    return f"{parameter.header}. {' '.join(parameter.description.split()[:5])}"
 
 
 def _question(what: str, name: str, rng: random.Random) -> str:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, moved into place; tensors as safetensors; what tells files apart."""
+"""Files that are whole or missing: atomic writes, caches, safetensors."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import hashlib
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,10 +24,10 @@ UNFINISHED = ".tmp"
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A file to write in the place of ``path``, moved there when all went well, removed when not.
+    """Write a file atomically: gives a temporary file beside ``path`` that replaces it at the end, or is removed on errors.
 
     Raises:
-        OSError: it could not be written, as on a full disk; the file is named, and how much room there is.
+        OSError: the file could not be written, as on a full disk; the error names it and the free space.
     """
     for left in left_behind(path.parent, f"{path.name}."):
         left.unlink(missing_ok=True)
@@ -45,21 +46,40 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 
 def this_process() -> str:
-    """A name for this process among those of all machines."""
+    """A name for this process, unique over all machines."""
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def left_behind(folder: Path, prefix: str = "") -> list[Path]:
-    """What has the name of a process in its own, after a prefix, and that process was of this machine and is no more."""
+    """Paths named ``prefix``, then :func:`this_process` of a process of this machine that no longer runs."""
     start = f"{prefix}{socket.gethostname()}-"
     found = {path: path.name.removeprefix(start).partition(".")[0] for path in folder.glob(f"{glob.escape(start)}*")}
     return [path for path, number in found.items() if number.isdecimal() and not psutil.pid_exists(int(number))]
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a process that was killed had begun to write in a folder, and those in it, that nobody else writes to."""
+    """Remove the temporary files of killed processes in ``folder`` and below; no other process may be writing there."""
     for left in folder.rglob(f"*{UNFINISHED}"):
         left.unlink()
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """``folder``, filled by ``make`` if it is missing. It appears only when whole; processes wait for each other."""
+    if folder.exists():
+        return folder
+    locks = folder.parent / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{folder.name}.lock"):
+        if not folder.exists():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+            partial.mkdir()
+            try:
+                make(partial)
+                os.replace(partial, folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,13 +88,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors."""
+    """Write a safetensors file atomically."""
     with written_beside(path) as beside:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata)
 
 
 def load_tensors(path: Path, model: nn.Module) -> None:
-    """Copy a file's tensors into a model of the same parameters; ValueError names the first that does not fit."""
+    """Copy a file's tensors into a model; ValueError if names or shapes differ."""
     target = model_tensors(model)
     with opened(path) as file, torch.no_grad():
         if odd := sorted(set(file.keys()) ^ set(target)):
@@ -90,11 +110,7 @@ def load_tensors(path: Path, model: nn.Module) -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator:
-    """A safetensors file.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or it is none.
-    """
+    """Open a safetensors file; FileNotFoundError if it is missing, ValueError if it is damaged."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a safetensors file, found none")
     try:
@@ -107,7 +123,7 @@ def opened(path: Path) -> Iterator:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, a shared one once (safetensors refuses tensors that share memory)."""
+    """Parameters and buffers by name. A shared one appears once: safetensors refuses tensors that share memory."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
@@ -118,5 +134,5 @@ def checksum(path: Path) -> str:
 
 
 def file_stamps(files: Iterable[Path]) -> list[list]:
-    """Name, size and time of change of files: what tells those that were changed."""
+    """Name, size and modification time of each file: they differ if a file was changed."""
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,6 +1,6 @@
-"""Glyphs: characters drawn with the fonts that matplotlib ships, as an image classification data set without a download.
+"""Glyphs: an image classification data set of characters, drawn with the fonts that matplotlib ships.
 
-Difficulty is set by the number of classes and by ``distortion``. Deterministic given matplotlib's and Pillow's versions.
+The number of classes and ``distortion`` set its difficulty. The same versions of matplotlib and Pillow draw the same images.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-# The families that share a wide repertoire; matplotlib's others are symbol fonts.
+# Families that share many characters; matplotlib's other families are symbol fonts.
 FONTS = [
     f"{family}{style}.ttf"
     for family, styles in {
@@ -29,18 +30,23 @@ FONTS = [
     }.items()
     for style in styles
 ]
-CANVAS = 64  # px; glyphs are drawn this large, then distorted and shrunk
+CATEGORIES = ("Lu", "Ll", "Lo", "Nd", "No", "Sm", "Sc", "So")  # Unicode's letters, digits and symbols
+CANVAS = 64  # px; glyphs are drawn at this size, then distorted and shrunk
 FONT_SIZE = 44  # px
-LOOK_ALIKE = 0.92  # cosine of two characters' bitmaps above which only the first is a class (Latin A, Greek A; o, O)
+LOOK_ALIKE = 0.92  # bitmaps with a higher cosine count as one character (Latin A and Greek A; o and O)
 
 
-def font_paths() -> list[Path]:
-    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    return [folder / name for name in FONTS]
+def versions() -> dict[str, str]:
+    """Versions that the drawing depends on; part of the cache's name."""
+    return {"matplotlib": matplotlib.__version__, "pillow": PIL.__version__, "python": sys.version.split()[0]}
+
+
+def font_paths() -> list[str]:
+    return [str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)) for name in FONTS]
 
 
 def draw(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One character, white on black, its box in the middle of a CANVAS x CANVAS greyscale picture."""
+    """One character, white on black, centred in a CANVAS x CANVAS greyscale picture."""
     left, top, right, bottom = font.getbbox(character)
     picture = Image.new("L", (CANVAS, CANVAS))
     origin = ((CANVAS - right - left) / 2, (CANVAS - bottom - top) / 2)
@@ -49,38 +55,43 @@ def draw(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def choose_characters(count: int | None = None) -> list[str]:
-    """``count`` letters, digits and symbols that every font has and no two of which look alike (all, if None).
+    """The first ``count`` (None: all) characters that every font has and of which no two look alike.
 
-    In a fixed shuffled order, so that fewer classes are a subset of more.
+    Their shuffled order is fixed, so fewer classes are a subset of more.
     """
-    charmaps = [set(FT2Font(str(path)).get_charmap()) for path in font_paths()]
+    charmaps = [set(FT2Font(path).get_charmap()) for path in font_paths()]
     shared = sorted(reduce(set.intersection, charmaps))
-    kinds = ("Lu", "Ll", "Lo", "Nd", "No", "Sm", "Sc", "So")
-    candidates = [chr(code) for code in shared if unicodedata.category(chr(code)) in kinds]
-    candidates = [candidates[i] for i in np.random.default_rng(0).permutation(len(candidates))]
-    font = ImageFont.truetype(str(font_paths()[0]), FONT_SIZE)
+    candidates = [chr(code) for code in shared if unicodedata.category(chr(code)) in CATEGORIES]
+    order = np.random.default_rng(0).permutation(len(candidates))
+    font = ImageFont.truetype(font_paths()[0], FONT_SIZE)
     chosen: list[str] = []
     bitmaps = np.empty((len(candidates), 24 * 24), dtype=np.float32)
-    for character in candidates:
-        box = (picture := draw(character, font)).getbbox()
-        if box is None:  # a blank
+    for character in (candidates[i] for i in order):
+        bitmap = _bitmap(character, font)
+        if bitmap is None or (chosen and (bitmaps[: len(chosen)] @ bitmap).max() >= LOOK_ALIKE):
             continue
-        # Cut to its box, so that O and o, equal but for size, count as one; keep the form (a hyphen is no square).
-        side = max(box[2] - box[0], box[3] - box[1])
-        middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-        cut = picture.crop([round(m + sign * side / 2) for sign in (-1, 1) for m in middle]).resize((24, 24))
-        bitmap = np.asarray(cut, dtype=np.float32).ravel()
-        bitmap /= np.linalg.norm(bitmap)
-        if not chosen or (bitmaps[: len(chosen)] @ bitmap).max() < LOOK_ALIKE:
-            bitmaps[len(chosen)] = bitmap
-            chosen.append(character)
-            if len(chosen) == count:
-                return chosen
-    if count is not None and len(chosen) < count:
+        bitmaps[len(chosen)] = bitmap
+        chosen.append(character)
+        if len(chosen) == count:
+            return chosen
+    if count is not None:
         raise ValueError(
             f"num_classes: expected at most {len(chosen)}, the distinct characters of the fonts, found {count}"
         )
     return chosen
+
+
+def _bitmap(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray | None:
+    """The character's pixels [24 * 24], of norm 1 and independent of its size; None for a blank."""
+    picture = draw(character, font)
+    box = picture.getbbox()
+    if box is None:
+        return None
+    side = max(box[2] - box[0], box[3] - box[1])  # a square, so that a hyphen keeps its form
+    middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    cut = picture.crop([round(m + sign * side / 2) for sign in (-1, 1) for m in middle]).resize((24, 24))
+    bitmap = np.asarray(cut, dtype=np.float32).ravel()
+    return bitmap / np.linalg.norm(bitmap)
 
 
 def make_glyphs(
@@ -94,7 +105,7 @@ def make_glyphs(
         image_size: px, a divisor of 64.
         distortion: 1 is mild: rotations of +-12 degrees, scales of 0.8 to 1.1, shears of +-0.15, shifts of 5% of the
             width; these ranges grow in proportion.
-        seed: of the distortions and of the fonts drawn.
+        seed: of the distortions and fonts.
 
     Returns:
         Tensors ``{train,val}_images`` uint8 [n, 1, size, size], ``{train,val}_labels`` int64 [n]; the characters.
@@ -102,7 +113,7 @@ def make_glyphs(
     if image_size < 1 or CANVAS % image_size:
         raise ValueError(f"image_size: expected a divisor of {CANVAS}, found {image_size}")
     characters = choose_characters(num_classes)
-    fonts = [ImageFont.truetype(str(path), FONT_SIZE) for path in font_paths()]
+    fonts = [ImageFont.truetype(path, FONT_SIZE) for path in font_paths()]
     drawn = torch.from_numpy(np.stack([[np.asarray(draw(c, font)) for font in fonts] for c in characters]))
 
     generator = torch.Generator().manual_seed(seed)
@@ -120,7 +131,7 @@ def make_glyphs(
 
 
 def _affine(count: int, distortion: float, generator: torch.Generator) -> Tensor:
-    """[count, 2, 3] random matrices from output to input coordinates, in units of half the picture."""
+    """Random matrices [count, 2, 3] from output to input coordinates, in units of half the picture."""
     angle, shear, x, y, size = (torch.rand(5, count, generator=generator) * 2 - 1) * distortion  # each in +-distortion
     angle, shear, size = angle * 12 * torch.pi / 180, shear * 0.15, 0.95 + 0.15 * size
     cos, sin = angle.cos() / size, angle.sin() / size
@@ -132,10 +143,3 @@ def _distort(pictures: Tensor, matrices: Tensor, image_size: int) -> Tensor:
     grid = F.affine_grid(matrices, list(pictures.shape), align_corners=False)
     sampled = F.grid_sample(pictures, grid, align_corners=False)
     return F.adaptive_avg_pool2d(sampled, image_size).round().to(torch.uint8)
-
-
-def versions() -> dict[str, str]:
-    """What the drawing depends on; part of the cache's name."""
-    import PIL
-
-    return {"matplotlib": matplotlib.__version__, "pillow": PIL.__version__, "python": sys.version.split()[0]}

@@ -1,4 +1,4 @@
-"""Image classification data: Glyphs, folders in ImageNet's layout, the Hugging Face hub by name."""
+"""Image classification data: Glyphs, folders in ImageNet's layout, and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +24,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ones_lib.data import glyphs
-from ones_lib.data.files import save_tensors
+from ones_lib.data.files import made_once, save_tensors
 
 INCEPTION_MEAN_STD = 0.5  # pixels are scaled to [-1, 1], as in the authors' input pipeline
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A named image data set. Both splits are indexed by keys (index, seed), see :mod:`ones_lib.data`.
+    """An image data set. Both splits are indexed by keys (index, seed), see :mod:`ones_lib.data.keys`.
 
-    ``report`` says what was found, for people to read.
+    ``report`` gives the numbers of classes and images, for people to read.
     """
 
     name: str
@@ -69,26 +70,24 @@ def image_data(
         image_size: px, height and width.
         data_dir: the folder, for ``"folder"``; the download cache, for the hub (empty: the hub library's own).
         cache_dir: where drawn glyphs are kept.
-        num_classes: for glyphs the number of characters (default 300); else the first so many classes by name.
-        train_per_class, val_per_class: for glyphs the images drawn of each (default 300, 50); else the first so many.
+        num_classes: for glyphs, the number of characters (default 300); otherwise the first so many classes by name.
+        train_per_class, val_per_class: for glyphs, images drawn per class (default 300, 50); otherwise the first so many.
         distortion: for glyphs, see :func:`ones_lib.data.glyphs.make_glyphs`.
-        color_jitter, min_crop: for the others, of timm's training transform: strength of the jitter, and the least part
-            of the picture's area that a random crop keeps (0.08 is the Inception-style crop).
+        color_jitter, min_crop: for the others, timm's training transform: the strength of its colour jitter, and the least
+            part of the picture's area that a random crop keeps (0.08: Inception-style crops).
 
     Raises:
-        FileNotFoundError, ValueError: a folder or class is missing, empty or different between the splits; what was found
-            and expected is named. ConnectionError: the hub cannot be reached, with what to do.
+        FileNotFoundError, ValueError: a folder or class is missing, empty or different between the splits.
+        ConnectionError: the hub cannot be reached.
     """
-    for option, value in {
-        "num_classes": num_classes,
-        "train_per_class": train_per_class,
-        "val_per_class": val_per_class,
-    }.items():
+    counts = {"num_classes": num_classes, "train_per_class": train_per_class, "val_per_class": val_per_class}
+    for option, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{option}: expected an integer of at least 1 or None, found {value}")
     if name == "glyphs":
-        counts = (num_classes or 300, train_per_class or 300, val_per_class or 50)
-        return _glyphs(*counts, image_size, distortion, Path(cache_dir))
+        defaults = {"num_classes": 300, "train_per_class": 300, "val_per_class": 50}
+        counts = {option: value or defaults[option] for option, value in counts.items()}
+        return _glyphs({**counts, "image_size": image_size, "distortion": distortion}, Path(cache_dir))
     if name == "folder":
         splits, classes = _folder_readers(data_dir)
     elif "/" in name:
@@ -102,9 +101,8 @@ def image_data(
             f"num_classes: expected at most {len(classes)}, the classes of {data_dir or name}, found {num_classes}"
         )
     classes = classes[:num_classes]
-
-    def transform(is_training: bool) -> Callable:
-        return create_transform(
+    augmented, plain = (
+        create_transform(
             (3, image_size, image_size),
             is_training=is_training,
             color_jitter=color_jitter or None,
@@ -114,9 +112,10 @@ def image_data(
             mean=(INCEPTION_MEAN_STD,) * 3,
             std=(INCEPTION_MEAN_STD,) * 3,
         )
-
-    train = ReaderImages(splits["train"], len(classes), train_per_class, transform(True), transform(False))
-    val = ReaderImages(splits["val"], len(classes), val_per_class, transform(False), transform(False))
+        for is_training in (True, False)
+    )
+    train = ReaderImages(splits["train"], len(classes), train_per_class, augmented, plain)
+    val = ReaderImages(splits["val"], len(classes), val_per_class, plain, plain)
     report = (
         f"{data_dir or name}: {len(classes)} classes, {len(train):,} images for training, {len(val):,} for validation,"
         f" {image_size} px"
@@ -125,7 +124,7 @@ def image_data(
 
 
 class TensorImages(Dataset):
-    """Images held as uint8 [n, C, H, W], augmented by shifts of at most one pixel; indexed by a batch of keys at once."""
+    """Images in memory, uint8 [n, C, H, W], augmented by shifts of at most one pixel; indexed by a batch of keys."""
 
     def __init__(self, images: Tensor, labels: Tensor, mean: float, std: float) -> None:
         self.images, self.labels, self.mean, self.std = images, labels, mean, std
@@ -147,7 +146,7 @@ class TensorImages(Dataset):
 
 
 def shift(images: Tensor, which: Tensor) -> Tensor:
-    """Move each image [B, C, H, W] by (which // 3 - 1, which % 3 - 1) pixels, down and right; the border repeats."""
+    """Shift images [B, C, H, W] down by ``which // 3 - 1`` and right by ``which % 3 - 1`` pixels; the border repeats."""
     batch, channels, height, width = images.shape
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
     rows = torch.arange(height) + 2 - (which // 3)[:, None]  # [B, H]
@@ -157,9 +156,9 @@ def shift(images: Tensor, which: Tensor) -> Tensor:
 
 
 class ReaderImages(Dataset):
-    """Images read one by one through a timm reader, transformed by timm; indexed by single keys.
+    """Images of a timm reader, read one by one and transformed by timm; indexed by single keys.
 
-    A picture that cannot be decoded is an error that names it: skipping would change what the numbers mean.
+    A picture that cannot be decoded raises an error with its name: skipping it would change what the numbers mean.
     """
 
     collate = None  # the loader's default
@@ -169,8 +168,7 @@ class ReaderImages(Dataset):
     ) -> None:
         self.reader, self.train_transform, self.eval_transform = reader, train_transform, eval_transform
         labels = list(reader.iter_targets())
-        taken: Counter[int] = Counter()
-        chosen = []
+        taken, chosen = Counter(), []
         for i, label in enumerate(labels):
             if not 0 <= label < num_classes:
                 continue
@@ -205,58 +203,53 @@ class ReaderImages(Dataset):
             return f"image {source} of the {getattr(self.reader, 'split', 'data')} split"
 
 
-class _seeded:
-    """Seed Python's, NumPy's and torch's global generators, which timm's transforms draw from; restore them after."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(self.seed)
-        np.random.seed(self.seed % 2**32)
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *_) -> None:
-        random.setstate(self.states[0])
-        np.random.set_state(self.states[1])
-        torch.set_rng_state(self.states[2])
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and torch, which timm's transforms draw from; restore them at the end."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
-def _glyphs(num_classes: int, train: int, val: int, image_size: int, distortion: float, cache_dir: Path) -> ImageData:
-    parameters = {
-        "num_classes": num_classes,
-        "train_per_class": train,
-        "val_per_class": val,
-        "image_size": image_size,
-        "distortion": distortion,
-    }
+# --- glyphs ----------------------------------------------------------------------------------------------------------
+
+
+def _glyphs(options: dict, cache_dir: Path) -> ImageData:
+    """Glyphs, drawn if the cache lacks them. The cache's name changes with their options, code and versions."""
     digest = hashlib.sha256(Path(glyphs.__file__).read_bytes())
-    digest.update(json.dumps([parameters, glyphs.versions()], sort_keys=True).encode())
-    path = cache_dir / f"glyphs-{digest.hexdigest()[:16]}.safetensors"
-    characters = glyphs.choose_characters(num_classes)
-    if not path.exists():
-        tensors, characters = glyphs.make_glyphs(**parameters)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, tensors)
-    tensors = load_file(path)
+    digest.update(json.dumps([options, glyphs.versions()], sort_keys=True).encode())
+
+    def make(folder: Path) -> None:
+        save_tensors(folder / "images.safetensors", glyphs.make_glyphs(**options)[0])
+
+    characters = glyphs.choose_characters(options["num_classes"])
+    tensors = load_file(made_once(cache_dir / f"glyphs-{digest.hexdigest()[:16]}", make) / "images.safetensors")
     std, mean = (value.item() for value in torch.std_mean(tensors["train_images"].float()))
-    splits = {
-        split: TensorImages(tensors[f"{split}_images"], tensors[f"{split}_labels"], mean, std)
-        for split in ("train", "val")
-    }
-    report = (
-        f"Glyphs: {num_classes} characters in {len(glyphs.FONTS)} fonts, {len(splits['train']):,} images for training,"
-        f" {len(splits['val']):,} for validation, {image_size} px"
+    train, val = (
+        TensorImages(tensors[f"{split}_images"], tensors[f"{split}_labels"], mean, std) for split in ("train", "val")
     )
-    return ImageData("glyphs", characters, 1, image_size, splits["train"], splits["val"], report)
+    report = (
+        f"Glyphs: {len(characters)} characters in {len(glyphs.FONTS)} fonts, {len(train):,} images for training,"
+        f" {len(val):,} for validation, {options['image_size']} px"
+    )
+    return ImageData("glyphs", characters, 1, options["image_size"], train, val, report)
+
+
+# --- folders and the hub ---------------------------------------------------------------------------------------------
 
 
 def folder_classes(data_dir: str | Path) -> list[str]:
-    """The classes of a folder in ImageNet's layout, by name; no picture is looked for.
+    """The classes of a folder in ImageNet's layout, sorted by name; pictures are not looked for.
 
     Raises:
-        FileNotFoundError, ValueError: a split is missing, or has no classes or others than the first.
+        FileNotFoundError, ValueError: a split is missing or has no classes, or the splits' classes differ.
     """
     if not str(data_dir):
         raise ValueError("data_dir: expected a folder with train/<class>/* and val/<class>/*, found none given")
@@ -271,7 +264,7 @@ def folder_classes(data_dir: str | Path) -> list[str]:
             raise ValueError(f"{folder}: expected a folder for each class, found none")
         if classes is None:
             classes = names
-        elif names != classes:  # a split's own numbering would mislabel it
+        elif names != classes:  # a split numbered by its own classes would get wrong labels
             odd = sorted(set(names) ^ set(classes))
             raise ValueError(
                 f"{folder}: expected the {len(classes)} classes of {root / 'train'}, found {len(names)};"
@@ -286,7 +279,7 @@ def _folder_readers(data_dir: str | Path) -> tuple[dict, list[str]]:
 
 
 class _FolderReader:
-    """Images of ``folder/<class>/**`` with the given numbering of classes, the same in every split; reads as timm's do."""
+    """Images of ``folder/<class>/**``, numbered by ``classes``, behind the interface of timm's readers."""
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
         extensions = get_img_extensions(as_set=True)
@@ -326,8 +319,9 @@ def _hub_readers(name: str, cache_dir: str | None) -> tuple[dict, list[str]]:
     return readers, sorted(class_to_idx, key=class_to_idx.get)
 
 
-#: Trainings that share this machine's cores: set in each by what starts them.
-SIDE_BY_SIDE = 1
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+SIDE_BY_SIDE = 1  # trainings that share this machine's cores; whoever starts them sets it
 
 
 def available_cores() -> int:
@@ -336,5 +330,5 @@ def available_cores() -> int:
 
 
 def worker_count(data: Sequence | Dataset) -> int:
-    """Loader processes for a split: none for tensors in memory, else one for every core of this training's share but the first."""
+    """Loader processes for a split: none for tensors in memory, otherwise this training's share of the cores, less one."""
     return 0 if isinstance(data, TensorImages) else max(1, available_cores() // SIDE_BY_SIDE - 1)

@@ -1,194 +1,168 @@
-"""TODO."""
+"""The paper's four gathering methods: summation, averaging, Top-KG and SVD-KG (arXiv 2201.10890, knowledge gathering).
+
+They take the experts as a sequence and load only a part of them at a time, because all experts of a published checkpoint may
+not fit in memory together.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ones_lib.ffn import _CHUNK, FeedForwardWeights, compute_dtype, concatenate
-from ones_lib.gathering.registry import experts_of, register
-from ones_lib.gathering.scale import Scale, _scaled, _scaled_all
+from ones_lib.ffn import CHUNK, FeedForwardWeights, compute_dtype, concatenate
+from ones_lib.gathering.registry import register
+from ones_lib.gathering.scale import Scale, scaled
 from ones_lib.gathering.truncation import Factors, truncated
-
-if TYPE_CHECKING:
-    pass
-
-
-def _stacked_pieces(experts: Sequence[FeedForwardWeights], name: str) -> Iterator[Tensor]:
-    """The experts' tensors [E, n, ...], a few rows at a time, in the precision to compute in."""
-    tensors = [getattr(expert, name) for expert in experts]
-    rows = max(1, _CHUNK * len(tensors[0]) // (len(tensors) * tensors[0].numel()))
-    for pieces in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-        yield torch.stack(pieces).to(compute_dtype(pieces[0]))
-
-
-def combined(
-    bank: FeedForwardWeights | Sequence[FeedForwardWeights], combine: Callable[[Tensor], Tensor]
-) -> FeedForwardWeights:
-    """The FFN of the tensors ``combine(stacked [E, n, ...])``, a few rows at a time."""
-    experts = experts_of(bank)
-    names = [name for name, _ in experts[0].tensors()]
-    return FeedForwardWeights(**{n: torch.cat([combine(t) for t in _stacked_pieces(experts, n)]) for n in names})
 
 
 @register("sum", piecewise=True)
-def summation(
-    bank: FeedForwardWeights | Sequence[FeedForwardWeights], *, scale: Scale | str = 1.0
-) -> FeedForwardWeights:
-    """Summation: ``W = scale * sum_i W_i``, biases likewise."""
-    return _scaled_all(combined(bank, lambda tensors: tensors.sum(dim=0)), scale)
+def summation(experts: Sequence[FeedForwardWeights], *, scale: Scale = 1.0) -> FeedForwardWeights:
+    """Summation: ``W = scale * sum_i W_i``, and likewise for biases."""
+    return scaled(combined(experts, lambda stacked: stacked.sum(dim=0)), scale)
 
 
 @register("average", piecewise=True)
-def averaging(
-    bank: FeedForwardWeights | Sequence[FeedForwardWeights], *, scale: Scale | str = 1.0
-) -> FeedForwardWeights:
-    """Averaging: ``W = scale * (1/E) sum_i W_i``, biases likewise."""
-    return _scaled_all(combined(bank, lambda tensors: tensors.mean(dim=0)), scale)
+def averaging(experts: Sequence[FeedForwardWeights], *, scale: Scale = 1.0) -> FeedForwardWeights:
+    """Averaging: ``W = scale * (1/E) sum_i W_i``, and likewise for biases."""
+    return scaled(combined(experts, lambda stacked: stacked.mean(dim=0)), scale)
 
 
-def _in_norm(experts: Sequence[FeedForwardWeights]) -> Tensor:
-    """[E, h]: L2 norm of each hidden neuron's input weights (up, and gate where there is one)."""
-    names = ("up",) if experts[0].gate is None else ("up", "gate")
-    return sum(_row_squares(experts, name) for name in names).sqrt()
+def combined(experts: Sequence[FeedForwardWeights], combine: Callable[[Tensor], Tensor]) -> FeedForwardWeights:
+    """The FFN of the tensors ``combine(stacked)``, with the experts' tensors stacked as [E, n, ...], n rows at a time."""
+    names = [name for name, _ in experts[0].tensors()]
+    return FeedForwardWeights(**{n: torch.cat([combine(rows) for rows in _stacked_rows(experts, n)]) for n in names})
 
 
-def _row_squares(experts: Sequence[FeedForwardWeights], name: str) -> Tensor:
-    return torch.cat([tensors.square().sum(dim=2) for tensors in _stacked_pieces(experts, name)], dim=1)
+def _stacked_rows(experts: Sequence[FeedForwardWeights], name: str) -> Iterator[Tensor]:
+    """The experts' tensors of that name as [E, n, ...], n rows at a time, in the dtype to compute in."""
+    tensors = [getattr(expert, name) for expert in experts]
+    count = max(1, CHUNK * len(tensors[0]) // (len(tensors) * tensors[0].numel()))
+    for rows in zip(*(tensor.split(count) for tensor in tensors), strict=True):
+        yield torch.stack(rows).to(compute_dtype(rows[0]))
 
 
-def _out_norm(experts: Sequence[FeedForwardWeights]) -> Tensor:
-    """[E, h]: L2 norm of each hidden neuron's output weights."""
-    return sum(tensors.square().sum(dim=1) for tensors in _stacked_pieces(experts, "down")).sqrt()
-
-
-#: Importance of hidden neurons by name, experts -> [E, h].
-IMPORTANCES: dict[str, Callable[[Sequence[FeedForwardWeights]], Tensor]] = {
-    "l2": lambda experts: torch.hypot(_in_norm(experts), _out_norm(experts)),
-    "product": lambda experts: _in_norm(experts) * _out_norm(experts),
-}
+#: By name: norms [E, h] of the neurons' input weights and of their output weights -> importances [E, h].
+IMPORTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": torch.hypot, "product": torch.mul}
 
 
 @register("topk", piecewise=True)
 def top_kg(
-    bank: FeedForwardWeights | Sequence[FeedForwardWeights],
+    experts: Sequence[FeedForwardWeights],
     *,
     k: int | None = None,
     d_ff: int | None = None,
     importance: str | Tensor = "l2",
-    scale: Scale | str = 1.0,
+    scale: Scale = 1.0,
 ) -> FeedForwardWeights:
-    """Top-KG: the K most important hidden neurons of every expert, concatenated; a neuron's weights stay together.
+    """Top-KG: the K most important hidden neurons of every expert, side by side. A neuron's weights stay together.
 
-    With ``k`` left out the gathered FFN has ``d_ff`` neurons, by default the experts' own ``h``: K = d_ff // E of every expert,
-    and where E does not divide d_ff the remaining ``d_ff - E*K`` places go to the most important neurons not yet chosen, of
-    whichever expert (ties: the lower expert, then the lower neuron). Within the result neurons stand in the experts' order, then in
-    their order inside the expert, so one expert comes back exactly.
+    Without ``k``, the gathered FFN has ``d_ff`` neurons, by default the experts' own h. Then K = d_ff // E. If E does not
+    divide d_ff, the remaining neurons are the most important ones left of any expert (ties: the lower expert, then the lower
+    neuron). Neurons stand in the order of the experts, and within an expert in its own order, so a single expert is returned
+    exactly.
 
-    The output bias is the experts' mean, not scaled: it belongs to no neuron.
+    The output bias belongs to no neuron: it is the experts' mean, not scaled.
 
     Args:
-        bank: experts, up [E, h, d].
-        k: neurons of every expert, 1 to h; the gathered FFN then has d_ff = E*k.
-        d_ff: neurons of the result, 1 to E*h, instead of ``k``.
-        importance: ``"l2"`` (norm of a neuron's in- and out-weights together), ``"product"`` (norm of the in-weights
-            times norm of the out-weights), or a tensor [E, h] of one's own.
-        scale: multiplies up, gate and down, and the biases of the neurons.
+        experts: E single FFNs, up [h, d].
+        k: neurons of every expert, 1 to h; the gathered FFN has E*k.
+        d_ff: neurons of the gathered FFN, 1 to E*h; instead of ``k``.
+        importance: ``"l2"``, the norm of a neuron's input and output weights together; ``"product"``, the norm of its input
+            weights times the norm of its output weights; or a tensor [E, h].
+        scale: factor of up, gate and down, and of the neurons' biases.
     """
-    experts = experts_of(bank)
-    num_experts, h = len(experts), experts[0].d_ff
-    width = chosen_width(k, d_ff, num_experts, h)
-    if isinstance(importance, str):
-        if importance not in IMPORTANCES:
-            raise ValueError(f"importance: expected one of {list(IMPORTANCES)} or a tensor, found {importance!r}")
-        scores = IMPORTANCES[importance](experts)
-    else:
-        scores = importance.to(experts[0].up)
-        if scores.shape != (num_experts, h) or not torch.isfinite(scores).all():
-            raise ValueError(
-                f"importance: expected finite values of shape {[num_experts, h]}, found {list(scores.shape)}"
-                + ("" if torch.isfinite(scores).all() else " with NaN or infinity")
-            )
-    share, rest = divmod(width, num_experts)
+    width = chosen_width(k, d_ff, len(experts), experts[0].d_ff)
+    scores = _scores(experts, importance)
+    share, rest = divmod(width, len(experts))
 
-    # Stable sorts, so that ties are the same on every device.
+    # Stable sorts give the same order of ties on every device.
     order = scores.argsort(dim=1, descending=True, stable=True)  # [E, h]
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :share], True)
     left_over = scores.masked_fill(chosen, -torch.inf).flatten()
     chosen.view(-1)[left_over.argsort(descending=True, stable=True)[:rest]] = True
+    return scaled(take_neurons(experts, *chosen.nonzero(as_tuple=True)), scale, keep=("down_bias",))
 
-    expert, neuron = chosen.nonzero(as_tuple=True)
-    ffn = take_neurons(experts, expert, neuron)
-    return FeedForwardWeights(**{n: t if n == "down_bias" else _scaled(n, t, scale) for n, t in ffn.tensors()})
+
+def _scores(experts: Sequence[FeedForwardWeights], importance: str | Tensor) -> Tensor:
+    """The importance [E, h] of every expert's hidden neurons."""
+    if isinstance(importance, str):
+        if importance not in IMPORTANCES:
+            raise ValueError(f"importance: expected one of {list(IMPORTANCES)} or a tensor, found {importance!r}")
+        inputs = ["up"] if experts[0].gate is None else ["up", "gate"]
+        into = sum(torch.cat([r.square().sum(dim=2) for r in _stacked_rows(experts, n)], dim=1) for n in inputs)
+        out = sum(rows.square().sum(dim=1) for rows in _stacked_rows(experts, "down"))
+        return IMPORTANCES[importance](into.sqrt(), out.sqrt())
+    scores, shape = importance.to(experts[0].up), (len(experts), experts[0].d_ff)
+    if scores.shape != shape or not torch.isfinite(scores).all():
+        raise ValueError(
+            f"importance: expected finite values of shape {list(shape)}, found {list(scores.shape)}"
+            + ("" if torch.isfinite(scores).all() else " with NaN or infinity")
+        )
+    return scores
 
 
 def chosen_width(k: int | None, d_ff: int | None, num_experts: int, h: int) -> int:
-    """Hidden neurons of an FFN of chosen neurons: E*k, or d_ff, or h."""
+    """Number of neurons to choose: E*k, or d_ff (checked by :func:`ones_lib.gather`), or h."""
     if k is not None and d_ff is not None:
         raise ValueError(f"k, d_ff: expected one of the two, found {k} and {d_ff}")
-    if k is not None:
-        return num_experts * integer_in_range("k", k, default=h, high=h)
-    return integer_in_range("d_ff", d_ff, default=h, high=num_experts * h)
+    return (d_ff or h) if k is None else num_experts * check_range("k", k, h)
 
 
 def take_neurons(experts: Sequence[FeedForwardWeights], expert: Tensor, neuron: Tensor) -> FeedForwardWeights:
-    """The FFN of hidden neurons ``neuron`` [n] of experts ``expert`` [n], in ascending order, all with their weights; output
-    bias: the mean."""
+    """The FFN of the hidden neurons ``neuron`` [n] of the experts ``expert`` [n], with ``expert`` in ascending order.
+
+    Its output bias is the experts' mean.
+    """
     counts = torch.bincount(expert, minlength=len(experts)).tolist()
     chosen = [e.with_neurons(n) for e, n in zip(experts, neuron.split(counts), strict=True) if len(n)]
-    parts = dict(concatenate(chosen).map(lambda t: t.to(compute_dtype(t))).tensors())
-    if "down_bias" in parts:
-        parts["down_bias"] = torch.stack([e.down_bias.to(parts["down"]) for e in experts]).mean(dim=0)
-    return FeedForwardWeights(**parts)
+    ffn = concatenate(chosen).map(lambda t: t.to(compute_dtype(t)))
+    if ffn.down_bias is None:
+        return ffn
+    return replace(ffn, down_bias=torch.stack([e.down_bias.to(ffn.down) for e in experts]).mean(dim=0))
 
 
 @register("svd", piecewise=True)
 def svd_kg(
-    bank: FeedForwardWeights | Sequence[FeedForwardWeights],
+    experts: Sequence[FeedForwardWeights],
     *,
     rank: int | None = None,
-    scale: Scale | str = 1.0,
-    exact: bool | None = None,
+    scale: Scale = 1.0,
     factors: Mapping[str, Iterable[Factors]] | None = None,
 ) -> FeedForwardWeights:
-    """SVD-KG: ``W = scale * sum_i trunc_K(W_i)``, each expert's matrix cut to its K leading singular triplets.
+    """SVD-KG: ``W = scale * sum_i trunc_K(W_i)``, with each expert's matrix cut to its K leading singular triplets.
 
-    That sum is the product of the concatenated factors, ``[U_1..U_E] diag(S_1..S_E) [V_1..V_E]^T``, so its rank is at
-    most E*K. Up, gate and down are treated each on its own. Biases are averaged and not scaled: the paper's text leaves
-    them open, and E equal experts then keep their bias.
+    This sum is the product of the concatenated factors, ``[U_1..U_E] diag(S_1..S_E) [V_1..V_E]^T``: its rank is at most E*K.
+    Up, gate and down are treated separately. The paper does not say how biases are gathered; here they are averaged and not
+    scaled, so that E equal experts keep their bias.
 
     Args:
-        bank: experts, up [E, h, d].
-        rank: K, triplets kept of every expert, 1 to min(h, d); default min(h, d) // E, but at least 1.
-        scale: multiplies the matrices. E equal experts give E times their truncated matrix at scale 1.
-        exact: False cuts the matrices by :func:`truncated`'s fast way, True by their whole decomposition; None takes the fast
-            way for large matrices of which little is kept.
-        factors: by matrix, the experts' ``(U, S, V^T)``, where they are known already.
+        experts: E single FFNs, up [h, d].
+        rank: K, 1 to min(h, d); default min(h, d) // E, at least 1.
+        scale: factor of the matrices. At scale 1, E equal experts give E times their truncated matrix.
+        factors: the experts' ``(U, S, V^T)`` by matrix name, if they are known already.
     """
-    experts = experts_of(bank)
     full_rank = min(experts[0].d_ff, experts[0].d_model)
-    rank = integer_in_range("rank", rank, default=max(1, full_rank // len(experts)), high=full_rank)
+    rank = max(1, full_rank // len(experts)) if rank is None else check_range("rank", rank, full_rank)
 
     def gathered(name: str, ndim: int) -> Tensor:
-        tensors = (getattr(e, name) for e in experts)
+        tensors = (getattr(expert, name) for expert in experts)
         if ndim == 1:
             return torch.stack([t.to(compute_dtype(t)) for t in tensors]).mean(dim=0)
-        # One expert at a time: what is made of a large bank need not fit at once.
         if factors is None:
-            cut = (truncated(w, rank, exact) for w in tensors)
+            cut = (truncated(matrix, rank) for matrix in tensors)
         else:
             cut = ((u[:, :rank] * s[:rank]) @ vh[:rank] for u, s, vh in factors[name])
-        return _scaled(name, sum(cut), scale)
+        return sum(cut)  # generators: one expert at a time is in memory
 
-    return FeedForwardWeights(**{name: gathered(name, tensor.ndim) for name, tensor in experts[0].tensors()})
+    ffn = FeedForwardWeights(**{name: gathered(name, tensor.ndim) for name, tensor in experts[0].tensors()})
+    return scaled(ffn, scale, keep=("up_bias", "gate_bias", "down_bias"))
 
 
-def integer_in_range(name: str, value: int | None, *, default: int, high: int) -> int:
-    if value is None:
-        return default
+def check_range(name: str, value: int, high: int) -> int:
+    """``value``; raises ValueError unless it is an integer from 1 to ``high``."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
         raise ValueError(f"{name}: expected an integer from 1 to {high}, found {value!r}")
     return value

@@ -1,19 +1,23 @@
-"""TODO."""
+"""Gathering methods that regress onto the MoE layer's outputs: of the output weights (read-out), or of the whole FFN (fit).
+
+Both minimise the mean of ``|f(x) - y(x)|^2`` over the calibration's tokens, with f the gathered FFN and y the MoE layer.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from ones_lib.calibration import LayerActivations, squared_error
+from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering.registry import gather, gathering_methods, register
 from ones_lib.gathering.scale import ROUTER_SCALES
 
-# Whose hidden units a fit tries.
+LARGE = 1024  # from this many hidden units on, a fit tries one start only, and a read-out is solved by Cholesky
 _STARTS = ("average", "topk", "svd", "matched_average", "contribution_topk", "whitened_svd")
-_BATCH = 2048  # tokens a step of the fit
-LARGE = 1024  # hidden units from which on a fit tries one start, and a read-out is solved the quick way
+_BATCH = 2048  # tokens per step of the fit
 
 
 @register("readout")
@@ -25,32 +29,31 @@ def readout(
     d_ff: int | None = None,
     ridge: float = 1e-4,
 ) -> FeedForwardWeights:
-    """Hidden units of any gathering, and the output weights that are best for them on data, in closed form.
+    """Read-out: the hidden units of another gathering, with the best output weights for them on data, in closed form.
 
-    With the hidden activations H of the units, output weights ``W_0`` that came with them and the layer's outputs Y,
-    ``W = W_0 + (H^T H + r I)^-1 H^T (Y - H W_0)``: ridge regression of what ``W_0`` leaves, so that directions of which the
-    data say nothing keep the gathered weights. The output bias, where there is one, is the weight of a unit that is always 1.
+    With the units' activations H, their gathered output weights ``W_0`` and the layer's outputs Y, this is the ridge
+    regression ``W = W_0 + (H^T H + r I)^-1 H^T (Y - H W_0)``. In directions that the data do not determine, it keeps ``W_0``.
+    An output bias is the weight of a unit that is always 1.
 
     Args:
         bank: experts, up [E, h, d].
         calibration: activations of the layer.
-        hidden: where the units come from: a gathering method's name (at scale "router" where it has a scale), or an FFN that
-            was gathered already.
-        d_ff: how many units, for a method that can give them.
-        ridge: r in units of the mean squared activation of a unit, summed over the tokens.
+        hidden: source of the units: a gathering method (at scale "router" if it has a scale), or a gathered FFN.
+        d_ff: number of units, for a method that allows it.
+        ridge: r as a multiple of the mean diagonal element of ``H^T H``.
     """
     if not 0 <= ridge < float("inf"):
         raise ValueError(f"ridge: expected a number of at least 0, found {ridge}")
     if isinstance(hidden, str):
-        if hidden not in gathering_methods() or hidden in ("readout", "fit"):
-            expected = [m for m in gathering_methods() if m not in ("readout", "fit")]
-            raise ValueError(f"hidden: expected an FFN or one of {expected}, found {hidden!r}")
+        allowed = [method for method in gathering_methods() if method not in ("readout", "fit")]
+        if hidden not in allowed:
+            raise ValueError(f"hidden: expected an FFN or one of {allowed}, found {hidden!r}")
         scale = {"scale": "router"} if hidden in ROUTER_SCALES else {}
         hidden = gather(bank, hidden, calibration=calibration, d_ff=d_ff, **scale)
-    return fit_readout(hidden.map(lambda t: t.to(bank.up)), calibration, ridge)
+    return _with_readout(hidden.map(lambda t: t.to(bank.up)), calibration, ridge)
 
 
-def fit_readout(ffn: FeedForwardWeights, calibration: LayerActivations, ridge: float) -> FeedForwardWeights:
+def _with_readout(ffn: FeedForwardWeights, calibration: LayerActivations, ridge: float) -> FeedForwardWeights:
     """The FFN with the output weights of :func:`readout`."""
     grams = products = 0.0
     for chunk in calibration.chunks():
@@ -62,15 +65,13 @@ def fit_readout(ffn: FeedForwardWeights, calibration: LayerActivations, ridge: f
         grams = grams + weighted.T @ features.double()  # [h (+1), h (+1)]
         products = products + weighted.T @ left  # [h (+1), d]
     grams.diagonal().add_(ridge * grams.diagonal().mean())
-    if ridge > 0 and len(grams) >= LARGE:  # thirty times as fast as what also stands matrices without a ridge
+    if ridge > 0 and len(grams) >= LARGE:  # thirty times as fast, but only for positive definite matrices
         change = torch.cholesky_solve(products, torch.linalg.cholesky(grams))
     else:
         change = torch.linalg.lstsq(grams, products, driver="gelsd" if grams.device.type == "cpu" else None).solution
     change = change.to(ffn.down)
-    parts = dict(ffn.tensors()) | {"down": ffn.down + change[: ffn.d_ff].T}
-    if ffn.down_bias is not None:
-        parts["down_bias"] = ffn.down_bias + change[-1]
-    return FeedForwardWeights(**parts)
+    down_bias = None if ffn.down_bias is None else ffn.down_bias + change[-1]
+    return replace(ffn, down=ffn.down + change[: ffn.d_ff].T, down_bias=down_bias)
 
 
 @register("fit")
@@ -84,21 +85,21 @@ def fit(
     learning_rate: float = 0.2,
     seed: int = 0,
 ) -> FeedForwardWeights:
-    """Layer-wise fit: regression of the whole FFN onto the MoE layer's outputs, from the best closed-form start.
+    """Layer-wise fit: regression of the whole FFN onto the MoE layer's outputs, by Adam from a closed-form start.
 
-    Adam on the squared error of a random draw of tokens a step, cosine decay, and the closed-form read-out at the end; the
-    start is kept where that is no better. A matrix and its bias move by about ``learning_rate`` times the root mean square of
-    the matrix's entries a step at first, so that the rate does not depend on the size of the weights.
+    Each step uses a random draw of tokens; the learning rate has cosine decay and is relative to the weights (see
+    :func:`relative_adam`). At the end, the read-out is solved again. The start is returned if it has the smaller error.
 
     Args:
         bank: experts, up [E, h, d].
         calibration: activations of the layer.
-        start: whose hidden units to start from, as ``hidden`` of :func:`readout`; None tries several and takes what has the
-            least error after the read-out.
-        d_ff: hidden neurons; if not h, or h is large, it starts from ``contribution_topk`` unless told otherwise.
-        steps: of Adam.
-        learning_rate: relative to the weights.
-        seed: of the draw.
+        start: source of the first hidden units, as ``hidden`` of :func:`readout`. None tries several methods and starts from
+            the one with the smallest error after the read-out; for ``d_ff`` other than h, and for large h, it is
+            ``contribution_topk``.
+        d_ff: number of hidden units, default h.
+        steps: number of Adam steps.
+        learning_rate: relative to the size of the weights.
+        seed: of the random draws.
     """
     if not steps >= 1 or not 0 < learning_rate < float("inf"):
         raise ValueError(f"steps, learning_rate: expected positive numbers, found {steps} and {learning_rate}")
@@ -107,7 +108,7 @@ def fit(
     else:
         starts = [start]
     ffns = [readout(bank, calibration=calibration, hidden=hidden, d_ff=d_ff) for hidden in starts]
-    best = min(ffns, key=lambda ffn: squared_error(ffn, calibration))
+    best = min(ffns, key=calibration.squared_error)
 
     generator = torch.Generator().manual_seed(seed)
     tokens = calibration.inputs, calibration.outputs, calibration.token_weights()
@@ -122,14 +123,18 @@ def fit(
             (weights * errors).mean().backward()
             optimizer.step()
             schedule.step()
-    fitted = fit_readout(moving.map(torch.detach), calibration, ridge=1e-6)
-    return min(best, fitted, key=lambda ffn: squared_error(ffn, calibration))
+    fitted = _with_readout(moving.map(torch.detach), calibration, ridge=1e-6)
+    return min(best, fitted, key=calibration.squared_error)
 
 
 def relative_adam(
     ffn: FeedForwardWeights, steps: int, learning_rate: float
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam with cosine decay whose rate is ``learning_rate`` times the root mean square of each matrix (and for its bias)."""
+    """Adam with cosine decay over ``steps``, for the FFN's tensors.
+
+    A matrix and its bias have a learning rate of ``learning_rate`` times the root mean square of the matrix, so that the
+    same value suits weights of any size.
+    """
     sizes = {name: tensor.detach().square().mean().sqrt().item() or 1.0 for name, tensor in ffn.tensors()}
     groups = [
         {"params": [tensor], "lr": learning_rate * sizes[name.removesuffix("_bias")]} for name, tensor in ffn.tensors()

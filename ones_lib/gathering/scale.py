@@ -1,38 +1,55 @@
-"""TODO."""
+"""The scale of a gathered FFN.
+
+An MoE layer's output is weighted by the router's gates, but a gathered matrix contains no gates. Every method of the paper
+therefore takes ``scale``; 1 is the paper's form. A number multiplies the gathered matrices, and the biases that are gathered
+in the same way. A pair of numbers ``(into, out)`` multiplies the weights into the hidden neurons (up, gate) and out of them
+(down). A word stands for factors that follow from the router, or from data:
+
+- ``"router"``. The layer computes ``y = sum_i g_i(x) FFN_i(x)`` over the chosen experts. Let s be the mean sum of a token's
+  gates: 1 if gates are renormalised; if they are the k largest of E probabilities, between k/E (a uniform router) and 1 (a
+  certain one); less if a capacity limit drops assignments in evaluation too. A balanced router gives every expert the mean
+  gate s/E. With gates that do not depend on the token, the layer is the mean field ``s/E sum_i FFN_i(x)``. These factors make
+  each method equal the mean field in the cases where it can:
+
+  - Top-KG keeps neurons as they are, and their outputs add up as in the mean field: up times 1, down times s/E.
+  - Averaging keeps the size of weights that the experts share: up times 1, down times s.
+  - Summation and SVD-KG add E matrices, into the hidden neurons and out of them: up times 1/E, down times s/E. (If the
+    experts had nothing in common, a sum of E independent rows would be sqrt(E) times as long as one row, and 1/sqrt(E) would
+    keep the size of the hidden neurons' inputs. But then no single matrix represents the experts.)
+
+  Output biases are the experts' mean times s. So E equal experts give the layer's function: exactly with summation and
+  averaging, with SVD-KG at full rank, with Top-KG of all neurons. s is measured on ``calibration``; without it, s = 1.
+- ``"scalar"``: as ``"router"``, with the output multiplied by the best single number on ``calibration`` (least squares)
+  instead of s.
+- ``"vector"``: the same, with one number for each of the d outputs.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights
-
-if TYPE_CHECKING:
-    from ones_lib.calibration import LayerActivations
 
 Scale = float | tuple[float, float]
 
-#: What follows from a balanced router for a method's matrices, E -> factors of (up and gate, down), up to the gates' sum.
+#: By method: E -> the router's factors (into, out) without s, as derived above.
 ROUTER_SCALES: dict[str, Callable[[int], tuple[float, float]]] = {
     "sum": lambda num_experts: (1 / num_experts, 1 / num_experts),
     "average": lambda num_experts: (1.0, 1.0),
     "topk": lambda num_experts: (1.0, 1 / num_experts),
     "svd": lambda num_experts: (1 / num_experts, 1 / num_experts),
 }
-#: Words for ``scale``, and whether they need a calibration.
+#: The words for ``scale``, and whether each needs a calibration.
 SCALE_WORDS = {"router": False, "scalar": True, "vector": True}
 
 
-def _numbers(scale: Scale | str, method: str, num_experts: int) -> dict:
-    """The option ``scale`` as numbers, where it is a word."""
-    return {"scale": ROUTER_SCALES[method](num_experts)} if isinstance(scale, str) else {}
-
-
-def _check_scale(scale: Scale | str, method: str) -> None:
+def check_scale(scale: Scale | str, method: str) -> None:
+    """Raises ValueError unless ``scale`` is finite, or a word that the method knows."""
     if isinstance(scale, str):
         if scale not in SCALE_WORDS or method not in ROUTER_SCALES:
             raise ValueError(
@@ -44,7 +61,7 @@ def _check_scale(scale: Scale | str, method: str) -> None:
 
 
 def _pair(scale: Scale) -> tuple[float, float]:
-    """Factors of what leads into the hidden neurons, and out of them."""
+    """Factors (into, out) of the weights into the hidden neurons and out of them."""
     if not isinstance(scale, Sequence):
         return scale, scale
     if len(scale) != 2:
@@ -52,10 +69,23 @@ def _pair(scale: Scale) -> tuple[float, float]:
     return tuple(scale)
 
 
-def _scale_output(ffn: FeedForwardWeights, scale: str, calibration: LayerActivations | None) -> FeedForwardWeights:
-    """The FFN with its output multiplied by the gates' sum, or by what is best in least squares."""
+def scaled(ffn: FeedForwardWeights, scale: Scale, keep: Collection[str] = ()) -> FeedForwardWeights:
+    """Multiplies all tensors by ``scale`` but those named in ``keep``."""
+    into, out = _pair(scale)
+    names = [name for name, _ in ffn.tensors() if name not in keep]
+    return ffn.times({name: out if name.startswith("down") else into for name in names})
+
+
+def scaled_output(ffn: FeedForwardWeights, factor: float | Tensor) -> FeedForwardWeights:
+    """The FFN with its output multiplied by ``factor``: a number, or one for each of the d outputs [d]."""
+    rows = factor[:, None] if torch.is_tensor(factor) and factor.ndim else factor
+    return ffn.times({"down": rows, "down_bias": factor})
+
+
+def output_factor(ffn: FeedForwardWeights, scale: str, calibration: LayerActivations | None) -> float | Tensor:
+    """The factor for the output that the word ``scale`` stands for: s, or the solution [] or [d] of the least squares."""
     if scale == "router":
-        return scaled_output(ffn, 1.0 if calibration is None else calibration.gate_sum())
+        return 1.0 if calibration is None else calibration.gate_sum()
     products = squares = 0.0
     for chunk in calibration.chunks():
         output, weights = ffn.apply(chunk.inputs, chunk.activation).double(), chunk.token_weights().double()[:, None]
@@ -63,20 +93,4 @@ def _scale_output(ffn: FeedForwardWeights, scale: str, calibration: LayerActivat
         squares = squares + (weights * output.square()).sum(dim=0)
     if scale == "scalar":
         products, squares = products.sum(), squares.sum()
-    return scaled_output(ffn, torch.where(squares > 0, products / squares, 1.0).to(ffn.up))
-
-
-def scaled_output(ffn: FeedForwardWeights, factor: float | Tensor) -> FeedForwardWeights:
-    """The FFN whose output is multiplied by a number, or by one for each of its d elements."""
-    rows = factor[:, None] if torch.is_tensor(factor) and factor.ndim else factor
-    parts = {"down": lambda t: rows * t, "down_bias": lambda t: factor * t}
-    return FeedForwardWeights(**{name: parts.get(name, lambda t: t)(tensor) for name, tensor in ffn.tensors()})
-
-
-def _scaled(name: str, tensor: Tensor, scale: Scale) -> Tensor:
-    into, out = _pair(scale)
-    return (out if name.startswith("down") else into) * tensor
-
-
-def _scaled_all(ffn: FeedForwardWeights, scale: Scale) -> FeedForwardWeights:
-    return FeedForwardWeights(**{name: _scaled(name, tensor, scale) for name, tensor in ffn.tensors()})
+    return torch.where(squares > 0, products / squares, 1.0).to(ffn.up)

@@ -1,5 +1,4 @@
-"""Causal and encoder-decoder language models of transformers: their text, their perplexity, what passes through their experts,
-and the task to train and distil them."""
+"""Loads and runs causal and encoder-decoder language models of transformers."""
 
 from __future__ import annotations
 
@@ -10,13 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging as hf_logging
 
@@ -24,12 +17,12 @@ from ones_lib.calibration import Activation, LayerActivations
 
 
 def model_class(config: PreTrainedConfig) -> type:
-    """The Auto class that makes a language model of a configuration."""
+    """The Auto class for a config's language model."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def language_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class itself."""
+    """The class of a config's language model, such as MixtralForCausalLM."""
     return model_class(config)._model_mapping[type(config)]
 
 
@@ -39,15 +32,17 @@ def activation_of(config: PreTrainedConfig) -> Activation:
 
 
 def load_language_model(folder: str | Path, **options) -> PreTrainedModel:
-    """The language model in a folder, in eval mode, in the dtype in which it is stored; ``options`` are of ``from_pretrained``.
-    Weights are read from safetensors alone."""
+    """The language model in a folder, in eval mode, in the dtype of its files, which have to be safetensors.
+
+    ``options`` are those of ``from_pretrained``.
+    """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
     return model_class(config).from_pretrained(folder, config=config, **options).eval()
 
 
 def model_inputs(config: PreTrainedConfig, ids: Tensor) -> dict[str, Tensor]:
-    """What a model is called with for blocks [B, L]; an encoder-decoder reads the first half and continues with the second."""
+    """Keyword arguments of a model for blocks [B, L]. An encoder-decoder reads the first half, continues with the second."""
     ids = ids.long()
     if not config.is_encoder_decoder:
         return {"input_ids": ids}
@@ -55,25 +50,21 @@ def model_inputs(config: PreTrainedConfig, ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": source, "decoder_input_ids": target}
 
 
-def next_token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Negative log-likelihood in nats [B, n] of every token of blocks [B, L] that the model predicts."""
-    inputs = model_inputs(model.config, ids.to(model.device))
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    labels = list(inputs.values())[-1][:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-
-
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
-    """``exp`` of the mean negative log-likelihood of the tokens in blocks ``ids`` [n, L]."""
-    parts = hf_logging.tqdm(ids.split(4), desc="perplexity", unit="batch")
-    losses = torch.cat([next_token_losses(model, part) for part in parts])
-    return losses.double().mean().exp().item()
+    """``exp`` of the mean negative log-likelihood of the tokens that a model predicts in blocks ``ids`` [n, L]."""
+    losses = []
+    for batch in hf_logging.tqdm(ids.split(4), desc="perplexity", unit="batch"):
+        inputs = model_inputs(model.config, batch.to(model.device))
+        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+        labels = list(inputs.values())[-1][:, 1:]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none"))
+    return torch.cat(losses).double().mean().exp().item()
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """No progress bars of transformers, and of what uses its bars, such as where many models are opened side by side."""
+    """Hide the progress bars of transformers, and of this library where it uses those."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -85,17 +76,17 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def watched_experts(model: PreTrainedModel, see: Callable[[str, LayerActivations], None]) -> Iterator[None]:
-    """Call ``see(block, activations)`` with what passes through every MoE layer while the model runs.
+    """While the model runs, call ``see(block, activations)`` with what passes through every MoE layer.
 
-    Looked at are the experts' inputs, gates and outputs: all that is routed, without shared experts, with the scale of the
-    gates that an architecture has. ``block`` is the module that holds the layer, such as ``model.layers.3``.
+    The activations are those of the routed experts, without shared ones; gates include the architecture's scaling
+    factor. ``block`` is the module that holds the layer, such as ``model.layers.3``.
     """
     activation = activation_of(model.config)
 
     def hook(block: str) -> Callable:
         def see_layer(module: nn.Module, inputs: tuple, kwargs: dict, output: Tensor) -> None:
             x, chosen, weights = (*inputs, *kwargs.values())
-            if chosen.ndim == 3:  # Switch: one-hot [N, 1, E], with tokens beyond the capacity left out
+            if chosen.ndim == 3:  # Switch: one-hot [N, 1, E], zero for tokens beyond the capacity
                 gates = (chosen.to(weights) * weights[..., None]).sum(dim=1)
             else:
                 gates = weights.new_zeros(len(x), module.num_experts).scatter_add(1, chosen, weights)

@@ -1,8 +1,8 @@
-"""WideNet for images and its dense student, from timm's vision transformer, registered with timm.
+"""WideNet for images and its dense student, built on timm's vision transformer and registered with timm.
 
-``import ones_lib, timm; timm.create_model("widenet_large_patch16_224")`` is the MoE with 4 experts and
-``"ones_large_patch16_224"`` the dense model of the same definition. Sizes as in WideNet (arXiv 2107.11817, table of
-ImageNet results) and OneS (arXiv 2201.10890); ``tiny`` is ours.
+After ``import ones_lib, timm``, ``timm.create_model("widenet_large_patch16_224")`` makes the MoE with 4 experts and
+``"ones_large_patch16_224"`` the dense model. Sizes are those of WideNet (arXiv 2107.11817, table of ImageNet results) and
+OneS (arXiv 2201.10890); ``tiny`` is ours.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ from ones_lib.moe import MoEFeedForward, MoEModel, SoftMoEFeedForward
 
 
 class WideNet(MoEModel, VisionTransformer):
-    """Vision transformer with an MoE feed-forward layer and block weights shared across depth; norms are each depth's own.
+    """Vision transformer with an MoE feed-forward layer. Blocks share their weights across depth, but not their norms.
 
     Args:
-        d_ff: hidden neurons of one expert.
+        d_ff: hidden units of one expert.
         num_experts: E; 1 makes the dense model (OneS's architecture), without router.
-        top_k: experts a token.
-        capacity_factor: see :class:`ones_lib.moe.Router`.
-        renormalize: gates of the chosen experts sum to 1.
-        share_depth: False gives every depth its own attention and experts.
-        slots_per_expert: more than 0 makes the layers Soft MoE's, with this many slots; top_k and capacity then mean nothing.
-        kwargs: timm's ``VisionTransformer``'s.
+        top_k, capacity_factor, renormalize: see :class:`ones_lib.moe.Router`.
+        share_depth: False gives each depth its own attention and experts.
+        slots_per_expert: above 0, Soft MoE layers with this many slots, which ignore top_k, capacity and renormalize.
+        kwargs: of timm's ``VisionTransformer``.
     """
 
     def __init__(
@@ -48,7 +46,7 @@ class WideNet(MoEModel, VisionTransformer):
         }
 
         def expert_layer(in_features: int, hidden_features: int, norm_layer=None, **rest) -> nn.Module:
-            # d_ff replaces timm's ratio of widths, hidden_features.
+            # d_ff replaces hidden_features, timm's ratio of widths.
             if slots_per_expert and num_experts > 1:
                 return SoftMoEFeedForward(in_features, d_ff, num_experts, slots_per_expert, **rest)
             return MoEFeedForward(in_features, **moe, **rest)
@@ -72,8 +70,7 @@ class WideNet(MoEModel, VisionTransformer):
         return super().forward(x, attn_mask)
 
 
-#: size and patch -> width, depth, heads, d_ff
-SIZES = {
+SIZES = {  # size and patch -> width, depth, heads, d_ff
     "tiny_patch16": (192, 12, 3, 768),
     "base_patch16": (768, 12, 12, 4096),
     "large_patch16": (1024, 24, 16, 4096),
@@ -92,7 +89,7 @@ default_cfgs = generate_default_cfgs(
             "crop_pct": 0.9,
             "interpolation": "bicubic",
             "fixed_input_size": True,
-            "mean": (0.5, 0.5, 0.5),  # Inception's, as the authors' input pipeline
+            "mean": (0.5, 0.5, 0.5),  # Inception's, as in the authors' input pipeline
             "std": (0.5, 0.5, 0.5),
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -114,7 +111,7 @@ def _register(family: str, size: str) -> None:
         "num_experts": FAMILIES[family],
         "class_token": False,
         "global_pool": "avg",
-        "weight_init": "jax",  # Xavier-uniform attention and FFN, zero head, as the ViT and WideNet papers' code
+        "weight_init": "jax",  # Xavier-uniform attention and FFN, zero head, as in the code of ViT and WideNet
     }
 
     def create(pretrained: bool = False, **kwargs) -> WideNet:

@@ -1,9 +1,9 @@
-"""WideNet for text and its dense student: an ALBERT-like encoder as a ``transformers`` model, registered with the Auto classes.
+"""WideNet for text and its dense student: an ALBERT-like encoder for transformers, registered with its Auto classes.
 
-After ALBERT (Lan et al., arXiv 1909.11942) and WideNet (arXiv 2107.11817): factorised embeddings, attention and feed-forward
-weights shared across depth, norms of every depth its own, the feed-forward layer an MoE or, with one expert, dense. As in
-WideNet norms stand before attention and feed-forward layer. After ``import ones_lib``,
-``AutoModelForSequenceClassification.from_pretrained(folder)`` and its like load what ``save_pretrained`` wrote.
+After ALBERT (Lan et al., arXiv 1909.11942) and WideNet (arXiv 2107.11817): factorised embeddings; attention and feed-forward
+weights shared across depth, norms of each depth's own; an MoE feed-forward layer or, with one expert, a dense one. Norms stand
+before attention and feed-forward layers, as in WideNet. After ``import ones_lib``,
+``AutoModelForSequenceClassification.from_pretrained(folder)`` and the like load saved models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    PretrainedConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import (
@@ -33,75 +33,56 @@ from transformers.modeling_outputs import (
 from ones_lib.moe import MoEFeedForward, MoEModel
 
 
-class WideNetTextConfig(PretrainedConfig):
-    """Configuration of the text models, in transformers' names.
+class WideNetTextConfig(PreTrainedConfig):
+    """Configuration of the text models, with transformers' names.
 
     Args:
-        embedding_size: width of the factorised token embeddings, at most ``hidden_size``.
-        intermediate_size: d_ff, hidden neurons of one expert.
+        embedding_size: width of the factorised token embeddings.
+        intermediate_size: d_ff, hidden units of one expert.
         num_experts: E; 1 makes the dense model, without router.
         num_experts_per_tok, capacity_factor, renormalize: see :class:`ones_lib.moe.Router`.
-        share_depth: False gives every depth its own attention and experts.
-        relative_positions: the largest distance between tokens that has an attention bias of its own, one a depth and head,
-            learned; 0 is none, as in ALBERT. At first it falls with distance as in ALiBi (Press et al., arXiv 2108.12409), and
-            half of the heads look ahead, half back. Without it small models take long to learn that neighbours matter.
-        classifier_pooling: what a sequence classifier reads: ``mean`` of the tokens or the first, ``cls``.
+        share_depth: False gives each depth its own attention and experts.
+        relative_positions: the largest distance between tokens with an attention bias of its own, learned per depth and
+            head; 0 is none, as in ALBERT. Initially the bias falls with distance as in ALiBi (Press et al., arXiv
+            2108.12409); half of the heads look ahead, half back. Without it, small models are slow to learn that
+            neighbours matter.
+        classifier_pooling: input of a sequence classifier's head: ``mean`` of the tokens, or the first one, ``cls``.
     """
 
     model_type = "widenet_text"
 
-    def __init__(
-        self,
-        vocab_size: int = 30000,
-        embedding_size: int = 128,
-        hidden_size: int = 768,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        intermediate_size: int = 3072,
-        num_experts: int = 4,
-        num_experts_per_tok: int = 2,
-        capacity_factor: float | None = 1.2,
-        renormalize: bool = False,
-        share_depth: bool = True,
-        relative_positions: int = 0,
-        hidden_dropout_prob: float = 0.0,
-        max_position_embeddings: int = 512,
-        type_vocab_size: int = 2,
-        initializer_range: float = 0.02,
-        layer_norm_eps: float = 1e-6,
-        classifier_pooling: str = "mean",
-        pad_token_id: int | None = 0,
-        **kwargs,
-    ) -> None:
-        if hidden_size % num_attention_heads:
+    vocab_size: int = 30000
+    embedding_size: int = 128
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    capacity_factor: float | None = 1.2
+    renormalize: bool = False
+    share_depth: bool = True
+    relative_positions: int = 0
+    hidden_dropout_prob: float = 0.0
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    classifier_pooling: str = "mean"
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size: expected a multiple of num_attention_heads={num_attention_heads}, found {hidden_size}"
+                f"hidden_size: expected a multiple of num_attention_heads={self.num_attention_heads}, found {self.hidden_size}"
             )
-        if classifier_pooling not in ("mean", "cls"):
-            raise ValueError(f"classifier_pooling: expected 'mean' or 'cls', found {classifier_pooling!r}")
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
-        self.vocab_size = vocab_size
-        self.embedding_size = embedding_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.capacity_factor = capacity_factor
-        self.renormalize = renormalize
-        self.share_depth = share_depth
-        self.relative_positions = relative_positions
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.max_position_embeddings = max_position_embeddings
-        self.type_vocab_size = type_vocab_size
-        self.initializer_range = initializer_range
-        self.layer_norm_eps = layer_norm_eps
-        self.classifier_pooling = classifier_pooling
+        if self.classifier_pooling not in ("mean", "cls"):
+            raise ValueError(f"classifier_pooling: expected 'mean' or 'cls', found {self.classifier_pooling!r}")
+        super().__post_init__(**kwargs)
 
 
 class WideNetTextPreTrainedModel(MoEModel, PreTrainedModel):
-    """What the text models have in common: initialisation, the dense twin, the balance loss."""
+    """Base of the text models: initialisation and the dense twin."""
 
     config_class = WideNetTextConfig
     base_model_prefix = "encoder"
@@ -119,15 +100,19 @@ class WideNetTextPreTrainedModel(MoEModel, PreTrainedModel):
         elif isinstance(module, MoEFeedForward):
             module.init_weights()
         elif isinstance(module, WideNetTextModel) and module.position_bias is not None:
-            reach = self.config.relative_positions
-            offset = torch.arange(-reach, reach + 1)
-            with torch.no_grad():
-                for head in range(self.config.num_attention_heads):
-                    away = (offset if head % 2 else -offset).clamp(min=0)
-                    own = offset == 0  # what a token is itself, it knows without attention
-                    module.position_bias[:, head] = -(4.0 ** -(head // 2) * offset.abs() + 2.0 * away + own)
+            self._init_position_bias(module.position_bias)
         elif isinstance(module, WideNetForMaskedLM):
             nn.init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def _init_position_bias(self, bias: Tensor) -> None:
+        """Start [depth, heads, offsets] with a penalty on distance, on the other direction, and on the token itself."""
+        reach = self.config.relative_positions
+        offset = torch.arange(-reach, reach + 1)
+        for head in range(self.config.num_attention_heads):
+            other_direction = (offset if head % 2 else -offset).clamp(min=0)
+            itself = offset == 0  # a token knows itself without attention
+            bias[:, head] = -(4.0 ** -(head // 2) * offset.abs() + 2.0 * other_direction + itself)
 
     def dense_twin(self, d_ff: int | None = None) -> WideNetTextPreTrainedModel:
         """A freshly initialised dense model (one expert, no router) of this architecture, ``d_ff`` wide if given."""
@@ -142,7 +127,7 @@ class WideNetTextPreTrainedModel(MoEModel, PreTrainedModel):
 
 
 class WideNetTextModel(WideNetTextPreTrainedModel):
-    """The encoder: token ids [B, L] -> hidden states [B, L, d]."""
+    """The encoder: token ids [B, L] to hidden states [B, L, d]."""
 
     def __init__(self, config: WideNetTextConfig) -> None:
         super().__init__(config)
@@ -202,13 +187,12 @@ class WideNetTextModel(WideNetTextPreTrainedModel):
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(types)  # [B, L, e]
         x = x + self.position_embeddings.weight[:length]
         x = self.dropout(self.embedding_projection(self.embedding_norm(x)))  # [B, L, d]
-        tokens, mask = (
-            None,
-            None,
-        )  # where there is padding: which are tokens [B, L], what is added for the others [B, 1, 1, L]
+        tokens, mask = None, None  # without padding
         if attention_mask is not None and not attention_mask.all():
-            tokens = attention_mask.bool()
-            mask = x.new_zeros(tokens.shape).masked_fill(~tokens, torch.finfo(x.dtype).min)[:, None, None]
+            tokens = attention_mask.bool()  # [B, L]
+            mask = x.new_zeros(tokens.shape).masked_fill(~tokens, torch.finfo(x.dtype).min)[
+                :, None, None
+            ]  # [B, 1, 1, L]
         bias = self._position_bias(length)  # [depth, heads, L, L] or None
         for i in range(self.config.num_hidden_layers):
             shared = 0 if self.config.share_depth else i
@@ -225,7 +209,7 @@ class WideNetTextModel(WideNetTextPreTrainedModel):
 
 
 class WideNetForMaskedLM(WideNetTextPreTrainedModel):
-    """Masked language model; the output embedding is the input embedding."""
+    """Masked language model; input and output embeddings are shared."""
 
     def __init__(self, config: WideNetTextConfig) -> None:
         super().__init__(config)
@@ -244,8 +228,8 @@ class WideNetForMaskedLM(WideNetTextPreTrainedModel):
         predicted: Tensor | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
-        """``labels`` [B, L], -100 where there is none. ``predicted``, bool [B, L], asks for the logits of these positions
-        alone, [n, V]: at a large vocabulary the others would take most of the time."""
+        """``labels`` [B, L] are -100 where nothing is predicted. With ``predicted``, bool [B, L], only the logits of these n
+        positions are computed, [n, V]: with a large vocabulary the others would take most of the time."""
         x = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
         if predicted is not None:
             x, labels = x[predicted], None if labels is None else labels[predicted]
@@ -256,7 +240,7 @@ class WideNetForMaskedLM(WideNetTextPreTrainedModel):
 
 
 class WideNetForSequenceClassification(WideNetTextPreTrainedModel):
-    """Classifier of one sentence or a pair: ``num_labels`` logits of the pooled hidden states."""
+    """Classifier of a sentence or a pair: ``num_labels`` logits from the pooled hidden states."""
 
     def __init__(self, config: WideNetTextConfig) -> None:
         super().__init__(config)
@@ -284,7 +268,7 @@ class WideNetForSequenceClassification(WideNetTextPreTrainedModel):
 
 
 class WideNetForQuestionAnswering(WideNetTextPreTrainedModel):
-    """Extractive question answering: logits of the answer's first and last token."""
+    """Extractive question answering: logits [B, L] of the answer's first and last token."""
 
     def __init__(self, config: WideNetTextConfig) -> None:
         super().__init__(config)

@@ -1,6 +1,6 @@
-"""Sparse upcycling: a trained dense model becomes an MoE whose experts start as copies of its feed-forward networks.
+"""Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): a trained dense model becomes an MoE.
 
-After Komatsuzaki et al., arXiv 2212.05055. The experts of such a teacher have an ancestor in common.
+Its experts start as copies of the dense model's feed-forward network, so they share an ancestor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ones_lib.moe import MoEFeedForward, MoEModel
 
 
 class Upcycled(MoEModel, nn.Module):
-    """``model`` with MoE layers where its feed-forward networks were; made by :func:`upcycle`."""
+    """A model whose feed-forward networks were replaced by MoE layers, made by :func:`upcycle`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -32,8 +32,10 @@ class Upcycled(MoEModel, nn.Module):
         return [*(block.norm1 for block in self.model.blocks[1:]), self.model.norm]  # timm's vision transformers
 
     def dense_twin(self, d_ff: int | None = None) -> Upcycled:
-        """The dense model (one expert, no router) of this architecture, ``d_ff`` wide if given; its feed-forward layers are
-        freshly initialised, all else is a copy."""
+        """The dense model (one expert, no router) of this architecture, with ``d_ff`` hidden units if given.
+
+        Its feed-forward layers are freshly initialised; all else is a copy.
+        """
         twin = copy.deepcopy(self)
 
         def dense(layer: MoEFeedForward) -> MoEFeedForward:
@@ -53,21 +55,21 @@ def upcycle(
     noise: float = 0.0,
     seed: int = 0,
 ) -> Upcycled:
-    """The MoE that starts from a trained dense model, whose weights are copied.
+    """Make an MoE from a copy of a trained dense model.
 
-    Every feed-forward network becomes a bank of copies with a new router; a layer shared across depth stays shared. Before
-    training the MoE computes the dense model's function, if its gates are renormalised and there is no noise.
+    Each feed-forward network becomes a bank of copies with a new router; a layer shared across depth stays shared. Before
+    training, the MoE computes the same function as the dense model if its gates are renormalised and ``noise`` is 0.
 
     Args:
-        dense: a model of this library with one expert, or one of timm's with :class:`timm.layers.Mlp` in its blocks, such as
-            its vision transformers, pretrained ones included.
+        dense: a model of this library with one expert, or a timm model with :class:`timm.layers.Mlp` in its blocks, such as
+            a (pretrained) vision transformer.
         num_experts: E, at least 2.
         top_k, capacity_factor, renormalize: see :class:`ones_lib.moe.Router`.
-        noise: standard deviation of what is added to the copies' weights, relative to each matrix's root mean square.
+        noise: standard deviation of the noise added to the copies' weights, relative to each matrix's root mean square.
         seed: of routers and noise.
 
     Raises:
-        ValueError: no such feed-forward network in the model, or an argument out of range.
+        ValueError: the model has no such feed-forward network, or an argument is out of range.
     """
     if num_experts < 2:
         raise ValueError(f"num_experts: expected an integer of at least 2, found {num_experts}")
@@ -76,17 +78,7 @@ def upcycle(
     model = copy.deepcopy(dense)
 
     def expert_layer(ffn: Mlp | MoEFeedForward) -> MoEFeedForward:
-        if isinstance(ffn, MoEFeedForward):
-            if ffn.num_experts > 1:
-                raise ValueError(f"dense: expected a dense model, found one with {ffn.num_experts} experts")
-            weights = ffn.bank().expert(0)
-        else:
-            if not (isinstance(ffn.fc1, nn.Linear) and isinstance(ffn.norm, nn.Identity)):
-                raise ValueError(
-                    "dense: expected feed-forward networks of two linear layers, found convolutions or a norm"
-                )
-            biases = {"up_bias": ffn.fc1.bias, "down_bias": ffn.fc2.bias}
-            weights = FeedForwardWeights(ffn.fc1.weight, ffn.fc2.weight, **biases)
+        weights = _weights(ffn)
         router = {"top_k": top_k, "capacity_factor": capacity_factor, "renormalize": renormalize}
         layer = _layer(weights, ffn, weights.d_ff, num_experts=num_experts, **router)
         with torch.no_grad():
@@ -100,13 +92,25 @@ def upcycle(
         torch.manual_seed(seed)
         if not _replace(model, (Mlp, MoEFeedForward), expert_layer):
             raise ValueError(
-                f"dense: expected feed-forward networks of timm.layers.Mlp or of this library, found none in {type(dense).__name__}"
+                "dense: expected feed-forward networks of timm.layers.Mlp or of this library,"
+                f" found none in {type(dense).__name__}"
             )
     return Upcycled(model)
 
 
+def _weights(ffn: Mlp | MoEFeedForward) -> FeedForwardWeights:
+    """The weights of a dense feed-forward network."""
+    if isinstance(ffn, MoEFeedForward):
+        if ffn.num_experts > 1:
+            raise ValueError(f"dense: expected a dense model, found one with {ffn.num_experts} experts")
+        return ffn.bank().expert(0)
+    if not (isinstance(ffn.fc1, nn.Linear) and isinstance(ffn.norm, nn.Identity)):
+        raise ValueError("dense: expected feed-forward networks of two linear layers, found convolutions or a norm")
+    return FeedForwardWeights(ffn.fc1.weight, ffn.fc2.weight, up_bias=ffn.fc1.bias, down_bias=ffn.fc2.bias)
+
+
 def _layer(weights: FeedForwardWeights, like: nn.Module, d_ff: int, **kwargs) -> MoEFeedForward:
-    """An expert layer for the weights' width, with the activation and dropout of the module in whose place it comes."""
+    """An expert layer as wide as ``weights``, with the activation, dropout and mode of the module it replaces."""
     own = isinstance(like, MoEFeedForward)
     activation, dropout = (like.activation, like.dropout) if own else (like.act, like.drop1)
     kwargs |= {"bias": weights.up_bias is not None, "drop": dropout.p, "act_layer": lambda: activation}
@@ -115,7 +119,7 @@ def _layer(weights: FeedForwardWeights, like: nn.Module, d_ff: int, **kwargs) ->
 
 
 def _replace(model: nn.Module, kinds: type | tuple, make) -> int:
-    """Put ``make(module)`` in the place of every module of these kinds, the same one where one is used in several places."""
+    """Replace every module of these kinds by ``make(module)``, made once per module; returns how many were made."""
     found = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, kinds)]
     made: dict[int, nn.Module] = {}
     for name, module in found:

@@ -1,1 +1,4 @@
-"""TODO."""
+"""The study: parameters, training loop, records, entries and tables, dry run, sweeps, and the command behind ``run_all.sh``.
+
+Imports the core, models, data and checkpoints. ``python -m ones_lib.study --help`` is the command.
+"""

@@ -19,7 +19,8 @@ from transformers import (
 from ones_lib.checkpoints.architectures import architecture_of, twin_config
 from ones_lib.checkpoints.convert import convert
 from ones_lib.data.keys import WHOLE, Share, training_keys
-from ones_lib.data.text import TextData, end_tokens
+from ones_lib.data.text import Corpus
+from ones_lib.data.tokens import end_tokens
 from ones_lib.gathering.registry import gathering_methods
 from ones_lib.models.causal import load_language_model, model_class, without_bars
 from ones_lib.study.processes import merged, own_share
@@ -49,7 +50,7 @@ class LanguageModel(nn.Module):
         return self._balance
 
 
-def language_model(model: Mapping, data: TextData, seed: int, d_ff: int | None = None) -> LanguageModel:
+def language_model(model: Mapping, data: Corpus, seed: int, d_ff: int | None = None) -> LanguageModel:
     """A causal model as a study configures it.
 
     Args:
@@ -71,13 +72,13 @@ def language_model(model: Mapping, data: TextData, seed: int, d_ff: int | None =
         return LanguageModel(model_class(config).from_config(config, dtype=torch.float32))
 
 
-def language_config(model: Mapping, data: TextData) -> PreTrainedConfig:
+def language_config(model: Mapping, data: Corpus) -> PreTrainedConfig:
     """The MoE's configuration in :func:`language_model`."""
     if "checkpoint" in model:
         return AutoConfig.from_pretrained(model["checkpoint"], trust_remote_code=False)
     first, last = end_tokens(data.tokenizer)
     tokens = {"pad_token_id": data.tokenizer.pad_token_id, "bos_token_id": first, "eos_token_id": last}
-    sizes = {"vocab_size": data.vocab_size, "max_position_embeddings": data.corpus["train"].shape[1]}
+    sizes = {"vocab_size": data.vocab_size, "max_position_embeddings": data.train.shape[1]}
     options = {k: v for k, v in model.items() if k not in ("model_type", "num_experts")}
     if model.get("num_experts", 1) > 1:
         options["num_experts"] = model["num_experts"]
@@ -89,14 +90,14 @@ class LanguageModelling:
 
     metrics = ("loss", "accuracy")
 
-    def __init__(self, data: TextData) -> None:
+    def __init__(self, data: Corpus) -> None:
         self.data = data
 
     def batches(
         self, training: Training, seed: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[Tensor]:
         """Token ids [B, L]."""
-        ids = self.data.corpus["train"]
+        ids = self.data.train
         for keys in training_keys(len(ids), training.batch_size, seed, start, training.steps, share):
             yield ids[keys[:, 0]].long().to(device)
 
@@ -116,7 +117,7 @@ class LanguageModelling:
     def predict(self, model: nn.Module, device: torch.device) -> Mapping[str, Tensor]:
         """Of every token of the validation sequences but the first: ``loss`` (nats), ``accuracy`` (right or not)."""
         model.eval()
-        parts, every = [], self.data.corpus["validation"].split(EVALUATION_BATCH)
+        parts, every = [], self.data.validation.split(EVALUATION_BATCH)
         for ids in own_share(every):
             batch = ids.long().to(device)
             logits, labels = model(batch).flatten(0, 1).float(), batch[:, 1:].flatten()
@@ -129,12 +130,12 @@ class LanguageModelling:
 CONTROL = "zero_ffn"
 
 
-def gathered_model(teacher: LanguageModel, config: Mapping, data: TextData) -> tuple[LanguageModel, list[dict]]:
+def gathered_model(teacher: LanguageModel, config: Mapping, data: Corpus) -> tuple[LanguageModel, list[dict]]:
     """The student right after gathering, and the rows of :func:`ones_lib.checkpoints.convert.convert`."""
     method, options = config["method"], dict(config["options"])
     if method not in (*gathering_methods(), CONTROL):
         raise ValueError(f"method: expected one of {[*gathering_methods(), CONTROL]}, found {method!r}")
-    ids = data.corpus["train"]
+    ids = data.train
     ids = ids[:: max(1, len(ids) // config["calibration_examples"])][: config["calibration_examples"]]
     with TemporaryDirectory() as folder, without_bars():
         source, destination = config["teacher"]["model"].get("checkpoint"), Path(folder, "dense")

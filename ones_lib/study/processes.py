@@ -1,7 +1,7 @@
-"""One training in several processes, as torchrun starts them: who does what, and a model whose weights are in pieces.
+"""One training in several processes, as torchrun starts them: who does what, and models sharded over the processes.
 
-All processes run the same code on their own part of every batch (data parallelism; PyTorch's DistributedDataParallel by way of
-Accelerate). Outside torchrun there is one process, and nothing here does anything.
+All processes run the same code, each on its own part of every batch (data parallelism by PyTorch's DistributedDataParallel,
+through Accelerate). Without torchrun there is one process, and nothing here has an effect.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-PATIENCE = timedelta(days=1)  # of processes that wait while the first gathers or converts
+TIMEOUT = timedelta(days=1)  # others wait while the first process gathers or converts
 
 _ALONE = False
 
@@ -26,7 +28,7 @@ def join() -> PartialState:
     """Join the processes that torchrun has started.
 
     Raises:
-        RuntimeError: the launcher has not said how many there are, or others than it said are there.
+        RuntimeError: the launcher did not set WORLD_SIZE, or another number of processes is there.
     """
     expected = os.environ.get("WORLD_SIZE")
     if expected is None:
@@ -34,7 +36,7 @@ def join() -> PartialState:
             "launch: expected a launcher that sets WORLD_SIZE and RANK for each process, as torchrun does, found neither;"
             " accelerate launch --cpu, for one, starts a single process whatever it is told"
         )
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
     if state.num_processes != int(expected):
         raise RuntimeError(f"launch: expected {expected} processes (WORLD_SIZE), found {state.num_processes}")
     return state
@@ -59,7 +61,7 @@ def wait_for_all() -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Code that the first process runs before the others do, such as what fills a cache."""
+    """The first process runs this block before the others, for instance to fill a cache."""
     if not is_main():
         wait_for_all()
     yield
@@ -69,7 +71,7 @@ def main_first() -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Code that one process runs by itself while the others wait: in it, there is one."""
+    """One process runs this block while the others wait elsewhere: inside, the world size is 1."""
     global _ALONE
     _ALONE = True
     try:
@@ -79,7 +81,7 @@ def alone() -> Iterator[None]:
 
 
 def said_by_main(value):
-    """The first process's value, in all of them."""
+    """The first process's value, in all processes."""
     if world_size() == 1:
         return value
     box = [value]
@@ -87,39 +89,40 @@ def said_by_main(value):
     return box[0]
 
 
+def same_weights(tensors: Iterable[Tensor]) -> None:
+    """Copy the first process's tensors to all processes, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
 def own_share(items: Sequence) -> list:
-    """Every so-manieth of ``items``: this process's. The last are repeated until all processes have as many, since those of a
-    model in pieces have to call it together."""
+    """This process's items: rank, rank + world size, and so on.
+
+    The last item is repeated until all processes have the same number, since a sharded model must be called by all at once.
+    """
     count = -(-len(items) // world_size())
     own = list(items[rank() :: world_size()])
     return own + list(items[-1:]) * (count - len(own))
 
 
 def merged(results: list, count: int) -> list:
-    """The results for all ``count`` items, in their order, in every process, out of those for each one's own share."""
+    """Undo :func:`own_share`: the results of all ``count`` items in their order, in every process."""
     if world_size() == 1:
         return results
     every = gather_object(results)
     return [every[i % world_size() * len(results) + i // world_size()] for i in range(count)]
 
 
-def same_weights(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the first one's tensors, in place."""
-    if world_size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, 0)
-
-
 def shard_model(model: nn.Module) -> None:
-    """Spread a model's parameters over the processes (FSDP2, PyTorch's ``fully_shard``), block by block where blocks have
-    weights of their own: each process holds its part of them, of their gradients and of the optimizer's state, and the whole
-    of a block only while it is computed. In place; without processes of one job it is an error.
+    """Shard a model over the processes, in place (FSDP2, PyTorch's ``fully_shard``).
+
+    Each process holds a part of the weights, their gradients and the optimizer's state. A block is whole only while it is
+    computed. Blocks that share weights are sharded together, as one unit with the rest of the model.
 
     Raises:
         RuntimeError: there is no process group.
     """
-    from torch.distributed.fsdp import fully_shard  # half a second to import, which all that starts would pay
-
     if not dist.is_initialized():
         raise RuntimeError("shard: expected several processes, started by torchrun, found one")
     for block in _blocks(model):
@@ -128,7 +131,7 @@ def shard_model(model: nn.Module) -> None:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer's blocks: the first list of modules that are all of one class. None if they share weights."""
+    """The transformer blocks: the first list of modules of one class. Empty if they share weights."""
     for blocks in (module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))):
         if len(blocks) > 1 and len({type(block) for block in blocks}) == 1:
             parameters = [parameter for block in blocks for parameter in block.parameters()]
@@ -137,19 +140,17 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that may be in pieces, whole, those on the CPU; all processes have to ask for them, and the first gets them."""
+    """Tensors with sharded ones put together on the CPU. All processes must call it; only the first gets the result."""
     result = {}
     for name, tensor in tensors.items():
-        full = tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+        full = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
         if is_main():
             result[name] = full
     return result
 
 
-def in_pieces_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, spread over the processes as ``like`` is; as it is, if that is whole too or of another shape."""
-    if not hasattr(like, "placements") or tensor.shape != like.shape:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as ``like`` is; unchanged if ``like`` is whole or of another shape (a step counter)."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

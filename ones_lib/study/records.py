@@ -1,18 +1,18 @@
-"""Records: a finished piece of work is a folder, found again by the hash of its configuration.
+"""Records: each finished piece of work is a folder, found again by the hash of its configuration.
 
 ::
 
     <root>/<kind>-<hash>/
-        config.json          what was asked for: everything that decides the result, and nothing else
+        config.json          all values that decide the result, and nothing else
         weights.safetensors  the model
-        predictions.safetensors   score of every validation example by metric, and what was predicted
+        predictions.safetensors   scores of the validation examples by metric, and predictions
         history.csv          the course of the training
-        result.json          numbers, wall time, how it was carried out, versions, hardware, state of the code, checksums
+        result.json          metrics, wall time, execution, versions, hardware, commit, checksums
 
-Work in progress lives in ``<kind>-<hash>.partial`` with its checkpoint, and is moved into place when whole. Whoever works on
-it holds the lock ``<root>/locks/<kind>-<hash>.lock``, which the system takes back from a process that is killed.
+Unfinished work lies in ``<kind>-<hash>.partial`` with its checkpoint, and is moved into place when complete. The process
+that works on it holds the lock ``<root>/locks/<kind>-<hash>.lock``; the system releases it if the process is killed.
 
-``python -m ones_lib.study.records RECORD OTHER`` says in what two records differ.
+``python -m ones_lib.study.records RECORD OTHER`` prints what differs between two records.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -35,6 +34,7 @@ from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -43,18 +43,18 @@ from torch import Tensor, nn
 
 from ones_lib.data.files import checksum, load_tensors, remove_unfinished, save_tensors, write_text
 
-FORMAT = 1  # raised when what a configuration means has changed
+FORMAT = 2  # to be raised when configurations change their form or meaning
 
 
 def config_hash(config: Mapping) -> str:
-    """16 hexadecimal digits that stand for a configuration of plain values; the order of keys does not matter."""
+    """Hash of a configuration of plain values, 16 hexadecimal digits; the order of keys does not matter."""
     text = json.dumps({"format": FORMAT, **config}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished record in ``folder``. What is read from it is checked: ValueError if a file is not as it was written."""
+    """A finished record in ``folder``. Reading it raises FileNotFoundError or ValueError if a file is missing or damaged."""
 
     folder: Path
 
@@ -68,11 +68,15 @@ class Record:
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        return pd.read_csv(self.folder / "history.csv")
+        """One row per report, see :func:`ones_lib.study.training.fit`; empty if nothing was trained."""
+        try:
+            return pd.read_csv(self.folder / "history.csv")
+        except pd.errors.EmptyDataError:
+            return pd.DataFrame()
 
     @cached_property
     def predictions(self) -> dict[str, Tensor]:
-        """Scores by metric, [n] each, and what else the task's ``predict`` gives."""
+        """Validation scores by metric, [n] each, and the task's other predictions."""
         return load_file(self._checked("predictions.safetensors"))
 
     @property
@@ -96,11 +100,11 @@ class Record:
             raise ValueError(f"{path}: expected JSON, found something else ({error})") from error
 
     def _checked(self, name: str) -> Path:
-        """The path of a file whose checksum is that which was written with it (records of before there were any have none)."""
-        path, expected = self.folder / name, self.result.get("sha256", {}).get(name)
+        """Path of a file, if its checksum is the one in the result."""
+        path, expected = self.folder / name, self.result["sha256"][name]
         if not path.exists():
             raise FileNotFoundError(f"{path}: expected this file of a finished record, found none; delete the record")
-        if expected is not None and (found := checksum(path)) != expected:
+        if (found := checksum(path)) != expected:
             raise ValueError(
                 f"{path}: expected the file as it was written, SHA-256 {expected}, found {found} of {path.stat().st_size}"
                 " bytes; delete the record, and it is made again"
@@ -109,7 +113,7 @@ class Record:
 
 
 class Records:
-    """The records below ``root``. Those finished before ``redo_before`` (an ISO time) count as absent."""
+    """The records in ``root``. Those finished before ``redo_before`` (an ISO time with zone) count as absent."""
 
     def __init__(self, root: str | Path, redo_before: str = "") -> None:
         self.root = Path(root)
@@ -126,7 +130,7 @@ class Records:
         return self.root / f"{config['kind']}-{config_hash(config)}"
 
     def find(self, config: Mapping) -> Record | None:
-        """The finished record of this configuration, if there is one."""
+        """The finished record of a configuration, or None."""
         record = Record(self.folder(config))
         if not (record.folder / "result.json").exists():
             return None
@@ -135,19 +139,21 @@ class Records:
         return record
 
     def all(self, kind: str) -> list[Record]:
-        """Every finished record of a kind, such as ``moe``."""
-        return [Record(result.parent) for result in sorted(self.root.glob(f"{kind}-*/result.json")) if _final(result)]
+        """All finished records of a kind, such as ``moe``."""
+        folders = sorted(result.parent for result in self.root.glob(f"{kind}-*/result.json"))
+        # A process may be killed after it wrote the result and before it moved the folder.
+        return [Record(folder) for folder in folders if folder.suffix != ".partial"]
 
     @contextmanager
     def lock(self, config: Mapping) -> Iterator[None]:
-        """Held by the one who works on a record; another one waits, and finds it finished then."""
+        """Only one process at a time works on a record; others wait."""
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{self.folder(config).name}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"{self.folder(config).name}: another run is at it, waiting for that", file=sys.stderr, flush=True)
+            print(f"{self.folder(config).name}: another run works on it, waiting", file=sys.stderr, flush=True)
             lock.acquire()
         try:
             yield
@@ -155,17 +161,13 @@ class Records:
             lock.release()
 
     def table(self, config: Mapping, compute: Callable[[], pd.DataFrame] | None) -> tuple[pd.DataFrame, str]:
-        """A table that is made once, such as of timings, and then found, and its record's name. None: it must be there."""
+        """A table, such as of timings, and its record's name: found, or else computed. ``compute`` None: it must exist."""
         record = self.find(config)
         if record is None and compute is None:
-            raise ValueError(f"records: expected {self.folder(config)}, found none; it is made by a run that may train")
+            raise ValueError(f"records: expected {self.folder(config)}, found none; a run that may train makes it")
         if record is None:
             with self.lock(config):
-                record = self.find(config)
-                if record is None:
-                    history, partial = compute(), self.begin(config)
-                    write_text(partial / "history.csv", history.to_csv(index=False))
-                    record = self._put(partial, self.folder(config), {})
+                record = self.find(config) or self.finish(config, {}, compute(), {}, {})
         return record.history, record.folder.name
 
     def partial(self, config: Mapping) -> Path:
@@ -173,7 +175,7 @@ class Records:
         return self.folder(config).with_suffix(".partial")
 
     def begin(self, config: Mapping) -> Path:
-        """The folder to work in; what an interrupted run left there is still there, but for files that it left half-written."""
+        """The folder of work in progress, created if needed. A checkpoint of an interrupted run stays in it."""
         partial = self.partial(config)
         partial.mkdir(parents=True, exist_ok=True)
         remove_unfinished(partial)
@@ -188,33 +190,24 @@ class Records:
         predictions: Mapping[str, Tensor],
         result: Mapping,
     ) -> Record:
-        """Write what is missing into the folder of work in progress and move it into place."""
+        """Write the record's files, with provenance, into the folder of work in progress, and move it into place."""
         partial, final = self.begin(config), self.folder(config)
         tensors = {"weights.safetensors": weights, "predictions.safetensors": predictions}
         for name, content in tensors.items():
             save_tensors(partial / name, content)
         write_text(partial / "history.csv", history.to_csv(index=False))
-        return self._put(partial, final, {**result, "sha256": {name: checksum(partial / name) for name in tensors}})
-
-    @staticmethod
-    def _put(partial: Path, final: Path, result: Mapping) -> Record:
-        """Write the result, with where and when, and move what is whole into its place."""
-        finished = datetime.now(UTC).isoformat(timespec="seconds")
-        write_text(partial / "result.json", json.dumps({**result, **provenance(), "finished": finished}, indent=1))
+        finished = {"sha256": {name: checksum(partial / name) for name in tensors}, **provenance()}
+        finished["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        write_text(partial / "result.json", json.dumps({**result, **finished}, indent=1))
         (partial / "checkpoint.safetensors").unlink(missing_ok=True)
-        if final.exists():  # asked to be made again
+        if final.exists():  # older than redo_before
             shutil.rmtree(final)
         os.replace(partial, final)
         return Record(final)
 
 
-def _final(result: Path) -> bool:
-    """Whether a result is in its place: a process can be killed after it is written, and before it is moved."""
-    return not result.parent.name.endswith(".partial")
-
-
 def project_root() -> Path:
-    """The folder that holds ``run_all.sh``, upwards from here; else the working directory."""
+    """The closest folder with ``run_all.sh``, from the working directory upwards; else the working directory."""
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "run_all.sh").exists()), here)
 
@@ -226,7 +219,7 @@ PACKAGES = (
 
 
 def provenance() -> dict:
-    """Versions, hardware and the state of the code, for the record."""
+    """Versions, hardware and commit, for the record."""
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
@@ -238,15 +231,15 @@ def provenance() -> dict:
 
 @cache
 def processor() -> str:
-    """The CPU's name, if the system tells."""
-    told = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", told.read_text()) if told.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    """The CPU's name where Linux gives it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 @cache
 def code_state() -> str:
-    """The commit of this library's repository, with ``-dirty`` where files differ from it; ``unknown`` outside of one."""
+    """The commit of this library's repository, with ``-dirty`` if files were changed; ``unknown`` outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -255,68 +248,60 @@ def code_state() -> str:
     return found.stdout.strip()
 
 
-def compare(record: Record, other: Record) -> pd.DataFrame:
-    """In what two records differ, a row each: ``part, what, record, other``; no rows: in nothing but when and how fast.
+TIMES = ("finished", "wall_seconds", "gathering_seconds")  # of a result
 
-    Parts are ``config``, ``result`` (metrics, versions, hardware, code), ``history`` (the first report that differs), ``weights``
-    and ``predictions`` (tensors that differ, with the largest difference).
+
+def compare(record: Record, other: Record) -> pd.DataFrame:
+    """What differs between two records, a row each: ``part, what, record, other``. Times are not compared.
+
+    Parts are ``config``, ``result`` (metrics, versions, hardware, commit), ``history`` (the first report that differs),
+    ``weights`` and ``predictions`` (each tensor that differs, with the largest difference).
     """
-    rows = []
-    for part in ("config", "result"):
-        found = [dict(_leaves(getattr(r, part))) for r in (record, other)]
-        for what in sorted({*found[0], *found[1]}):
-            values = [leaves.get(what, "(none)") for leaves in found]
-            if values[0] != values[1] and not _ignored(what):
-                rows.append((part, what, *values))
-    rows += _history_differences(record, other)
-    for part in ("weights", "predictions"):
-        ours, theirs = (r.weights() if part == "weights" else r.predictions for r in (record, other))
-        for name in sorted({*ours, *theirs}):
-            pair = [tensors.get(name) for tensors in (ours, theirs)]
-            if any(t is None for t in pair) or pair[0].shape != pair[1].shape:
-                rows.append((part, name, *("(none)" if t is None else f"shape {list(t.shape)}" for t in pair)))
-            elif not torch.equal(*pair):
-                most = (pair[0].double() - pair[1].double()).abs().max().item()
-                rows.append((part, name, f"differs by up to {most:.3g}", ""))
+    pair, ignored = (record, other), (*TIMES, "sha256")
+    results = ({name: value for name, value in r.result.items() if name not in ignored} for r in pair)
+    rows = _value_differences("config", *(r.config for r in pair))
+    rows += _value_differences("result", *results)
+    rows += _history_differences(*(r.history.drop(columns="seconds", errors="ignore") for r in pair))
+    rows += _tensor_differences("weights", *(r.weights() for r in pair))
+    rows += _tensor_differences("predictions", *(r.predictions for r in pair))
     return pd.DataFrame(rows, columns=["part", "what", "record", "other"])
 
 
-def _leaves(value, name: str = "") -> Iterator[tuple[str, object]]:
-    """Names such as ``teacher.seed`` with the plain values there."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}" if name else key)
-    else:
-        yield name, value
+def _value_differences(part: str, *pair: Mapping) -> list[tuple]:
+    ours, theirs = (pd.json_normalize(values).to_dict("records")[0] for values in pair)  # names such as teacher.seed
+    names = sorted({*ours, *theirs})
+    found = [(part, name, ours.get(name, "(none)"), theirs.get(name, "(none)")) for name in names]
+    return [row for row in found if row[2] != row[3]]
 
 
-def _ignored(what: str) -> bool:
-    """Times, and the checksums of what is compared itself."""
-    return what in ("finished", "wall_seconds", "gathering_seconds") or what.startswith("sha256.")
+def _history_differences(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[tuple]:
+    if list(ours) != list(theirs) or len(ours) != len(theirs):
+        return [("history", "reports", *(f"{len(table)} of {list(table)}" for table in (ours, theirs)))]
+    rows, columns = np.nonzero(ours.ne(theirs) & ~(ours.isna() & theirs.isna()))
+    if not len(rows):
+        return []
+    row, column = rows[0], columns[0]
+    what = f"{ours.columns[column]} at step {ours.get('step', ours.index)[row]}"  # tables of timings have no steps
+    return [("history", what, ours.iloc[row, column], theirs.iloc[row, column])]
 
 
-def _history_differences(record: Record, other: Record) -> list[tuple]:
-    histories = [r.folder / "history.csv" for r in (record, other)]
-    texts = [path.read_text().strip() for path in histories]
-    if not all(texts):  # not trained
-        return [] if texts[0] == texts[1] else [("history", "reports", *(text.count("\n") for text in texts))]
-    a, b = (r.history.drop(columns="seconds", errors="ignore") for r in (record, other))
-    if list(a) != list(b) or len(a) != len(b):
-        return [("history", "reports", f"{len(a)} of {list(a)}", f"{len(b)} of {list(b)}")]
-    for (_, ours), (_, theirs) in zip(a.iterrows(), b.iterrows(), strict=True):
-        for what in a:
-            both_none = all(isinstance(v, float) and math.isnan(v) for v in (ours[what], theirs[what]))
-            if ours[what] != theirs[what] and not both_none:
-                return [("history", f"{what} at step {ours['step']:g}", ours[what], theirs[what])]
-    return []
+def _tensor_differences(part: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[tuple]:
+    rows = []
+    for name in sorted({*ours, *theirs}):
+        pair = [tensors.get(name) for tensors in (ours, theirs)]
+        if any(t is None for t in pair) or pair[0].shape != pair[1].shape:
+            rows.append((part, name, *("(none)" if t is None else f"shape {list(t.shape)}" for t in pair)))
+        elif not torch.equal(*pair):
+            largest = (pair[0].double() - pair[1].double()).abs().max().item()
+            rows.append((part, name, f"differs by up to {largest:.3g}", ""))
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ones_lib.study.records", description=compare.__doc__.partition("\n")[0]
-    )
+    description = "Prints what differs between two records; exits with 1 if anything does."
+    parser = argparse.ArgumentParser(prog="python -m ones_lib.study.records", description=description)
     parser.add_argument("record", type=Path, help="folder of a record")
-    parser.add_argument("other", type=Path, help="folder of another")
+    parser.add_argument("other", type=Path, help="folder of another record")
     options = parser.parse_args(arguments)
     try:
         table = compare(Record(options.record), Record(options.other))
@@ -324,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"records: {error}", file=sys.stderr)
         return 2
     if table.empty:
-        print("the same, but for times")
+        print("no difference except in times")
         return 0
     with pd.option_context("display.max_colwidth", 60, "display.width", 200):
         print(table.to_string(index=False))

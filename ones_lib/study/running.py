@@ -1,7 +1,4 @@
-"""Carrying out configurations: their models, data and tasks, training and gathering, here, side by side, or under torchrun.
-
-``python -m ones_lib.study.running PLAN`` is what a launcher such as torchrun starts, in every process.
-"""
+"""Runs configs: opens their data, builds models, trains or gathers, and leaves a record."""
 
 from __future__ import annotations
 
@@ -22,12 +19,12 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from ones_lib.calibration import Calibration, LayerActivations, collect_activations
-from ones_lib.data import ImageData, image_data
 from ones_lib.data.files import model_tensors
-from ones_lib.data.text import TextData, text_data
+from ones_lib.data.images import ImageData, image_data
+from ones_lib.data.text import Corpus, TextTasks, text_corpus, text_tasks
 from ones_lib.distillation import Distillation
 from ones_lib.integration import integrate
-from ones_lib.models.upcycling import upcycle
+from ones_lib.models import upcycle
 from ones_lib.study.image_task import ImageClassification, classification_model
 from ones_lib.study.language_task import LanguageModelling, gathered_model, language_model
 from ones_lib.study.processes import (
@@ -41,27 +38,27 @@ from ones_lib.study.processes import (
     world_size,
 )
 from ones_lib.study.records import Record, Records, config_hash
-from ones_lib.study.text_tasks import finetuning_model, pretraining_model, text_task
+from ones_lib.study.text_tasks import MaskedLanguageModelling, finetuning_model, finetuning_task, pretraining_model
 from ones_lib.study.training import Progress, Task, Training, default_device, fit
 
 CALIBRATION_BATCH = 64  # examples: with their tokens at every depth enough for a measure, and small for a large model
 Config = dict
-Data = ImageData | TextData
+Data = ImageData | Corpus
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How work is done, which is no part of what is asked for: any way leads to the same record, but for rounding and, under
-    several processes, what :mod:`ones_lib.study.training` says of them.
+    """How work is done. Any way leads to the same record, but for rounding and, under several processes, what
+    :mod:`ones_lib.study.training` says of them.
 
     Args:
         launch: command that starts several processes of a training and sets WORLD_SIZE for each, such as
-            ``torchrun --nproc_per_node 8``. Empty: none, trainings run in this process or side by side.
+            ``torchrun --nproc_per_node 8``. Empty: trainings run in this process or side by side.
         device_batch: examples that a process takes at a time, see :func:`ones_lib.study.training.fit`.
         shard: spread models over the processes, see the same.
-        deterministic: deterministic algorithms alone (``torch.use_deterministic_algorithms``); they cost time on a GPU, none
-            on a CPU, and what has no such algorithm is an error.
-        plan: file to write what would be done to, in the place of doing it. Records that are not there are then None.
+        deterministic: deterministic algorithms alone (``torch.use_deterministic_algorithms``). They cost time on a GPU, none
+            on a CPU. An operation that has no such algorithm is an error.
+        plan: file to write the missing configs to, instead of running them. Their records are then None.
     """
 
     launch: str = ""
@@ -78,7 +75,7 @@ class Execution:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """As ``run_all.sh`` was told, which passes it on to the notebooks by ONES_LAUNCH, ONES_DEVICE_BATCH, ONES_SHARD,
+        """As ``run_all.sh`` was told. It passes its options on to the notebooks as ONES_LAUNCH, ONES_DEVICE_BATCH, ONES_SHARD,
         ONES_DETERMINISTIC and ONES_PLAN."""
         given = {name: os.environ.get(f"ONES_{name.upper()}", "") for name in cls.__dataclass_fields__}
         return cls(
@@ -92,7 +89,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where work is done: records, drawn data, the logits that students share while they are trained; and how."""
+    """Where work is done: records, drawn data, the teacher logits that students share while they are trained; and how."""
 
     records: Records
     cache_dir: Path
@@ -100,15 +97,63 @@ class Workplace:
     execution: Execution = Execution()
 
 
+# --- configs -----------------------------------------------------------------------------------------------------------
+
+
 def label(config: Config) -> str:
-    """Short name of a configuration, for people."""
+    """Short name of a config, for people."""
     if config["kind"] == "finetuned":
         return f"{config['task']}: {label(config['start'])}"
     return f"{config.get('method', config['kind'])}, seed {config['seed']}"
 
 
+def needed(config: Config) -> list[Config]:
+    """The configs whose models this one starts or learns from; those that need none come first."""
+    direct = [config[role] for role in ("start", "teacher") if role in config]
+    return [found for other in direct for found in (*needed(other), other)]
+
+
+def steps_of(config: Config) -> int:
+    return config["training"]["steps"] if config.get("training") else 0
+
+
+def recipe_of(config: Config) -> Mapping:
+    """The training recipe of a model, or of the model it was made of."""
+    return config["training"] or recipe_of(config["start"])
+
+
+def _published(config: Config) -> bool:
+    """Whether the weights are a checkpoint's. A record keeps no copy of these."""
+    return config["kind"] == "moe" and "checkpoint" in config.get("model", {})
+
+
+# --- data, models, tasks -----------------------------------------------------------------------------------------------
+
+
+def data_of(config: Config, cache_dir: Path) -> Data:
+    """A config's data; of text the corpus. Opened once."""
+    return _open_data(config["domain"], json.dumps(config["data"], sort_keys=True), cache_dir)
+
+
+@lru_cache(maxsize=2)
+def _open_data(domain: str, data: str, cache_dir: Path) -> Data:
+    return (image_data if domain == "image" else text_corpus)(**json.loads(data), cache_dir=cache_dir)
+
+
+def tasks_of(config: Config, cache_dir: Path) -> TextTasks:
+    """The tasks that a text config's models are fine-tuned on. Opened once."""
+    return _open_tasks(*(json.dumps(config[part], sort_keys=True) for part in ("data", "task_data")), cache_dir)
+
+
+@lru_cache(maxsize=2)
+def _open_tasks(data: str, task_data: str, cache_dir: Path) -> TextTasks:
+    return text_tasks(
+        **json.loads(task_data), tokenizer=_open_data("text", data, cache_dir).tokenizer, cache_dir=cache_dir
+    )
+
+
 def build_model(config: Config, data: Data) -> nn.Module:
-    """The freshly initialised model of a configuration (a student's has its teacher's architecture, dense)."""
+    """The freshly initialised model of a config. A student has its teacher's architecture, dense."""
     if config["kind"] == "student" and config["domain"] == "language":
         dense = {**config["teacher"]["model"], "num_experts": 1}
         return language_model(dense, data, config["seed"], config["options"].get("d_ff"))
@@ -124,15 +169,16 @@ def build_model(config: Config, data: Data) -> nn.Module:
     return build(config["model"], data, config["seed"])
 
 
-def task_of(config: Config, data: Data) -> Task:
-    """What a configuration's model does and is measured by; a student does what its teacher does."""
+def task_of(config: Config, cache_dir: Path) -> Task:
+    """What a config's model is trained to do and measured by. A student does what its teacher does."""
     if config["kind"] == "student":
-        return task_of(config["teacher"], data)
-    if config["domain"] == "language":
-        return LanguageModelling(data)
-    if config["domain"] == "image":
-        return ImageClassification(data)
-    return text_task(config.get("task", "masked_lm"), data)
+        return task_of(config["teacher"], cache_dir)
+    if config["kind"] == "finetuned":
+        return finetuning_task(config["task"], tasks_of(config, cache_dir))
+    task = {"image": ImageClassification, "text": MaskedLanguageModelling, "language": LanguageModelling}[
+        config["domain"]
+    ]
+    return task(data_of(config, cache_dir))
 
 
 def calibration_batches(
@@ -143,8 +189,11 @@ def calibration_batches(
     device: torch.device | None = None,
     seed: int = 0,
 ) -> list:
-    """Batches of a task's training data, always the same ones for a ``seed``; ``recipe`` are the arguments of the
-    :class:`Training` that they are drawn as for, but for mixup. ``batch_size`` is not above the recipe's."""
+    """Batches of a task's training data, always the same ones for a ``seed``.
+
+    They are drawn as for a :class:`Training` with the arguments ``recipe``, but without mixup. ``batch_size`` is at most the
+    recipe's.
+    """
     batch_size = min(batch_size, recipe["batch_size"])
     training = replace(Training(**recipe), mixup=0.0, batch_size=batch_size, steps=math.ceil(examples / batch_size))
     with torch.random.fork_rng():
@@ -152,25 +201,14 @@ def calibration_batches(
         return list(task.batches(training, seed=seed, start=0, device=device or torch.device("cpu")))
 
 
-def recipe_of(config: Config) -> Mapping:
-    """The training recipe of a model, or of what it was made of."""
-    return config["training"] or recipe_of(config["start"])
-
-
 def load_record(record: Record, cache_dir: Path) -> tuple[nn.Module, Task]:
     """The trained model of a record, in eval mode, and the task that it was trained for."""
-    data = open_data(record.config["domain"], frozen(record.config["data"]), cache_dir)
-    return _load(record, data).eval(), task_of(record.config, data)
+    return _load(record, cache_dir).eval(), task_of(record.config, cache_dir)
 
 
-def _load(record: Record, data: Data) -> nn.Module:
-    model = build_model(record.config, data)
+def _load(record: Record, cache_dir: Path) -> nn.Module:
+    model = build_model(record.config, data_of(record.config, cache_dir))
     return model if _published(record.config) else record.load_weights(model)
-
-
-def _published(config: Config) -> bool:
-    """Whether the weights are those of a checkpoint, of which a record keeps no copy."""
-    return config["kind"] == "moe" and "checkpoint" in config.get("model", {})
 
 
 def record_activations(
@@ -178,8 +216,8 @@ def record_activations(
 ) -> dict[str, LayerActivations]:
     """Activations by layer of a record's model on one batch of its own training data, always the same one for a ``seed``.
 
-    Layers have the names that :func:`open_experts` gives them. In float64, so that what is made of them does not depend on
-    the number of threads.
+    Layers have the names that :func:`ones_lib.checkpoints.open_experts` gives them. In float64, so that results do not depend
+    on the number of threads.
     """
     model, task = load_record(record, cache_dir)
     recipe = recipe_of(record.config)
@@ -190,17 +228,20 @@ def record_activations(
     return collect_activations(model.double(), task.forward, [batch], max_tokens)
 
 
-def carry_out(config: Config, place: Workplace, progress: Progress | None = None) -> Record:
-    """Train or gather what a configuration asks for, and leave its record; the records that it needs must be there.
+# --- work --------------------------------------------------------------------------------------------------------------
 
-    Whoever else does the same at the same time is waited for, and what has been finished meanwhile is not done again.
+
+def carry_out(config: Config, place: Workplace, progress: Progress | None = None) -> Record:
+    """Train or gather what a config asks for, and leave its record. The records that it needs must be there.
+
+    Whoever runs the same config at the same time is waited for, and a record finished meanwhile is not made again.
     """
     records = place.records
     with records.lock(config) if is_main() else nullcontext():
         if not said_by_main(is_main() and records.find(config) is not None):
             if config["training"] is not None:
                 _carry_out(config, place, progress)
-            elif is_main():  # gathered, or read from a checkpoint: no work for several
+            elif is_main():  # gathered, or read from a checkpoint: no work for several processes
                 with alone():
                     _carry_out(config, place, progress)
         wait_for_all()
@@ -210,62 +251,16 @@ def carry_out(config: Config, place: Workplace, progress: Progress | None = None
 def _carry_out(config: Config, place: Workplace, progress: Progress | None) -> None:
     torch.use_deterministic_algorithms(place.execution.deterministic)
     started, records = time.perf_counter(), place.records
-    with main_first():
-        data = open_data(config["domain"], frozen(config["data"]), place.cache_dir)
-    task, result, teacher, distillation = task_of(config, data), {}, None, None
-
-    def load(other: Config) -> nn.Module:
-        return _load(records.find(other), data)
-
-    if "teacher" in config:
-        teacher = load(config["teacher"])
-    if config["kind"] == "student" and "start" in config:
-        model = load(config["start"])
-    elif config["kind"] == "student" and config["domain"] == "language":
-        model, result["layers"] = gathered_model(teacher, config, data)
-    elif config["kind"] == "student":
-        calibration = None
-        if "calibration_examples" in config:
-            teacher.to(default_device())
-            batches = calibration_batches(
-                task, recipe_of(config["teacher"]), config["calibration_examples"], device=default_device()
-            )
-            calibration = Calibration(task.forward, batches)
-        made = time.perf_counter()
-        options = {"seed": config["seed"], "calibration": calibration, **config["options"]}
-        model, report = integrate(teacher.eval(), config["method"], **options)
-        result["gathering_seconds"] = time.perf_counter() - made
-        result["integration"] = report.table().to_dict("records")
-    elif "upcycling" in config:
-        model = upcycle(load(config["start"]), seed=config["seed"], **config["upcycling"])
-    elif config["kind"] == "finetuned":
-        model = finetuning_model(load(config["start"]), config["task"], config["seed"])
-    else:
-        model = build_model(config, data)
+    with main_first():  # it fills the cache
+        task = task_of(config, place.cache_dir)
+    teacher = _load(records.find(config["teacher"]), place.cache_dir) if "teacher" in config else None
+    model, result = _start(config, place, task, teacher)
     if is_main():
         records.begin(config)
     wait_for_all()
-    history, logits = pd.DataFrame(), None
+    history = pd.DataFrame()
     if config["training"] is not None:
-        if "distillation" in config:
-            distillation = Distillation(**config["distillation"])
-            logits = place.teacher_logits / config_hash(config["teacher"])
-        else:
-            teacher = None
-        same_weights(model_tensors(model.to(default_device())).values())
-        model, history = fit(
-            model,
-            task,
-            Training(**config["training"]),
-            seed=config["seed"],
-            teacher=teacher,
-            distillation=distillation,
-            teacher_logits=logits,
-            checkpoint=records.partial(config) / "checkpoint.safetensors",
-            device_batch=place.execution.device_batch,
-            shard=place.execution.shard,
-            progress=progress,
-        )
+        model, history = _train(config, place, task, model, teacher, progress)
     predictions = task.predict(model, next(model.parameters()).device)
     result["metrics"] = {metric: predictions[metric].double().mean().item() for metric in task.metrics}
     result["parameters"] = sum(p.numel() for p in model.parameters())
@@ -277,22 +272,50 @@ def _carry_out(config: Config, place: Workplace, progress: Progress | None) -> N
         records.finish(config, weights, history, predictions, result)
 
 
-def needed(config: Config) -> list[Config]:
-    """The configurations whose models this one starts or learns from, those that need none first."""
-    direct = [config[role] for role in ("start", "teacher") if role in config]
-    return [found for other in direct for found in (*needed(other), other)]
+def _start(config: Config, place: Workplace, task: Task, teacher: nn.Module | None) -> tuple[nn.Module, dict]:
+    """The model that a training starts from, or the gathered one; and what to note of how it was made."""
+    data = data_of(config, place.cache_dir)
+    start = _load(place.records.find(config["start"]), place.cache_dir) if "start" in config else None
+    if "upcycling" in config:
+        return upcycle(start, seed=config["seed"], **config["upcycling"]), {}
+    if config["kind"] == "finetuned":
+        return finetuning_model(start, config["task"], config["seed"]), {}
+    if config["kind"] != "student":
+        return build_model(config, data), {}
+    if start is not None:
+        return start, {}
+    if config["domain"] == "language":
+        model, layers = gathered_model(teacher, config, data)
+        return model, {"layers": layers}
+    calibration, device = None, default_device()
+    if "calibration_examples" in config:
+        teacher.to(device)
+        recipe = recipe_of(config["teacher"])
+        batches = calibration_batches(task, recipe, config["calibration_examples"], device=device)
+        calibration = Calibration(task.forward, batches)
+    made = time.perf_counter()
+    model, report = integrate(
+        teacher.eval(), config["method"], seed=config["seed"], calibration=calibration, **config["options"]
+    )
+    seconds = time.perf_counter() - made
+    return model, {"gathering_seconds": seconds, "integration": report.table().to_dict("records")}
 
 
-def steps_of(config: Config) -> int:
-    return config["training"]["steps"] if config.get("training") else 0
-
-
-def frozen(data: Mapping) -> str:
-    return json.dumps(data, sort_keys=True)
-
-
-@lru_cache(maxsize=2)
-def open_data(domain: str, data: str, cache_dir: Path) -> Data:
-    return {"image": image_data, "text": text_data, "language": text_data}[domain](
-        **json.loads(data), cache_dir=cache_dir
+def _train(
+    config: Config, place: Workplace, task: Task, model: nn.Module, teacher: nn.Module | None, progress: Progress | None
+) -> tuple[nn.Module, pd.DataFrame]:
+    taught = "distillation" in config
+    same_weights(model_tensors(model.to(default_device())).values())
+    return fit(
+        model,
+        task,
+        Training(**config["training"]),
+        seed=config["seed"],
+        teacher=teacher if taught else None,
+        distillation=Distillation(**config["distillation"]) if taught else None,
+        teacher_logits=place.teacher_logits / config_hash(config["teacher"]) if taught else None,
+        checkpoint=place.records.partial(config) / "checkpoint.safetensors",
+        device_batch=place.execution.device_batch,
+        shard=place.execution.shard,
+        progress=progress,
     )

@@ -1,37 +1,29 @@
-"""The steps of a study that notebooks call: configurations of models to train, carried out once and then found.
+"""A study: one data set, one MoE, the recipes to train and distil it. It turns questions into configs and runs them.
 
-A :class:`Study` turns questions ("the Top-KG student of seed 1 after 300 steps of KD") into configurations, plain
-dictionaries that hold everything that decides the result; :meth:`Study.run` carries out those that have no record yet, in
-parallel processes where that is faster, each after the teacher it needs.
+A config ("the Top-KG student of seed 1 after 300 steps of KD") is a plain dictionary with everything that decides the result,
+and nothing else. Its record is found by its hash.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 from torch import nn
 
+from ones_lib.data.docstrings import versions
+from ones_lib.data.files import file_stamps
+from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS
 from ones_lib.distillation import Distillation
-from ones_lib.gathering.scale import ROUTER_SCALES
 from ones_lib.integration import calibrated, integration_methods
 from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.study.parallel import run_all, write_plan
-from ones_lib.study.records import Record, Records, config_hash
-from ones_lib.study.running import Config, Data, Execution, frozen, label, load_record, needed, open_data, steps_of
+from ones_lib.study.parameters import Group, ParameterError, Parameters
+from ones_lib.study.records import Record, Records, config_hash, project_root
+from ones_lib.study.running import Config, Data, Execution, data_of, label, load_record, needed, tasks_of
 from ones_lib.study.training import Training
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of a table of results: what a record stands for there. ``axes`` are further columns, such as a budget."""
-
-    model: str
-    stage: str
-    config: Config
-    axes: Mapping = field(default_factory=dict)
 
 
 @dataclass
@@ -39,24 +31,24 @@ class Study:
     """One data set, one MoE, the recipes to train and distil it, and where records are kept.
 
     Args:
-        domain: ``"image"``, ``"text"`` (models are pre-trained as masked language models) or ``"language"`` (causal models of
-            transformers, whose students are made by :func:`ones_lib.checkpoints.convert.convert`).
-        data: arguments of :func:`ones_lib.data.image_data` or :func:`ones_lib.data.text.text_data`.
-        model: for images ``name`` of a timm model and arguments for it, for text arguments of
-            :class:`ones_lib.models.text.WideNetTextConfig`, for causal models of :func:`ones_lib.study.language_task.language_model`;
-            those that are None are left to the model. Number of classes, image size, channels and vocabulary follow from the
-            data.
+        domain: ``"image"``, ``"text"`` (masked language models, fine-tuned on tasks) or ``"language"`` (causal models of
+            transformers, whose students :func:`ones_lib.checkpoints.convert` makes).
+        data: arguments of :func:`ones_lib.data.images.image_data` or :func:`ones_lib.data.text.text_corpus`.
+        model: arguments of the model: for images timm's ``name`` and its arguments, for text those of
+            :class:`ones_lib.models.text.WideNetTextConfig`, for causal models those of
+            :func:`ones_lib.study.language_task.language_model`. None leaves a value to the model.
         teaching: recipe of the MoE teacher and of the dense baseline.
         learning: recipe of the student's KD; its ``steps`` are the largest budget.
         distillation: the KD loss.
-        calibration_examples: of the training data, for the gatherings that look at data.
-        seeds: of initialisation and training; teacher, baselines and students of one seed belong together.
+        calibration_examples: training examples for the gatherings that look at data.
+        seeds: of initialisation and training. Teacher, baselines and students of one seed belong together.
         records: where records are kept, and found.
         cache_dir: where drawn data are kept.
         tasks: for text, those to fine-tune on.
+        task_data: for text, arguments of :func:`ones_lib.data.text.text_tasks`.
         finetuning: recipe of the fine-tuning.
-        finetune_kd: fine-tune what was distilled with KD again, from the fine-tuned teacher.
-        processes: trainings side by side; 0 chooses: one on a GPU, else one a core. Not part of any configuration.
+        finetune_kd: whether distilled models are fine-tuned with KD from the fine-tuned teacher.
+        processes: trainings side by side; 0: one on a GPU, else one a core. No part of a config.
         allow_training: False makes a missing record an error.
         execution: how the work is done; by default as ``run_all.sh`` was told.
     """
@@ -72,6 +64,7 @@ class Study:
     records: Records = field(default_factory=lambda: Records("runs/records"))
     cache_dir: Path = Path("runs/cache")
     tasks: Iterable[str] = ()
+    task_data: Mapping = field(default_factory=dict)
     finetuning: Training | None = None
     finetune_kd: bool = True
     processes: int = 0
@@ -84,32 +77,24 @@ class Study:
             raise ValueError(f"seeds: expected at least one, all different and not negative, found {self.seeds}")
         self.data, self.model = dict(self.data), {k: v for k, v in self.model.items() if v is not None}
 
-    # --- what to train -----------------------------------------------------------------------------------------------
+    # --- configs -----------------------------------------------------------------------------------------------------
 
     def moe(self, seed: int, **model) -> Config:
-        """The MoE teacher; ``model`` overrides its arguments, such as ``num_experts``."""
+        """The MoE teacher. ``model`` overrides arguments of the model, such as ``num_experts``."""
         arguments = {**self.model, **model}
         training = None if "checkpoint" in arguments else asdict(self.teaching)
         return {"kind": "moe", **self._common(seed), "model": arguments, "training": training}
 
     def upcycled(self, seed: int, steps: int, **upcycling) -> Config:
-        """An MoE that starts from the trained dense baseline, trained for ``steps`` more; ``upcycling`` are arguments of
-        :func:`ones_lib.models.upcycling.upcycle`."""
+        """An MoE that starts from the trained dense baseline, trained for ``steps`` more. ``upcycling`` are arguments of
+        :func:`ones_lib.upcycle`."""
         training = asdict(replace(self.teaching, steps=steps)) if steps else None
         upcycling = {"num_experts": self.model["num_experts"], "top_k": self.model["top_k"], **upcycling}
-        return {
-            "kind": "moe",
-            **self._common(seed),
-            "start": self.dense(seed),
-            "upcycling": upcycling,
-            "training": training,
-        }
+        start = {"start": self.dense(seed), "upcycling": upcycling}
+        return {"kind": "moe", **self._common(seed), **start, "training": training}
 
     def dense(self, seed: int, extra_steps: int = 0) -> Config:
-        """The dense baseline: the MoE's definition with one expert, from scratch, no teacher.
-
-        With ``extra_steps`` it is ``dense_long``, which trains as long as teacher and KD together.
-        """
+        """The dense baseline: the MoE's definition with one expert, trained from scratch, without a teacher."""
         training = replace(self.teaching, steps=self.teaching.steps + extra_steps)
         arguments = {**self.model, "num_experts": 1}
         return {"kind": "dense", **self._common(seed), "model": arguments, "training": asdict(training)}
@@ -127,12 +112,12 @@ class Study:
         distillation: Distillation | None = None,
         **options,
     ) -> Config:
-        """The student made by a gathering method or control and distilled for ``budget`` steps.
+        """The student that a gathering method or control makes, distilled for ``budget`` steps.
 
         Args:
             method: one of :func:`ones_lib.integration.integration_methods`.
             budget: steps of KD; 0 is the student right after gathering; None the largest budget.
-            teacher: configuration of another teacher than ``moe(seed)``.
+            teacher: config of another teacher than ``moe(seed)``.
             distillation: another KD loss than the study's.
             options: the gathering method's.
         """
@@ -152,169 +137,31 @@ class Study:
 
     def finetuned(self, task: str, start: Config, teacher: Config | None = None) -> Config:
         """The pre-trained or distilled model ``start`` fine-tuned on a task, with KD from ``teacher`` if there is one."""
-        config = {"kind": "finetuned", **self._common(start["seed"]), "task": task, "start": start}
-        config["training"] = asdict(self.finetuning)
+        config = {"kind": "finetuned", **self._common(start["seed"]), "task": task, "task_data": dict(self.task_data)}
+        config |= {"start": start, "training": asdict(self.finetuning)}
         return config if teacher is None else {**config, **self._taught_by(teacher)}
-
-    def task_entries(self, methods: Iterable[str], budget: int | None = None, gathered: bool = True) -> list[Entry]:
-        """The same models on the tasks (column ``task``): fine-tuned; the students after ``budget`` steps of KD.
-
-        A student right after gathering is the fine-tuned MoE gathered, with no training at all.
-        """
-        result = []
-        for seed in self.seeds:
-            moe, long = self.moe(seed), self.dense(seed, self.learning.steps)
-            for task in self.tasks:
-                axis, teacher = {"task": task}, self.finetuned(task, moe)
-                learnt_from = teacher if self.finetune_kd else None
-                result.append(Entry("moe", "trained", teacher, axis))
-                result.append(Entry("dense", "trained", self.finetuned(task, self.dense(seed)), axis))
-                result.append(Entry("dense_long", "trained", self.finetuned(task, long), axis))
-                distilled = {"dense_kd": self.dense_kd(seed)}
-                for method in methods:
-                    if gathered:
-                        right_after = self.student(method, seed, budget=0, teacher=teacher)
-                        result.append(Entry(method, "gathered", right_after, axis))
-                    distilled[method] = self.student(method, seed, budget)
-                for model, start in distilled.items():
-                    result.append(Entry(model, "distilled", self.finetuned(task, start, learnt_from), axis))
-        return result
-
-    def task_budget_entries(self, methods: Iterable[str], budgets: Iterable[int]) -> list[Entry]:
-        """Students of all ``methods`` after each budget of KD steps (columns ``task, budget``), fine-tuned, and what they are
-        measured by. A budget of 0 is the student fine-tuned right after gathering."""
-        methods = list(methods)
-        result = [e for e in self.task_entries([], gathered=False) if e.stage == "trained"]
-        for budget in budgets:
-            entries = self.task_entries(methods, budget, gathered=False)
-            result += [replace(e, axes={**e.axes, "budget": budget}) for e in entries if e.model in methods]
-        return result
 
     def _common(self, seed: int) -> Config:
         return {"domain": self.domain, "seed": seed, "data": self.data}
 
     def _taught_by(self, teacher: Config, distillation: Distillation | None = None) -> Config:
-        loss = asdict(distillation or self.distillation)
-        # What a loss does not use is no part of its configuration, which is then that of records made before there was more.
-        used = {k: v for k, v in loss.items() if k in ("temperature", "alpha") or v != getattr(Distillation, k)}
-        return {"teacher": teacher, "distillation": used}
+        return {"teacher": teacher, "distillation": asdict(distillation or self.distillation)}
 
-    def entries(self, methods: Iterable[str]) -> list[Entry]:
-        """The main table: teacher, the dense baselines, and the students of all ``methods`` before and after KD."""
-        result = self._references()
-        for seed in self.seeds:
-            result.append(Entry("moe", "trained", self.moe(seed)))
-            result.append(Entry("dense_kd", "distilled", self.dense_kd(seed)))
-            for method in methods:
-                result.append(Entry(method, "gathered", self.student(method, seed, budget=0)))
-                result.append(Entry(method, "distilled", self.student(method, seed)))
-        return result
-
-    def budget_entries(self, methods: Iterable[str], budgets: Iterable[int]) -> list[Entry]:
-        """Students of all ``methods`` after each budget of KD steps (column ``budget``), and what they are measured by."""
-        result = self._references()
-        for seed in self.seeds:
-            result.append(Entry("moe", "trained", self.moe(seed)))
-            for budget in budgets:
-                axis = {"budget": budget}
-                result += [Entry(method, "distilled", self.student(method, seed, budget), axis) for method in methods]
-        return result
-
-    def variant_entries(self, variants: Iterable[tuple[str, Mapping]], budgets: Iterable[int]) -> list[Entry]:
-        """Students by variants of methods (columns ``scale, rank``) and budgets of KD (``budget``), and what they are measured by.
-
-        ``variants`` are methods with options; those without a scale have none in the table, and the paper's have 1 if not told.
-        """
-        variants, budgets, result = list(variants), list(budgets), []
-        for seed in self.seeds:
-            result.append(Entry("moe", "trained", self.moe(seed)))
-            result.append(Entry("dense", "trained", self.dense(seed)))
-            for method, options in variants:
-                for budget in budgets:
-                    scale = options.get("scale", 1.0 if method in ROUTER_SCALES else None)
-                    axes = {"scale": scale, "rank": options.get("rank"), "budget": budget}
-                    stage = "distilled" if budget else "gathered"
-                    result.append(Entry(method, stage, self.student(method, seed, budget, **options), axes))
-        return result
-
-    def named_entries(self, students: Mapping[str, tuple[str, Mapping]], budgets: Iterable[int]) -> list[Entry]:
-        """Teacher, dense baselines, and students by a name of one's own for a method with options, after each budget of KD
-        (column ``budget``; 0: right after gathering)."""
-        result, budgets = self._references(), list(budgets)
-        for seed in self.seeds:
-            result.append(Entry("moe", "trained", self.moe(seed)))
-            result.append(Entry("dense_kd", "distilled", self.dense_kd(seed)))
-            for name, (method, options) in students.items():
-                for budget in budgets:
-                    config = self.student(method, seed, budget, **options)
-                    result.append(Entry(name, "distilled" if budget else "gathered", config, {"budget": budget}))
-        return result
-
-    def expert_entries(self, methods: Iterable[str], counts: Iterable[int], budget: int) -> list[Entry]:
-        """Teachers with each number of experts (column ``num_experts``) and their students after ``budget`` steps of KD."""
-        result = self._references()
-        for seed in self.seeds:
-            for count in counts:
-                axis, teacher = {"num_experts": count}, self.moe(seed, num_experts=count)
-                result.append(Entry("moe", "trained", teacher, axis))
-                for method in methods:
-                    result.append(Entry(method, "distilled", self.student(method, seed, budget, teacher), axis))
-        return result
-
-    def teacher_entries(
-        self, teachers: Callable[[int], Mapping[str, Config]], methods: Iterable[str], budgets: Iterable[int]
-    ) -> list[Entry]:
-        """Other teachers (column ``teacher``; ``teachers(seed)`` gives their configurations by name), their students by methods
-        and budgets of KD (``budget``), and beside each the dense baseline and ``dense_long``, which is trained as long as the
-        teacher, with what it starts from, and the largest budget together."""
-        methods, budgets, result = list(methods), list(budgets), []
-        for seed in self.seeds:
-            for name, teacher in teachers(seed).items():
-                axis = {"teacher": name}
-                result.append(Entry("moe", "trained", teacher, axis))
-                result.append(Entry("dense", "trained", self.dense(seed), axis))
-                more = steps_of(teacher) + steps_of(teacher.get("start", {})) - self.teaching.steps + max(budgets)
-                result.append(Entry("dense_long", "trained", self.dense(seed, more), axis))
-                for method in methods:
-                    for budget in budgets:
-                        stage = "distilled" if budget else "gathered"
-                        student = self.student(method, seed, budget, teacher)
-                        result.append(Entry(method, stage, student, {**axis, "budget": budget}))
-        return result
-
-    def distillation_entries(
-        self, losses: Mapping[str, Distillation], methods: Iterable[str], budget: int
-    ) -> list[Entry]:
-        """Students of methods after ``budget`` steps by each of several losses (column ``loss``), and what they are measured by."""
-        methods, result = list(methods), []
-        for seed in self.seeds:
-            result.append(Entry("moe", "trained", self.moe(seed)))
-            result.append(Entry("dense", "trained", self.dense(seed)))
-            for method in methods:
-                for name, loss in losses.items():
-                    student = self.student(method, seed, budget, distillation=loss)
-                    result.append(Entry(method, "distilled", student, {"loss": name}))
-        return result
-
-    def _references(self) -> list[Entry]:
-        """The dense baselines, the second trained as long as the teacher and the largest budget together."""
-        result = []
-        for seed in self.seeds:
-            result.append(Entry("dense", "trained", self.dense(seed)))
-            result.append(Entry("dense_long", "trained", self.dense(seed, self.learning.steps)))
-        return result
-
-    # --- doing it ----------------------------------------------------------------------------------------------------
+    # --- work --------------------------------------------------------------------------------------------------------
 
     def open_data(self) -> Data:
-        """The data, of all tasks, checked."""
-        data = open_data(self.domain, frozen(self.data), self.cache_dir)
+        """The data, checked; of text the corpus. The tasks are checked too."""
+        data = data_of(self.moe(self.seeds[0]), self.cache_dir)
         for task in self.tasks:
-            data.rows(task)
+            self.open_tasks().rows(task)
         return data
 
+    def open_tasks(self):
+        """Of text, the tasks: :class:`ones_lib.data.text.TextTasks`."""
+        return tasks_of({"data": self.data, "task_data": self.task_data}, self.cache_dir)
+
     def run(self, configs: Iterable[Config], description: str = "") -> list[Record]:
-        """Records of all configurations, in their order; those not yet there are computed, each with its teacher."""
+        """Records of all configs, in their order. Missing ones are computed, each after the teacher it needs."""
         configs = list(configs)
         wanted = {config_hash(c): c for config in configs for c in (*needed(config), config)}
         missing = {key: config for key, config in wanted.items() if self.records.find(config) is None}
@@ -326,10 +173,10 @@ class Study:
             first = label(next(iter(missing.values())))
             raise ValueError(
                 f"records: expected all {len(wanted)} in {self.records.root}, found {len(wanted) - len(missing)}; the first"
-                f" that is missing: {first}. They are made by a run that may train"
+                f" missing one: {first}. A run that may train makes them"
             )
         if missing:
-            self.open_data()  # drawn once, and bad data is found, before any process starts
+            self.open_data()  # bad data is found, and data are drawn once, before any process starts
             run_all(missing, self.records, self.cache_dir, self.execution, self.processes, description)
         return [self.records.find(config) for config in configs]
 
@@ -347,3 +194,76 @@ class Study:
                 values = {"step": history["step"], "value": scale * history[f"val_{metric}"]}
                 parts.append(pd.DataFrame({"model": model, "seed": config["seed"], **values}))
         return pd.concat(parts, ignore_index=True)
+
+
+def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None = None) -> Study:
+    """The study of a domain (``image``, ``text`` or ``language``) with a notebook's parameters.
+
+    The KD recipe is the teacher's but for steps, learning rate and, since only its end is looked at, evaluations.
+    """
+    root, group = project_root(), parameters.groups[domain]
+    teaching = Training(**group.part("teaching"), mixed_precision=parameters.mixed_precision, evaluations=5)
+    finetuning, tasks = group.part("finetuning"), getattr(group, "tasks", [])
+    if domain == "text" and not tasks:
+        tasks = list(EMBEDDED_TASKS if group.text_data == "docstrings" else HUB_TASKS)
+    calibration = parameters.language_calibration if domain == "language" else parameters.calibration_examples
+    return Study(
+        domain=domain,
+        data=_data(root, domain, group, tasks),
+        model=_language_model(root, group) if domain == "language" else group.part("model"),
+        teaching=teaching,
+        learning=replace(teaching, **group.part("learning"), evaluations=0),
+        distillation=Distillation(**group.part("distillation")),
+        calibration_examples=calibration,
+        seeds=_seeds(domain, group) if seeds is None else seeds,
+        records=Records(root / parameters.records_dir, parameters.redo_before),
+        cache_dir=root / "runs" / "cache",
+        tasks=tasks,
+        task_data=_task_data(root, group) if domain == "text" else {},
+        finetuning=replace(teaching, **finetuning, evaluations=0) if finetuning else None,
+        finetune_kd=getattr(group, "finetune_kd", True),
+        processes=parameters.processes,
+        allow_training=parameters.allow_training,
+    )
+
+
+def _seeds(domain: str, group: Group) -> list[int]:
+    name = {"image": "seeds", "text": "text_seeds", "language": "language_seeds"}[domain]
+    seeds = getattr(group, name)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ParameterError(f"{name}: expected at least one, all different, found {seeds}")
+    return seeds
+
+
+def _data(root: Path, domain: str, group: Group, tasks: list[str]) -> dict:
+    data = group.part("data")
+    if domain == "image":
+        return data | {"data_dir": _in_project(root, data["data_dir"])}
+    data["name"] = _in_project(root, data["name"])
+    if domain == "language":
+        data["tokenizer"] = _in_project(root, group.language_source)
+    elif data["name"] == "tasks":
+        of = {"name": group.text_data, "text_dir": _in_project(root, group.text_dir)}
+        data["of_tasks"] = of | {"tasks": list(tasks), "max_train": group.max_train}
+    embedded = "docstrings" in (data["name"], data.get("of_tasks", {}).get("name"))
+    return data | {"versions": versions() if embedded else None}
+
+
+def _task_data(root: Path, group: Group) -> dict:
+    data = group.part("tasks")
+    embedded = data["name"] == "docstrings"
+    return data | {"text_dir": _in_project(root, data["text_dir"]), "versions": versions() if embedded else None}
+
+
+def _language_model(root: Path, group: Group) -> dict:
+    """The MoE to train, or a checkpoint with what tells a changed one."""
+    source = _in_project(root, group.language_source)
+    if not source:
+        return group.language_moe
+    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []  # none of a hub name
+    return {"checkpoint": source, "files": file_stamps(files)}
+
+
+def _in_project(root: Path, name: str) -> str:
+    """The path of what the project's root holds by that name, else the name: a path, a word, or a name of the hub."""
+    return str(root / name) if name and (root / name).exists() else name

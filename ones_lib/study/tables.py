@@ -15,9 +15,10 @@ from tqdm import tqdm
 from ones_lib.calibration import LayerActivations
 from ones_lib.metrics import LOWER_IS_BETTER, benefit_retention, main_metric, rank_correlation, retention_interval
 from ones_lib.spectra import output_error
+from ones_lib.study.entries import Entry
 from ones_lib.study.records import Record, Records
 from ones_lib.study.running import record_activations
-from ones_lib.study.study import Entry, Study
+from ones_lib.study.study import Study
 
 AVERAGE = "average"  # the task and the metric that stand for the mean of all tasks' main metrics
 _VALUES = ("data", "model", "stage", "seed", "metric", "value", "retention", "record")
@@ -49,7 +50,7 @@ def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
 
 
 def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
-    """One row a student of :meth:`ones_lib.study.study.Study.variant_entries`: ``data, method, scale, rank, budget, seed, accuracy,
+    """One row a student of :func:`ones_lib.study.entries.by_variant`: ``data, method, scale, rank, budget, seed, accuracy,
     retention, layer_error, loss, record``.
 
     ``accuracy`` is in per cent, of text that of masked tokens; ``loss`` in nats, of text alone. Retention is of accuracy, of

@@ -13,8 +13,9 @@ from transformers import DataCollatorForLanguageModeling
 
 from ones_lib.data import Share, evaluation_keys, training_keys
 from ones_lib.data.keys import WHOLE
+from ones_lib.data.rows import TASKS
 from ones_lib.data.squad import best_no_answer_threshold, best_spans, span_texts, squad_scores
-from ones_lib.data.text import TASKS, TextData
+from ones_lib.data.text import Corpus, TextTasks
 from ones_lib.models.text import (
     WideNetForMaskedLM,
     WideNetForQuestionAnswering,
@@ -27,24 +28,17 @@ from ones_lib.study.training import Training
 EVALUATION_BATCH = 128
 
 
-def text_task(name: str, data: TextData) -> MaskedLanguageModelling | Classification | QuestionAnswering:
-    """The task of that name: ``masked_lm`` or one of :data:`ones_lib.data.text.TASKS`."""
-    if name == "masked_lm":
-        return MaskedLanguageModelling(data)
-    return (QuestionAnswering if TASKS[name].labels is None else Classification)(data, name)
+def finetuning_task(name: str, tasks: TextTasks) -> Classification | QuestionAnswering:
+    """The task of that name, one of :data:`ones_lib.data.text.TASKS`."""
+    return (QuestionAnswering if TASKS[name].labels is None else Classification)(tasks, name)
 
 
-def pretraining_model(model: dict, data: TextData, seed: int) -> WideNetForMaskedLM:
-    """A freshly initialised masked language model; ``model`` holds arguments of the configuration."""
+def pretraining_model(model: dict, data: Corpus, seed: int) -> WideNetForMaskedLM:
+    """A freshly initialised masked language model. ``model`` holds arguments of its configuration."""
+    of_data = {"vocab_size": data.vocab_size, "pad_token_id": data.tokenizer.pad_token_id}
     with torch.random.fork_rng():
         set_seed(seed)
-        positions = max(data.corpus["train"].shape[1], data.task_length)
-        config = WideNetTextConfig(
-            **{"vocab_size": data.vocab_size, "pad_token_id": data.tokenizer.pad_token_id}
-            | {"max_position_embeddings": positions}
-            | model
-        )
-        return WideNetForMaskedLM(config)
+        return WideNetForMaskedLM(WideNetTextConfig(**of_data | model))
 
 
 def finetuning_model(pretrained: WideNetForMaskedLM, task: str, seed: int) -> nn.Module:
@@ -80,7 +74,7 @@ class MaskedLanguageModelling:
 
     metrics = ("loss", "accuracy")
 
-    def __init__(self, data: TextData) -> None:
+    def __init__(self, data: Corpus) -> None:
         self.data = data
 
     def mask(self, ids: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -93,7 +87,7 @@ class MaskedLanguageModelling:
     def batches(
         self, training: Training, seed: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[MaskedBatch]:
-        ids = self.data.corpus["train"]
+        ids = self.data.train
         for keys in training_keys(len(ids), training.batch_size, seed, start, training.steps):
             masked, labels = self.mask(ids[keys[:, 0]])  # the whole batch's, the same in every process
             for part in zip(share.of(masked), share.of(labels), strict=True):
@@ -120,7 +114,7 @@ class MaskedLanguageModelling:
         """Of every masked token of the validation sequences: ``loss`` (nats), ``accuracy`` (right or not)."""
         model.eval()
         parts, generator = [], torch.Generator().manual_seed(0)
-        every = [self.mask(ids, generator) for ids in self.data.corpus["validation"].split(EVALUATION_BATCH)]
+        every = [self.mask(ids, generator) for ids in self.data.validation.split(EVALUATION_BATCH)]
         for masked, labels in own_share(every):
             batch = self._batch(masked, labels, device)
             with torch.inference_mode():
@@ -142,19 +136,19 @@ class TokenBatch(NamedTuple):
 class _Finetuning:
     """What the tasks on encoded text have in common."""
 
-    def __init__(self, data: TextData, name: str) -> None:
-        self.data, self.name, self.spec = data, name, TASKS[name]
+    def __init__(self, tasks: TextTasks, name: str) -> None:
+        self.tasks, self.name, self.spec = tasks, name, TASKS[name]
 
     def batches(
         self, training: Training, seed: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[TokenBatch]:
-        size = len(self.data.encoded(self.name, "train"))
+        size = len(self.tasks.encoded(self.name, "train"))
         for keys in training_keys(size, training.batch_size, seed, start, training.steps, share):
             yield self._batch("train", keys[:, 0], device)
 
     def _batch(self, split: str, index: Tensor, device: torch.device) -> TokenBatch:
         """Rows of a split, cut to the longest of them."""
-        encoded = self.data.encoded(self.name, split)
+        encoded = self.tasks.encoded(self.name, split)
         lengths = encoded.lengths[index]
         length = int(lengths.max())
         mask = (torch.arange(length) < lengths[:, None]).long()
@@ -167,14 +161,14 @@ class _Finetuning:
     @torch.inference_mode()
     def _evaluate(self, split: str, device: torch.device, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
         """``compute(batch)`` of all batches of a split, joined on the last axis."""
-        every = evaluation_keys(len(self.data.encoded(self.name, split)), EVALUATION_BATCH)
+        every = evaluation_keys(len(self.tasks.encoded(self.name, split)), EVALUATION_BATCH)
         parts = [compute(self._batch(split, keys[:, 0], device)).cpu() for keys in own_share(every)]
         return torch.cat(merged(parts, len(every)), dim=-1)
 
     def _splits(self) -> dict[str, str]:
         """Validation splits that are there, and what is added to the names of their metrics."""
         first = self.spec.validation[0]
-        found = [split for split in self.spec.validation if split in self.data.rows(self.name)]
+        found = [split for split in self.spec.validation if split in self.tasks.rows(self.name)]
         return {split: "" if split == first else f"_{split.rpartition('_')[2]}" for split in found}
 
 
@@ -200,7 +194,7 @@ class Classification(_Finetuning):
         result = {}
         for split, suffix in self._splits().items():
             predicted = self._evaluate(split, device, lambda batch: self.forward(model, batch).argmax(dim=-1))
-            result[f"accuracy{suffix}"] = (predicted == self.data.encoded(self.name, split).targets).float()
+            result[f"accuracy{suffix}"] = (predicted == self.tasks.encoded(self.name, split).targets).float()
             result[f"predicted{suffix}"] = predicted
         return result
 
@@ -232,7 +226,7 @@ class QuestionAnswering(_Finetuning):
         script of SQuAD 2.0 gives them."""
         model.eval()
         split = self.spec.validation[0]
-        encoded, rows = self.data.encoded(self.name, split), self.data.rows(self.name)[split]
+        encoded, rows = self.tasks.encoded(self.name, split), self.tasks.rows(self.name)[split]
 
         def spans(batch: TokenBatch) -> Tensor:
             return torch.stack([part.double() for part in best_spans(self.forward(model, batch).float())])

@@ -1,7 +1,6 @@
-"""Widgets to explore an MoE's experts in JupyterLab or Voila: linked views over :mod:`ones_lib.spectra`, drawn by
-:mod:`ones_lib.views.figures.style`.
+"""Widgets to explore an MoE's experts in JupyterLab or Voila: linked views of :mod:`ones_lib.spectra`' tables.
 
-A layer is factored once; a move of the rank slider cuts the factors and draws anew only what depends on the rank.
+A layer is factored once. When the rank moves, the factors are only cut, and only what depends on the rank is drawn again.
 """
 
 from __future__ import annotations
@@ -36,38 +35,36 @@ from ones_lib.views import figures
 
 Source = Record | Path | str | nn.Module
 DPI = 110
-SMALL = 3e8  # multiplications of all experts' decompositions, below which a curve over ranks takes no noticeable time
+SMALL = 3e8  # multiplications to decompose all experts; below this the curve over all ranks takes no noticeable time
 VIEWS = ("spectra", "energy", "overlap", "output_error")
 
 
 def _methods() -> list[str]:
-    """Gatherings that the weights alone decide: the others take too long to follow a slider."""
+    """Gatherings that need weights only; those that need calibration are too slow to follow a slider."""
     return [method for method in gathering_methods() if not uses_calibration(method)]
 
 
 def moe_records(records: Records, first: Sequence[str] = ()) -> dict[str, Record]:
-    """The MoEs among the records, by a name for people, to be an :class:`Explorer`'s sources; those in the folders ``first``
-    before the others."""
-    found = sorted(
-        records.all("moe"), key=lambda r: first.index(r.folder.name) if r.folder.name in first else len(first)
-    )
+    """The MoEs among the records as sources for an :class:`Explorer`, by a readable name; those in the folders ``first``
+    come first, in that order."""
     result = {}
-    for record in found:
-        config, code = record.config, record.folder.name[-4:]
-        made = "upcycling" if "upcycling" in config else "model"
-        count, kind = config[made].get("num_experts", "?"), "upcycled, " if made == "upcycling" else ""
-        result[f"{config['data']['name']}, {kind}{count} experts, seed {config['seed']} ({code})"] = record
-    return result
+    for record in records.all("moe"):
+        config, upcycled = record.config, "upcycling" in record.config
+        count = config["upcycling" if upcycled else "model"].get("num_experts", "?")
+        kind = f"{'upcycled, ' if upcycled else ''}{count} experts, seed {config['seed']}"
+        result[f"{config['data']['name']}, {kind} ({record.folder.name[-4:]})"] = record
+    place = {folder: i for i, folder in enumerate(first)}
+    return dict(sorted(result.items(), key=lambda item: place.get(item[1].folder.name, len(first))))
 
 
 class Explorer:
     """Controls, four linked views and a table of numbers for the experts of one layer at a time.
 
     Args:
-        sources: by the name to show, records, safetensors files or folders, or models; a file can also be opened by its
-            path in the widget. Of a record's model the output error is shown, on a batch of its own data.
-        cache_dir: where records' data are kept.
-        save_dir: where "save figures" writes, a folder a choice of controls; relative to the project's root.
+        sources: records, safetensors files or folders, or models, by the name to show. Other files can be opened by their
+            path in the widget. The output error is shown only for records, on a batch of their own data.
+        cache_dir: where records' data are kept, relative to the project's root.
+        save_dir: where "save figures" writes, a folder for each choice of controls; relative to the project's root.
     """
 
     def __init__(
@@ -83,8 +80,9 @@ class Explorer:
         self.activations: dict = {}
         self.tables: dict[str, pd.DataFrame] = {}  # what each view shows
         self._pictures = {view: _Picture(view.replace("_", " ")) for view in VIEWS}
-        self._quiet = False  # while controls are set by the program
+        self._quiet = False  # while the program, not the user, sets controls
         self._make_controls()
+        self._lay_out()
         if self.sources:
             self._open(next(iter(self.sources)))
             self._say("ready", "ready")
@@ -92,36 +90,24 @@ class Explorer:
     # --- the page ----------------------------------------------------------------------------------------------------
 
     def _make_controls(self) -> None:
-        wide = {"style": {"description_width": "6em"}, "layout": widgets.Layout(width="25em")}
-        self.source = widgets.Dropdown(
-            options=list(self.sources), description="model", tooltip="a trained MoE, from the records", **wide
-        )
-        self.path = widgets.Text(
-            placeholder="path of a .safetensors file or folder",
-            description="or file",
-            continuous_update=False,
-            tooltip="an MoE's weights: press Enter to open; only the chosen layer's experts are read",
-            **wide,
-        )
-        self.layer = widgets.Dropdown(description="layer", tooltip="one MoE feed-forward layer", **wide)
-        self.matrix = widgets.Dropdown(
-            description="matrix", tooltip="of each expert: up and gate read the token, down writes the output", **wide
-        )
-        self.experts = widgets.SelectMultiple(
-            description="experts", rows=6, tooltip="which experts the views show; Ctrl or Shift for several", **wide
-        )
-        self.method = widgets.Dropdown(
-            options=[(figures.NAMES.get(m, m), m) for m in _methods()],
-            description="gathering",
-            value="svd",
-            tooltip="how the experts become one FFN",
-            **wide,
-        )
-        self.rank = widgets.IntSlider(
-            min=1, max=2, description="rank K", tooltip="what is kept of each expert; arrow keys move it", **wide
-        )
+        def wide(kind: type[widgets.Widget], description: str, tooltip: str, **options) -> widgets.Widget:
+            look = {"style": {"description_width": "6em"}, "layout": widgets.Layout(width="25em")}
+            return kind(description=description, tooltip=tooltip, **look, **options)
+
+        self.source = wide(widgets.Dropdown, "model", "a trained MoE from the records", options=list(self.sources))
+        path = {"placeholder": "path of a .safetensors file or folder", "continuous_update": False}
+        self.path = wide(widgets.Text, "or file", "weights of an MoE: press Enter to open them", **path)
+        self.layer = wide(widgets.Dropdown, "layer", "one MoE feed-forward layer")
+        matrices = "of each expert: up and gate read the token, down writes the output"
+        self.matrix = wide(widgets.Dropdown, "matrix", matrices)
+        several = "which experts the views show; Ctrl or Shift for several"
+        self.experts = wide(widgets.SelectMultiple, "experts", several, rows=6)
+        methods = {"options": [(figures.look(m).name, m) for m in _methods()], "value": "svd"}
+        self.method = wide(widgets.Dropdown, "gathering", "how the experts become one FFN", **methods)
+        kept = "what is kept of each expert; arrow keys move it"
+        self.rank = wide(widgets.IntSlider, "rank K", kept, min=1, max=2)
         self.scale = widgets.ToggleButtons(
-            options=[("linear", "linear"), ("log", "log"), ("energy", "energy")],
+            options=["linear", "log", "energy"],
             value="log",
             description="spectra as",
             tooltips=["singular values", "singular values, logarithmic", "energy kept against rank"],
@@ -129,19 +115,20 @@ class Explorer:
             layout=widgets.Layout(width="26em"),
         )
         self.save = widgets.Button(description="save figures", icon="save", tooltip="each view as PNG, PDF and CSV")
-        self.status = widgets.HTML()
-        self.numbers = widgets.HTML()
-        help_text = widgets.HTML(
-            "<p style='line-height:1.3'>K: singular triplets that SVD-KG keeps of each expert, neurons that Top-KG does;"
-            " also the dimension of the subspaces compared. Summation and averaging keep all.</p>"
-        )
+        self.status, self.numbers = widgets.HTML(), widgets.HTML()
         self.source.observe(self._on(lambda: self._open(self.source.value)), "value")
         self.path.observe(self._on(self._open_path), "value")
         self.layer.observe(self._on(self._choose_layer), "value")
         for control in (self.matrix, self.experts, self.scale, self.method):
             control.observe(self._on(self._draw_all), "value")
         self.rank.observe(self._on(self._draw_rank), "value")
-        self.save.on_click(lambda _: self._on(self._save)({}))
+        self.save.on_click(self._on(self._save))
+
+    def _lay_out(self) -> None:
+        help_text = widgets.HTML(
+            "<p style='line-height:1.3'>K: singular triplets (SVD-KG) or neurons (Top-KG) kept of each expert;"
+            " also the dimension of the subspaces compared. Summation and averaging keep everything.</p>"
+        )
         controls = [self.source, self.path, self.layer, self.matrix, self.experts, self.scale, self.method, self.rank]
         left = widgets.VBox([*controls, help_text, self.save, self.status], layout=widgets.Layout(width="27em"))
         spectra_view, energy, overlap, error = (picture.widget for picture in self._pictures.values())
@@ -153,8 +140,10 @@ class Explorer:
 
         display(self.widget)
 
-    def _on(self, action: Callable[[], None]) -> Callable[[dict], None]:
-        def handle(change: dict) -> None:
+    def _on(self, action: Callable[[], None]) -> Callable[[object], None]:
+        """A handler for a control's event, which shows errors in the status."""
+
+        def handle(_: object) -> None:
             if not self._quiet:
                 with self._busy("computing"):
                     action()
@@ -163,7 +152,7 @@ class Explorer:
 
     @contextmanager
     def _busy(self, what: str) -> Iterator[None]:
-        """The status says what goes on, then how long it took, or what was wrong."""
+        """The status says what goes on, and then how long it took or what was wrong."""
         started = time.perf_counter()
         self._say(f"⏳ {what} …", "busy")
         try:
@@ -175,14 +164,14 @@ class Explorer:
                 self._say(f"ready, {1000 * (time.perf_counter() - started):.0f} ms", "ready")
 
     def _say(self, text: str, state: str) -> None:
-        colour = {"error": "#b22222"}.get(state, "inherit")
+        colour = "#b22222" if state == "error" else "inherit"
         self.status.value = f'<div role="status" data-state="{state}" style="color:{colour}">{text}</div>'
 
     # --- what is chosen ----------------------------------------------------------------------------------------------
 
     def _open_path(self) -> None:
         if path := self.path.value.strip():
-            banks = open_experts(path)  # before anything changes: it may be no such file
+            banks = open_experts(path)  # an error must leave the controls as they are
             self.sources[path] = Path(path)
             self._set(self.source, options=list(self.sources), value=path)
             self._show(self.sources[path], banks)
@@ -192,14 +181,13 @@ class Explorer:
         self._show(source, open_experts(source.weights_file if isinstance(source, Record) else source))
 
     def _show(self, source: Source, banks: ExpertBanks) -> None:
-        activations, self._why_not = {}, "it needs a model from the records"
+        self.banks, self.activations, self._why_no_error = banks, {}, "it needs a model from the records"
         if isinstance(source, Record):
             self._say("⏳ running the model on a batch …", "busy")
             try:
-                activations = record_activations(source, self.cache_dir)
-            except (OSError, ValueError) as error:  # its data may be gone: the weights can be looked at all the same
-                self._why_not = str(error)
-        self.banks, self.activations = banks, activations
+                self.activations = record_activations(source, self.cache_dir)
+            except (OSError, ValueError) as error:  # its data are gone; the weights can still be shown
+                self._why_no_error = str(error)
         self._set(self.layer, options=list(banks), value=next(iter(banks)))
         self._choose_layer()
 
@@ -209,9 +197,8 @@ class Explorer:
         self.factored = FactoredBank(bank)
         self.tables, self._pictures["output_error"].fig = {}, None
         count, full = bank.num_experts, self.factored.full_rank
-        kept = self.matrix.value if self.matrix.value in self.factored.matrices else "up"
-        options = [(figures.MATRIX_NAMES[m], m) for m in self.factored.matrices]
-        self._set(self.matrix, options=options, value=kept)
+        matrix = self.matrix.value if self.matrix.value in self.factored.matrices else "up"
+        self._set(self.matrix, options=[(figures.MATRIX_NAMES[m], m) for m in self.factored.matrices], value=matrix)
         self._set(self.experts, options=list(range(count)), value=tuple(range(count)))
         self._set(self.rank, max=full, value=max(1, full // count), continuous_update=self._small)
         if not self._small:
@@ -219,7 +206,7 @@ class Explorer:
         self._draw_all()
 
     def _set(self, control: widgets.Widget, **values) -> None:
-        """Change a control without its handler."""
+        """Change a control without calling its handler."""
         self._quiet = True
         try:
             for name, value in values.items():
@@ -230,7 +217,7 @@ class Explorer:
     # --- views -------------------------------------------------------------------------------------------------------
 
     def _draw_all(self) -> None:
-        """Everything that matrix, experts and scale decide, and then what the rank does."""
+        """Draw what matrix, experts and scale decide, and then what the rank does."""
         if not self.experts.value:
             raise ValueError("experts: expected at least one to be chosen, found none")
         table = spectra.spectrum(self.factored, [self.matrix.value])
@@ -241,31 +228,30 @@ class Explorer:
         self._draw_rank()
 
     def _draw_rank(self) -> None:
-        """What the rank decides."""
+        """Draw what the rank decides."""
         if self.factored is None:
             raise ValueError("model: expected one to be open, found none; give the path of a file")
         method, rank, matrix, shown = self.method.value, self.rank.value, self.matrix.value, self.experts.value
         gathered = self.factored.gather(method, rank if method in spectra.RANKED else None)
         overlap = spectra.overlap(self.factored, matrix, rank)
         self.tables["overlap"] = overlap[overlap["expert"].isin(shown) & overlap["other"].isin(shown)]
-        self.tables["spectra"] = pd.concat(
-            [self.tables["energy"], self._gathered_spectrum(gathered)], ignore_index=True
-        )
-        error = self._compute_error(gathered)
+        both = [self.tables["energy"], self._gathered_spectrum(gathered)]
+        self.tables["spectra"] = pd.concat(both, ignore_index=True)
+        error = self._output_error(gathered)
         for view, draw in self._views().items():
             self._pictures[view].show(draw(self._pictures[view].fig))
         if error is None:
-            self._pictures["output_error"].say(f"no output error: {self._why_not}")
-        self.numbers.value = self._numbers(gathered, error)
+            self._pictures["output_error"].say(f"no output error: {self._why_no_error}")
+        self.numbers.value = _html_table([*self._expert_numbers(), *self._gathered_numbers(gathered, error)])
 
     def _gathered_spectrum(self, gathered: FeedForwardWeights) -> pd.DataFrame:
         s = torch.linalg.svdvals(getattr(gathered, self.matrix.value)).double().cpu().numpy()
-        s[s < 1e-6 * s[0]] = 0  # beyond its rank, but for rounding
+        s[s < 1e-6 * s[0]] = 0  # rounding errors beyond its rank
         table = {"rank": np.arange(len(s)) + 1, "singular_value": s, "energy": np.cumsum(s**2) / (s**2).sum()}
         return pd.DataFrame({"matrix": self.matrix.value, "expert": "gathered", **table}).head(self.factored.full_rank)
 
-    def _compute_error(self, gathered: FeedForwardWeights) -> dict[str, float] | None:
-        """Of the gathered FFN; and for the view of all methods over ranks, or for a large layer of what was looked at."""
+    def _output_error(self, gathered: FeedForwardWeights) -> dict[str, float] | None:
+        """The gathered FFN's output error. The view's table has all methods and ranks, of a large layer only those looked at."""
         layer, known = self.activations.get(self.layer.value), self.tables.get("output_error")
         if layer is None:
             return None
@@ -281,7 +267,7 @@ class Explorer:
         return error
 
     def _views(self) -> dict[str, Callable[[Figure | None], Figure]]:
-        """How to draw what there is to show, anew or, of what depends on the rank, on a figure."""
+        """How to draw each view that has a table: anew (None), or only what moves, on a figure."""
         tables, rank = self.tables, self.rank.value
         views = {
             "spectra": lambda on: figures.expert_spectra(tables["spectra"], self.scale.value, rank, on),
@@ -291,61 +277,58 @@ class Explorer:
         }
         return {name: draw for name, draw in views.items() if name in tables}
 
-    def _numbers(self, gathered: FeedForwardWeights, error: dict[str, float] | None) -> str:
-        """The present choice in numbers, as an HTML table."""
-        matrix, rank, method = (
-            self.matrix.value,
-            self.rank.value,
-            figures.NAMES.get(self.method.value, self.method.value),
-        )
+    def _expert_numbers(self) -> Iterator[tuple[str, str]]:
+        """Numbers of the chosen experts: mean over experts or pairs, lowest and highest."""
 
         def text(values: pd.Series, digits: int = 1) -> str:
             return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
-        energy = self.tables["energy"].query("rank == @rank")["energy"]
-        rows = [
-            ("stable rank of the experts", text(self._measures["stable_rank"])),
-            ("effective rank", text(self._measures["effective_rank"])),
-            ("elbow; rank that keeps 90%", f"{text(self._measures['elbow'])}; {text(self._measures['rank_90'])}"),
-            (f"energy kept at rank {rank}, %", text(100 * energy)),
-        ]
+        rank, table = self.rank.value, self.tables["energy"]
+        yield "stable rank of the experts", text(self._measures["stable_rank"])
+        yield "effective rank", text(self._measures["effective_rank"])
+        yield "elbow; rank that keeps 90%", f"{text(self._measures['elbow'])}; {text(self._measures['rank_90'])}"
+        yield f"energy kept at rank {rank}, %", text(100 * table.loc[table["rank"] == rank, "energy"])
         pairs = self.tables["overlap"].query("expert < other")
         for side, part in pairs.groupby("side", sort=False):
             words = f"{text(part['overlap'], 2)}; random {part['chance'].iloc[0]:.2f}"
-            rows.append((f"overlap at rank {rank}, {figures.SIDE_NAMES[side]}", words))
-        layer, bank = self.activations.get(self.layer.value), self.factored.bank
+            yield f"overlap at rank {rank}, {figures.SIDE_NAMES[side]}", words
+
+    def _gathered_numbers(
+        self, gathered: FeedForwardWeights, error: dict[str, float] | None
+    ) -> Iterator[tuple[str, str]]:
+        """Numbers of the gathered FFN: its distance from the experts' mean, and its output error."""
+        name, layer = figures.look(self.method.value).name, self.activations.get(self.layer.value)
+        bank = self.factored.bank
         if self._small and gathered.d_ff == bank.d_ff:
             weights = torch.ones(bank.num_experts) if layer is None else layer.expert_weights()
-            found = spectra.matched_distances(gathered, self.factored.mean(weights)).set_index("matrix").loc[matrix]
+            distances = spectra.matched_distances(gathered, self.factored.mean(weights)).set_index("matrix")
+            distance, cosine = distances.loc[self.matrix.value, ["distance", "cosine"]]
             target = "mean of the experts" if layer is None else spectra.MEAN
-            words = f"{found['distance']:.2f}; cosine {found['cosine']:.2f}"
-            rows.append((f"{method}: distance from the {target}", words))
+            yield f"{name}: distance from the {target}", f"{distance:.2f}; cosine {cosine:.2f}"
         if error:
-            rows.append((f"{method}: output error", f"{error['error']:.3f}"))
-            rows.append(
-                (
-                    "the same, output rescaled by the best number",
-                    f"{error['rescaled']:.3f} (times {error['scale']:.3f})",
-                )
-            )
-        cells = "".join(f"<tr><td style='padding-right:1.5em'>{html.escape(k)}</td><td>{v}</td></tr>" for k, v in rows)
-        note = "<small>mean over the chosen experts or pairs (lowest to highest)</small>"
-        return f"<table class='ones-numbers'>{cells}</table>{note}"
+            yield f"{name}: output error", f"{error['error']:.3f}"
+            yield "with the best output scale", f"{error['rescaled']:.3f} (times {error['scale']:.3f})"
 
     def _save(self) -> None:
         parts = (self.source.value, self.layer.value, self.matrix.value, self.method.value, f"K{self.rank.value}")
         folder = self.save_dir / "_".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
         source = self.sources[self.source.value]
-        origin = [source.folder.name] if isinstance(source, Record) else [self.banks.source]
+        origin = source.folder.name if isinstance(source, Record) else self.banks.source
         for name, draw in self._views().items():
             fig = draw(None)
-            figures.save_figure(fig, name, self.tables[name], folder, origin)
+            figures.save_figure(fig, name, self.tables[name], folder, [origin])
             plt.close(fig)
         self._say(f"saved as PNG, PDF and CSV in {html.escape(str(folder))}", "saved")
 
 
+def _html_table(rows: list[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><td style='padding-right:1.5em'>{html.escape(k)}</td><td>{v}</td></tr>" for k, v in rows)
+    note = "<small>mean over the chosen experts or pairs (lowest to highest)</small>"
+    return f"<table class='ones-numbers'>{cells}</table>{note}"
+
+
 class _Picture:
-    """A figure on the page, which can draw anew what depends on the rank, and only that, on what it has drawn before."""
+    """A figure on the page. What does not depend on the rank is drawn once and kept as the background."""
 
     def __init__(self, name: str) -> None:
         self.name, self.widget = name, widgets.HTML()
@@ -356,15 +339,7 @@ class _Picture:
 
     def show(self, fig: Figure) -> None:
         if fig is not self.fig:
-            plt.close(fig)  # pyplot forgets it, we keep it on a canvas of our own
-            self.fig, self._canvas = fig, FigureCanvasAgg(fig)
-            fig.set_dpi(DPI)
-            fig.draw_without_rendering()  # works out the layout, which stays
-            fig.set_layout_engine("none")
-            for artist in figures.moving_artists(fig):
-                artist.set_animated(True)
-            self._canvas.draw()
-            self._background = self._canvas.copy_from_bbox(fig.bbox)
+            self._draw_background(fig)
         self._canvas.restore_region(self._background)
         for artist in figures.moving_artists(fig):
             artist.axes.draw_artist(artist)
@@ -372,3 +347,14 @@ class _Picture:
         Image.fromarray(np.asarray(self._canvas.buffer_rgba())).save(png, "png", compress_level=1)
         data = base64.b64encode(png.getvalue()).decode()
         self.widget.value = f'<img alt="{self.name}" data-view="{self.name}" src="data:image/png;base64,{data}">'
+
+    def _draw_background(self, fig: Figure) -> None:
+        plt.close(fig)  # pyplot forgets it; it lives on a canvas of our own
+        self.fig, self._canvas = fig, FigureCanvasAgg(fig)
+        fig.set_dpi(DPI)
+        fig.draw_without_rendering()  # computes the layout, which stays
+        fig.set_layout_engine("none")
+        for artist in figures.moving_artists(fig):
+            artist.set_animated(True)
+        self._canvas.draw()
+        self._background = self._canvas.copy_from_bbox(fig.bbox)

@@ -1,10 +1,10 @@
-"""How long an MoE and its dense student take, what the arithmetic would say, and how fast the ways of dispatch are."""
+"""Measurements of notebook 05: the time of an MoE and of its dense student, and of ways to dispatch tokens to experts."""
 
 from __future__ import annotations
 
 import math
 import os
-import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
@@ -26,10 +26,13 @@ from ones_lib.ffn import FeedForwardWeights
 from ones_lib.moe import MoEFeedForward, Router, Routing, batched_linear, dispatch, dispatch_plain
 from ones_lib.study.training import default_device
 
-LEAST_BLOCKS = 5
-BLOCK_SECONDS = 0.02  # what is shorter is timed several times in a row
-LARGEST_COPY = 2**30  # bytes of weights that transformers' batched_mm may copy: one expert's an assignment
+LEAST_BLOCKS = 5  # of calls, for each number
+BLOCK_SECONDS = 0.02  # shorter calls are repeated within a block
+LARGEST_COPY = 2**30  # bytes of weights that transformers' batched_mm may copy: one expert's for each assignment
 MODES = ("eager", "compiled")
+
+
+# --- ways of dispatch ------------------------------------------------------------------------------------------------
 
 
 def dispatch_one_hot(
@@ -41,11 +44,11 @@ def dispatch_one_hot(
     group_size: int,
     capacity_factor: float = 1.2,
 ) -> Tensor:
-    """Dispatch by products with one-hot tensors [G, S, E, C], as in GShard (arXiv 2006.16668, algorithm 1) and the MoEs of
-    its time, WideNet's among them.
+    """Dispatch by products with one-hot tensors [G, S, E, C], as in GShard (arXiv 2006.16668, algorithm 1), WideNet and other
+    MoEs of their time.
 
-    Tokens [N, d] form G groups of ``group_size`` S; an expert takes at most ``ceil(capacity_factor * k * S / E)`` = C
-    assignments of a group, first choices first, and what is over it adds nothing.
+    Tokens [N, d] form G groups of ``group_size`` = S. An expert takes at most C = ``ceil(capacity_factor * k * S / E)``
+    assignments of a group, first choices first; the rest is dropped.
     """
     (num_tokens, d), top_k, num_experts = x.shape, routing.experts.shape[1], bank.num_experts
     if num_tokens % group_size:
@@ -53,7 +56,7 @@ def dispatch_one_hot(
     groups = num_tokens // group_size
     capacity = math.ceil(capacity_factor * top_k * group_size / num_experts)
     chosen = F.one_hot(routing.experts.view(groups, group_size, top_k), num_experts)  # [G, S, k, E]
-    in_order = chosen.transpose(1, 2).flatten(1, 2)  # [G, k*S, E]: all first choices stand first
+    in_order = chosen.transpose(1, 2).flatten(1, 2)  # [G, k*S, E], all first choices first
     position = (in_order.cumsum(dim=1) - 1).view(groups, top_k, group_size, num_experts).transpose(1, 2)
     place = F.one_hot((position * chosen).sum(dim=-1).clamp(max=capacity), capacity + 1)[..., :capacity]  # [G, S, k, C]
     gates = routing.gates.view(groups, group_size, top_k)
@@ -66,11 +69,12 @@ def dispatch_one_hot(
 
 
 def transformers_dispatch(implementation: str, bank: FeedForwardWeights) -> Callable[..., Tensor]:
-    """Dispatch by the experts of transformers: ``eager``, a loop over them; ``batched_mm``, a product with a copy of an expert's
-    weights for every assignment; or ``grouped_mm``.
+    """Dispatch by the experts of transformers, of which Nemotron-H's are plain FFNs without biases.
 
-    Of transformers' experts those of Nemotron-H are plain ones. They have no biases, so ``bank``, of parameters, must have
-    none; the activation is GELU.
+    Args:
+        implementation: ``eager``, a loop over experts; ``batched_mm``, a product with a copy of an expert's weights for every
+            assignment; or ``grouped_mm``.
+        bank: parameters without biases; the activation is GELU.
     """
     num_experts, d_ff, d_model = bank.up.shape
     sizes = {"n_routed_experts": num_experts, "hidden_size": d_model, "moe_intermediate_size": d_ff}
@@ -81,55 +85,76 @@ def transformers_dispatch(implementation: str, bank: FeedForwardWeights) -> Call
     return lambda bank, x, routing, activation: experts(x, routing.experts, routing.gates)
 
 
+# --- one MoE layer ---------------------------------------------------------------------------------------------------
+
+
 def measure_dispatch(
     name: str, layer: Mapping[str, int], batch_sizes: Iterable[int], precisions: Iterable[str], seconds: float
 ) -> pd.DataFrame:
-    """Time of one MoE layer's experts by way of dispatch, forward and with backward, on the same weights and routing.
+    """Time of one MoE layer's experts by way of dispatch, forward and with backward, on the same random weights and routing.
 
-    Weights are random, without biases. So is the routing, with an offset an expert (SD 0.5 of a logit) that makes some busier
-    than others; gates sum to 1. Nothing is dropped but by ``one_hot``, which cannot do without a capacity.
-
-    Columns ``layer, variant, precision, direction, batch_size, median_ms, low_ms, high_ms`` (quartiles), ``measured`` (blocks
-    of passes, the variants taking turns), ``device, threads``. Variants: ``ours``, :func:`ones_lib.moe.dispatch`; ``loop``, its
-    plain form; ``one_hot``, :func:`dispatch_one_hot` with an example a group; and :func:`transformers_dispatch`'s three.
+    Columns ``layer, precision, batch_size, direction, variant, median_ms, low_ms, high_ms`` (quartiles), ``measured`` (number
+    of blocks), ``device, threads``. Variants: ``ours``, :func:`ones_lib.moe.dispatch`; ``loop``, its plain form; ``one_hot``,
+    :func:`dispatch_one_hot` with an example a group, the only one that drops tokens; and :func:`transformers_dispatch`'s
+    three, without ``batched_mm`` where its copies are too large.
 
     Args:
-        layer: ``d_model, d_ff, num_experts, top_k`` and ``tokens`` an example.
+        layer: ``d_model, d_ff, num_experts, top_k``, and ``tokens`` of an example.
         precisions: names of torch's dtypes.
-        seconds: at least that long for each number, and at least 5 blocks.
+        seconds: least time for each number, which also has at least 5 blocks.
     """
     device, rows = default_device(), []
-    d_model, d_ff, num_experts, top_k = (layer[key] for key in ("d_model", "d_ff", "num_experts", "top_k"))
     cases = [(precision, batch_size) for precision in precisions for batch_size in batch_sizes]
     for precision, batch_size in tqdm(cases, desc=name):
         about = {"layer": name, "precision": precision, "batch_size": batch_size}
-        dtype, generator = getattr(torch, precision), torch.Generator().manual_seed(0)
-
-        def random(*shape: int, scale: float = 1.0, dtype=dtype, draw=generator) -> nn.Parameter:
-            return nn.Parameter((scale * torch.randn(shape, generator=draw)).to(device, dtype))
-
-        up, down = ((num_experts, d_ff, d_model), (num_experts, d_model, d_ff))
-        bank = FeedForwardWeights(random(*up, scale=d_model**-0.5), random(*down, scale=d_ff**-0.5))
-        x, offsets = random(batch_size * layer["tokens"], d_model), 0.5 * torch.randn(num_experts, generator=generator)
-        logits = torch.randn(len(x), num_experts, generator=generator) + offsets
-        probabilities = logits.softmax(dim=-1).to(device)
-        gates, experts = probabilities.topk(top_k, dim=-1)
-        gates = nn.Parameter((gates / gates.sum(dim=-1, keepdim=True)).to(x.dtype))
-        routing = Routing(experts, gates, probabilities)
-
-        variants = {"ours": dispatch, "loop": dispatch_plain}
-        variants["one_hot"] = partial(dispatch_one_hot, group_size=layer["tokens"])
-        copies = 2 * len(x) * top_k * bank.up[0].nbytes
-        names = ["eager", "grouped_mm"] + (["batched_mm"] if copies <= LARGEST_COPY else [])
-        variants |= {i: transformers_dispatch(i, bank) for i in names}
-        forward = {v: partial(function, bank, x, routing, F.gelu) for v, function in variants.items()}
-        leaves, gradient = [x, gates, bank.up, bank.down], torch.ones_like(x)
-        both = {v: partial(_backward, function, leaves, gradient) for v, function in forward.items()}
+        bank, x, routing = _random_layer(layer, batch_size, getattr(torch, precision), device)
+        ways = _ways_of_dispatch(bank, routing, group_size=layer["tokens"])
+        forward = {variant: partial(way, bank, x, routing, F.gelu) for variant, way in ways.items()}
+        leaves, gradient = [x, routing.gates, bank.up, bank.down], torch.ones_like(x)
+        both = {variant: partial(_backward, function, leaves, gradient) for variant, function in forward.items()}
         with torch.inference_mode():
-            times = {("forward", v): t for v, t in _in_turns(forward, seconds).items()}
-        times |= {("forward and backward", v): t for v, t in _in_turns(both, seconds).items()}
-        rows += [{**about, "direction": way, "variant": v, **_summary(t)} for (way, v), t in times.items()]
+            times = {"forward": _in_turns(forward, seconds)}
+        times["forward and backward"] = _in_turns(both, seconds)
+        for direction, of_direction in times.items():
+            for variant, found in of_direction.items():
+                rows.append({**about, "direction": direction, "variant": variant, **_summary(found)})
     return pd.DataFrame(rows).assign(**_where(device))
+
+
+def _random_layer(
+    layer: Mapping[str, int], batch_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[FeedForwardWeights, Tensor, Routing]:
+    """Experts without biases, tokens, and a routing that is uneven: an offset for each expert, SD 0.5, in the router logits."""
+    d_model, d_ff, num_experts = layer["d_model"], layer["d_ff"], layer["num_experts"]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> nn.Parameter:
+        return nn.Parameter((scale * torch.randn(shape, generator=generator)).to(device, dtype))
+
+    up = random(num_experts, d_ff, d_model, scale=d_model**-0.5)
+    down = random(num_experts, d_model, d_ff, scale=d_ff**-0.5)
+    x = random(batch_size * layer["tokens"], d_model)
+    offsets = 0.5 * torch.randn(num_experts, generator=generator)
+    logits = torch.randn(len(x), num_experts, generator=generator) + offsets
+    probabilities = logits.softmax(dim=-1).to(device)
+    gates, experts = probabilities.topk(layer["top_k"], dim=-1)
+    gates = nn.Parameter((gates / gates.sum(dim=-1, keepdim=True)).to(dtype))
+    return FeedForwardWeights(up, down), x, Routing(experts, gates, probabilities)
+
+
+def _ways_of_dispatch(bank: FeedForwardWeights, routing: Routing, group_size: int) -> dict[str, Callable[..., Tensor]]:
+    implementations = ["eager", "grouped_mm"]
+    if 2 * routing.experts.numel() * bank.up[0].nbytes <= LARGEST_COPY:
+        implementations.append("batched_mm")
+    ways = {"ours": dispatch, "loop": dispatch_plain, "one_hot": partial(dispatch_one_hot, group_size=group_size)}
+    return ways | {name: transformers_dispatch(name, bank) for name in implementations}
+
+
+def _backward(forward: Callable[[], Tensor], leaves: list[Tensor], gradient: Tensor) -> None:
+    torch.autograd.grad(forward(), leaves, gradient)
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
 
 
 def measure_speed(
@@ -140,20 +165,18 @@ def measure_speed(
     precisions: Iterable[str] = ("float32",),
     modes: Sequence[str] = ("eager",),
 ) -> pd.DataFrame:
-    """Time of a forward pass of an image MoE and of its dense student at each batch size, in evaluation, on the accelerator if
-    there is one; one row a variant.
+    """Time of a forward pass of an image MoE and of its dense student by batch size, on the accelerator if there is one.
 
-    Columns ``model, variant, precision, mode, batch_size, median_ms, low_ms, high_ms`` (quartiles of ``measured`` blocks of
-    passes, the variants taking turns), ``images_per_second, parameters, flops, weight_bytes, peak_mb, device, threads``.
-    Variants: ``dense``; ``moe`` as this library runs it; ``moe_plain``, a loop over experts; ``moe_gshard``, see
-    :func:`dispatch_one_hot`, with one group an image. ``flops`` are those of a pass that does no more than it must: the dense
-    model's as counted, and the MoE's with its k experts and the router in the FFN's place. ``weight_bytes`` are those of all
-    weights that a pass uses, at every depth anew if they are shared, and of an MoE's experts those that got a token.
-    ``peak_mb`` (eager) is the most memory that a pass holds beside weights and input.
+    Columns ``model, precision, mode, batch_size, variant, median_ms, low_ms, high_ms`` (quartiles), ``measured`` (number of
+    blocks), ``images_per_second, parameters, flops, weight_bytes, peak_mb, device, threads``. Variants: ``dense``; ``moe``
+    as this library runs it; ``moe_plain``, a loop over experts (not compiled); ``moe_gshard``, :func:`dispatch_one_hot`
+    with an image a group. ``flops`` of the MoE count the router and each token's k experts in the FFN's place.
+    ``weight_bytes`` are those of all weights that a pass reads: shared ones at every depth anew, and of experts only those
+    that got a token. ``peak_mb`` (eager only) is the most memory that a pass holds beside weights and input.
 
     Args:
-        moe: a model of :mod:`ones_lib.models.images`; weights do not matter, but for how evenly the router spreads tokens.
-        seconds: at least that long for each number, and at least 5 blocks.
+        moe: a model of :mod:`ones_lib.models.images`. Its weights matter only for how evenly the router spreads tokens.
+        seconds: least time for each number, which also has at least 5 blocks.
         precisions: names of torch's dtypes.
         modes: ``eager``, ``compiled`` (:func:`torch.compile`, one graph a batch size), or both.
     """
@@ -161,45 +184,60 @@ def measure_speed(
         raise ValueError(f"modes: expected of {MODES}, found {sorted(unknown)}")
     device, rows = default_device(), []
     moe, dense = moe.eval().to(device), moe.dense_twin().eval().to(device)
-    tokens = moe.patch_embed.num_patches + moe.num_prefix_tokens
-    channels, size = moe.patch_embed.proj.in_channels, moe.patch_embed.img_size
-    one_hot = partial(dispatch_one_hot, group_size=tokens)
-    ways = {"moe": dispatch, "moe_plain": dispatch_plain, "moe_gshard": one_hot}
-    models = {"dense": dense} | {variant: _dispatching(moe, way) for variant, way in ways.items()}
-    flops = _flops(moe, dense, torch.randn(1, channels, *size, device=device))
+    models = _variants(moe, dense)
+    shape = (moe.patch_embed.proj.in_channels, *moe.patch_embed.img_size)
+    flops = _flops(moe, dense, torch.randn(1, *shape, device=device))
+    parameters = {variant: sum(p.numel() for p in model.parameters()) for variant, model in models.items()}
     cases = [(p, m, b) for p in precisions for m in modes for b in batch_sizes]
     for precision, mode, batch_size in tqdm(cases, desc=name):
-        about = {"model": name, "precision": precision, "mode": mode, "batch_size": batch_size}
-        x = torch.randn(batch_size, channels, *size, device=device).to(getattr(torch, precision))
-        passes = {variant: partial(model.to(x.dtype), x) for variant, model in models.items()}
-        if mode == "compiled":
-            torch.compiler.reset()
-            del passes["moe_plain"]  # which rows an expert gets is known only on the way: no graph
-            passes = {v: partial(torch.compile(models[v], dynamic=False), x) for v in passes}
+        x = torch.randn(batch_size, *shape, device=device).to(getattr(torch, precision))
+        for model in models.values():
+            model.to(x.dtype)
         with torch.inference_mode():
-            used = {kind: _weight_bytes(models[kind], x) for kind in ("dense", "moe")}
+            weight_bytes = {kind: _weight_bytes(models[kind], x) for kind in ("dense", "moe")}
+            passes = _passes(models, x, mode)
             peaks = {variant: _peak_bytes(run, device) for variant, run in passes.items()} if mode == "eager" else {}
             times = _in_turns(passes, seconds)
         for variant, of_variant in times.items():
-            found, kind = _summary(of_variant), "dense" if variant == "dense" else "moe"
-            found["images_per_second"] = 1000 * batch_size / found["median_ms"]
-            found["parameters"] = sum(p.numel() for p in models[variant].parameters())
-            found["flops"] = batch_size * flops[kind]
-            found["weight_bytes"] = used[kind]
-            found["peak_mb"] = peaks[variant] / 1e6 if peaks else math.nan
-            rows.append({**about, "variant": variant, **found})
+            row = {"model": name, "precision": precision, "mode": mode, "batch_size": batch_size, "variant": variant}
+            row |= _summary(of_variant)
+            kind = "dense" if variant == "dense" else "moe"
+            row |= {"images_per_second": 1000 * batch_size / row["median_ms"], "parameters": parameters[variant]}
+            row |= {"flops": batch_size * flops[kind], "weight_bytes": weight_bytes[kind]}
+            rows.append(row | {"peak_mb": peaks.get(variant, math.nan) / 1e6})
     return pd.DataFrame(rows).assign(**_where(device))
 
 
+def _variants(moe: nn.Module, dense: nn.Module) -> dict[str, nn.Module]:
+    """The dense model, and a copy of the MoE for each way of dispatch."""
+    tokens = moe.patch_embed.num_patches + moe.num_prefix_tokens
+    ways = {"moe": dispatch, "moe_plain": dispatch_plain, "moe_gshard": partial(dispatch_one_hot, group_size=tokens)}
+    models = {"dense": dense}
+    for variant, way in ways.items():
+        models[variant] = deepcopy(moe)
+        for layer in models[variant].moe_layers():
+            layer.dispatch = way
+    return models
+
+
+def _passes(models: Mapping[str, nn.Module], x: Tensor, mode: str) -> dict[str, Callable[[], Tensor]]:
+    if mode == "eager":
+        return {variant: partial(model, x) for variant, model in models.items()}
+    torch.compiler.reset()
+    # The plain loop cannot be one graph: the number of rows that an expert gets depends on the data.
+    fixed = {variant: model for variant, model in models.items() if variant != "moe_plain"}
+    return {variant: partial(torch.compile(model, dynamic=False), x) for variant, model in fixed.items()}
+
+
 def available_modes(modes: Sequence[str]) -> list[str]:
-    """Those of ``modes`` that can be had here: ``torch.compile`` needs a compiler, and says so if it has none."""
+    """The ``modes`` that run here; without a compiler for ``torch.compile``, ``compiled`` is left out with a warning."""
     found = list(modes)
     if "compiled" in found:
         try:
             torch.compile(torch.sin)(torch.ones(8, device=default_device()))
         except torch._dynamo.exc.BackendCompilerFailed as error:
             found.remove("compiled")
-            warnings.warn(f"modes: torch.compile does not run here, so without it: {error}", stacklevel=2)
+            warnings.warn(f"modes: torch.compile does not run here, so it is left out: {error}", stacklevel=2)
     return found
 
 
@@ -208,25 +246,27 @@ def _where(device: torch.device) -> dict[str, str | int]:
     return {"device": name, "threads": torch.get_num_threads()}
 
 
-def _backward(forward: Callable[[], Tensor], leaves: list[Tensor], gradient: Tensor) -> None:
-    torch.autograd.grad(forward(), leaves, gradient)
-
-
 def _in_turns(functions: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Tensor]:
-    """Seconds a call, a number for each block of calls. All take their turns, so that what changes on the way, of the
-    machine or of its memory, meets them alike."""
-    timers, calls, times = {}, {}, {name: [] for name in functions}
+    """Seconds per call, a number for each block of calls. The functions take turns, so a change in the machine's speed affects
+    all of them alike."""
+    calls, times = {}, {}
     for name, function in functions.items():
-        function()
-        timers[name] = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-        calls[name] = math.ceil(BLOCK_SECONDS / timers[name].timeit(1).median)
-    started = time.perf_counter()
-    while min(map(len, times.values())) < LEAST_BLOCKS or time.perf_counter() - started < seconds * len(functions):
-        for name, timer in timers.items():
-            # timeit warms up twice each time, which long calls need not.
-            long = partial(timer.blocked_autorange, min_run_time=2 * BLOCK_SECONDS)
-            times[name] += (long() if calls[name] == 1 else timer.timeit(calls[name])).times
+        function()  # compiles
+        once = _seconds(function, 1)
+        calls[name] = math.ceil(BLOCK_SECONDS / once)
+        times[name] = [once] if calls[name] == 1 else []
+    started = timer()
+    while min(map(len, times.values())) < LEAST_BLOCKS or timer() - started < seconds * len(functions):
+        for name, function in functions.items():
+            if calls[name] > 1:
+                function()  # fills the cache
+            times[name].append(_seconds(function, calls[name]))
     return {name: torch.tensor(found, dtype=torch.float64) for name, found in times.items()}
+
+
+def _seconds(function: Callable[[], object], calls: int) -> float:
+    """Mean time of a call; PyTorch's ``timer`` waits until an accelerator has finished."""
+    return timeit.Timer(function, timer=timer).timeit(calls) / calls
 
 
 def _summary(seconds: Tensor) -> dict[str, float]:
@@ -235,28 +275,22 @@ def _summary(seconds: Tensor) -> dict[str, float]:
     return {"median_ms": median, "low_ms": low, "high_ms": high, "measured": len(seconds)}
 
 
-def _dispatching(moe: nn.Module, way: Callable[..., Tensor]) -> nn.Module:
-    """A copy whose layers dispatch in this way."""
-    moe = deepcopy(moe)
-    for layer in moe.moe_layers():
-        layer.dispatch = way
-    return moe
-
-
 def _flops(moe: nn.Module, dense: nn.Module, x: Tensor) -> dict[str, int]:
-    """Operations that a pass of ``x`` takes at least."""
-    # The fused attention of some devices is not counted.
+    """Floating-point operations of a pass of ``x``; the MoE's with only what its experts must do."""
+    # FlopCounterMode does not count the fused attention of some devices.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         dense(x)
     layer = moe.moe_layers()[0]
     tokens = len(x) * (moe.patch_embed.num_patches + moe.num_prefix_tokens)
-    passed = 2 * tokens * len(moe.blocks)  # every depth, shared weights or not
-    more = (layer.router.top_k - 1) * 2 * layer.up[0].numel() + layer.router.weight.numel()
-    return {"dense": counter.get_total_flops(), "moe": counter.get_total_flops() + passed * more}
+    weights = (layer.router.top_k - 1) * 2 * layer.up[
+        0
+    ].numel() + layer.router.weight.numel()  # more than the dense FFN
+    more = 2 * tokens * len(moe.blocks) * weights  # at every depth, also if weights are shared
+    return {"dense": counter.get_total_flops(), "moe": counter.get_total_flops() + more}
 
 
 def _weight_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the weights that a pass uses, each time that it does; of experts those of the ones that are chosen."""
+    """Bytes of weights that a pass reads: each module's at every call, and of experts only the chosen ones'."""
     total, hooks, share = 0.0, [], {}
 
     def used(module: nn.Module, inputs: tuple, output: object) -> None:
@@ -275,13 +309,13 @@ def _weight_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def _peak_bytes(run: Callable[[], None], device: torch.device) -> int:
-    """The most memory that a call holds beside what was held before it."""
+    """The most memory that a call holds on top of what was held before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of each start and stop as of an error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it logs every start and stop as an error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,15 +1,16 @@
-"""Figures from tables of results, a file for each notebook's: table -> matplotlib figure, saved as PNG and PDF with its CSV.
+# ruff: noqa: F401  what notebooks, the explorer and tests call
+"""Figures of result tables, a file for each notebook's.
 
-Every function draws what its table holds and trains nothing, so a figure can be drawn again from the CSV beside it.
+Every function draws what its table holds and computes nothing else, so a figure can be drawn again from the CSV beside it.
 """
 
-from ones_lib.views.figures.ablation import (
-    SCALES,
-    gathering_budgets,
-    gathering_errors,
-    gathering_starts,
-    variant_label,
-    variant_labels,
+from ones_lib.views.figures.ablation import gathering_budgets, gathering_errors, gathering_starts, variant_labels
+from ones_lib.views.figures.layer import (
+    energy_by_expert,
+    expert_spectra,
+    moving_artists,
+    output_errors,
+    overlap_heatmap,
 )
 from ones_lib.views.figures.published import errors_by_layer, perplexity_by_tokens, spectra_by_layer
 from ones_lib.views.figures.results import (
@@ -21,85 +22,21 @@ from ones_lib.views.figures.results import (
     scores_by_model,
 )
 from ones_lib.views.figures.spectra import (
-    ERRORS,
-    LIKENESS,
-    MOVES,
     SIDE_NAMES,
-    SPECTRUM_SCALES,
-    energy_by_expert,
     expert_similarity,
-    expert_spectra,
     gathered_distances,
-    moving_artists,
-    output_errors,
     overlap_curves,
-    overlap_heatmap,
     spectra_by_data,
 )
-from ones_lib.views.figures.speed import DISPATCHES, WAYS, dispatch_speed, inference_speed
+from ones_lib.views.figures.speed import dispatch_speed, inference_speed
 from ones_lib.views.figures.style import (
-    CALIBRATED,
-    CONTROLS,
-    DASHES,
-    MARKERS,
     MATRIX_NAMES,
     METHODS,
-    METRICS,
-    NAMES,
-    PALETTE,
-    TASK_NAMES,
+    ONE_COLUMN,
+    TWO_COLUMNS,
+    look,
     save_figure,
     save_table,
     set_style,
 )
 from ones_lib.views.figures.teachers import distillation_gains
-
-__all__ = [
-    "CALIBRATED",
-    "CONTROLS",
-    "DASHES",
-    "DISPATCHES",
-    "ERRORS",
-    "LIKENESS",
-    "MARKERS",
-    "MATRIX_NAMES",
-    "METHODS",
-    "METRICS",
-    "MOVES",
-    "NAMES",
-    "PALETTE",
-    "SCALES",
-    "SIDE_NAMES",
-    "SPECTRUM_SCALES",
-    "TASK_NAMES",
-    "WAYS",
-    "dispatch_speed",
-    "distillation_gains",
-    "energy_by_expert",
-    "errors_by_layer",
-    "expert_similarity",
-    "expert_spectra",
-    "gathered_distances",
-    "gathering_budgets",
-    "gathering_errors",
-    "gathering_starts",
-    "inference_speed",
-    "learning_curves",
-    "moving_artists",
-    "output_errors",
-    "overlap_curves",
-    "overlap_heatmap",
-    "perplexity_by_tokens",
-    "retention_by_model",
-    "retention_curves",
-    "retention_text",
-    "sample_images",
-    "save_figure",
-    "save_table",
-    "scores_by_model",
-    "set_style",
-    "spectra_by_data",
-    "spectra_by_layer",
-    "variant_label",
-    "variant_labels",
-]

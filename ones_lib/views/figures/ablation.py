@@ -1,109 +1,91 @@
-"""TODO."""
+"""Figures of notebook 07: all gatherings against one another, before and after KD."""
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from ones_lib.metrics import LOWER_IS_BETTER, main_metric
-from ones_lib.views.figures.results import _retention_marks
-from ones_lib.views.figures.style import (
-    CONTROLS,
-    DASHES,
-    METRICS,
-    NAMES,
-    PALETTE,
-    TWO_COLUMNS,
-    _legend_of_all,
-    _mean_and_range,
-    _method_style,
-    _plain_log,
-)
+from ones_lib.views.figures import style
+from ones_lib.views.figures.results import retention_levels
 
 SCALES = {"router": "router's scale", "scalar": "scale by data", "vector": "scale per output by data"}
 
 
-def variant_label(method: str, scale: float | str | None, rank: float | None) -> str:
-    """A method, its scale and its rank, for people; what is a method's default is left out."""
-    parts = [_method_style(method)["label"]]
-    if not (pd.isna(scale) or scale == 1):
-        parts.append(SCALES.get(scale, f"scale {scale}"))
-    if not pd.isna(rank):
-        parts.append(f"K = {rank:g}")
-    return ", ".join(parts)
+def variant_labels(table: pd.DataFrame) -> list[str]:
+    """Method, scale and rank of every row, in words; a method's defaults are left out."""
+
+    def label(method: str, scale: float | str | None, rank: float | None) -> str:
+        parts = [style.look(method).name]
+        if not (pd.isna(scale) or scale == 1):
+            parts.append(SCALES.get(scale, f"scale {scale}"))
+        if not pd.isna(rank):
+            parts.append(f"K = {rank:g}")
+        return ", ".join(parts)
+
+    return [label(*row) for row in table[["method", "scale", "rank"]].itertuples(index=False)]
 
 
 def gathering_starts(table: pd.DataFrame, references: pd.DataFrame) -> Figure:
-    """Accuracy, of text the loss, of every variant right after gathering, a panel each data set: strokes are seeds, marks their
-    mean. Lines are what was trained.
+    """Accuracy (text: loss) of every variant right after gathering, a row each variant, a panel each data set.
 
-    ``table`` is a :func:`ones_lib.study.tables.ablation_table`; ``references`` a :func:`ones_lib.study.tables.results_table` of MoE and dense.
-    What is far from the others is a number at the panel's edge.
+    Lines are the MoE and the dense baseline. Losses far above the others become numbers at the panel's edge.
+
+    Args:
+        table: of :func:`ones_lib.study.tables.ablation_table`.
+        references: of :func:`ones_lib.study.tables.results_table`, the MoE and the dense baseline.
     """
     start = table[table["budget"] == 0].assign(label=variant_labels)
-    rows = [m for m in NAMES if m in set(start["method"])] + sorted(set(start["method"]) - set(NAMES))
-    start = start.sort_values("method", key=lambda m: m.map(rows.index), kind="stable")
-    order = list(dict.fromkeys(start["label"]))
-    sets = list(dict.fromkeys(table["data"]))
-    size = (TWO_COLUMNS, 0.16 * len(order) + 1.0)
-    fig, axes = plt.subplots(1, len(sets), figsize=size, sharey=True, squeeze=False)
-    for ax, data in zip(axes[0], sets, strict=True):
-        part, metric = start[start["data"] == data], main_metric(table[table["data"] == data])
-        levels = (
-            references[(references["data"] == data) & (references["metric"] == metric)].groupby("model")["value"].mean()
-        )
-        means = part.groupby("label")[metric].mean()
-        if metric in LOWER_IS_BETTER:  # what is far off would press the others together
-            best, worst = min(means.min(), levels.min()), max(levels.max(), means.median())
-            ax.set_xlim(best - 0.1 * (worst - best), worst + 1.5 * (worst - best))
-        for i, label in enumerate(order):
-            values = part.loc[part["label"] == label]
-            if values.empty:
-                continue
-            style = _method_style(values["method"].iloc[0])
-            if metric in LOWER_IS_BETTER and means[label] > ax.get_xlim()[1]:
-                place = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "center", "fontsize": 7}
-                ax.text(0.98, i, f"{means[label]:.2f} →", color=style["color"], **place)
-                continue
-            ax.plot(values[metric], [i] * len(values), "|", color=style["color"], markersize=6, alpha=0.8)
-            ax.plot(means[label], i, style["marker"], color=style["color"], markersize=4.5)
-        for model in ("moe", "dense"):
-            if model in levels:
-                line = {"color": PALETTE[model], "linestyle": DASHES[model], "linewidth": 0.8, "zorder": 1.6}
-                ax.axvline(levels[model], label=NAMES[model], **line)
-        ax.set(xlabel=METRICS[metric], title=f"{data}: right after gathering")
-    axes[0, 0].set_yticks(range(len(order)), order)
-    axes[0, 0].set_ylim(len(order) - 0.5, -0.5)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    fig.supxlabel(
-        f"strokes: {_seed_counts(table)} seeds, marks: their mean; no training but what a fit does", fontsize=7
+    start = start.sort_values("method", key=lambda m: m.map(style.in_order(m).index), kind="stable")
+    order, sets = list(dict.fromkeys(start["label"])), list(dict.fromkeys(table["data"]))
+    fig, axes = style.panel_grid(len(sets), len(sets), 0.16 * len(order), extra=1.0, sharey=True)
+    for ax, data in zip(axes, sets, strict=True):
+        metric = main_metric(table[table["data"] == data])
+        known = references[(references["data"] == data) & (references["metric"] == metric)]
+        _starts_of_data(ax, start[start["data"] == data], metric, order, known.groupby("model")["value"].mean())
+        ax.set(xlabel=style.METRICS[metric], title=f"{data}: right after gathering")
+    style.rows(axes[0], order)
+    style.legend(fig, "outside upper right", ncols=2)
+    style.caption(
+        fig, f"ticks: {_seed_counts(table)} seeds, marks: their mean; only fitting methods train anything here"
     )
     return fig
 
 
+def _starts_of_data(ax: Axes, part: pd.DataFrame, metric: str, order: list[str], levels: pd.Series) -> None:
+    """The variants' marks in one panel, and the ``levels`` of trained models as lines."""
+    means = part.groupby("label")[metric].mean()
+    if metric in LOWER_IS_BETTER:  # leave out what is far off
+        best, worst = min(means.min(), levels.min()), max(levels.max(), means.median())
+        ax.set_xlim(best - 0.1 * (worst - best), worst + 1.5 * (worst - best))
+    for label, values in part.groupby("label", sort=False):
+        row, looks = order.index(label), style.look(values["method"].iloc[0])
+        if metric in LOWER_IS_BETTER and style.number_at_edge(ax, row, means[label], digits=2, colour=looks.colour):
+            continue
+        style.seeds_and_mean(ax, values[metric], row, looks.colour, looks.marker)
+    for model in ("moe", "dense"):
+        if model in levels:
+            style.level(ax.axvline, levels[model], model, label=style.look(model).name)
+
+
 def gathering_budgets(table: pd.DataFrame) -> Figure:
     """Benefit retention against the KD budget, 0 included, a line each method at its default scale and rank, a panel each data
-    set; bands reach from the lowest to the highest seed. Linear between -100% and 100%, logarithmic below.
+    set. The vertical axis is linear between -100% and 100% and logarithmic below.
 
-    ``table`` is a :func:`ones_lib.study.tables.ablation_table`; methods with one budget alone are left out.
+    ``table`` is a :func:`ones_lib.study.tables.ablation_table`; only methods measured at every budget are drawn.
     """
     plain = table[(table["scale"].isna() | (table["scale"] == 1)) & table["rank"].isna()]
-    sets = list(dict.fromkeys(plain["data"]))
-    fig, axes = plt.subplots(1, len(sets), figsize=(TWO_COLUMNS, 3.3), squeeze=False)
-    for ax, data in zip(axes[0], sets, strict=True):
-        part = plain[plain["data"] == data]
+    sets = list(plain.groupby("data", sort=False))
+    fig, axes = style.panel_grid(len(sets), len(sets), 3.3)
+    for ax, (data, part) in zip(axes, sets, strict=True):
         budgets = sorted(part["budget"].unique())
-        full = part.groupby("method")["budget"].nunique()
-        for method in [m for m in PALETTE if full.get(m, 0) == len(budgets)]:
-            values = part[part["method"] == method]
-            values = values.assign(place=values["budget"].map(budgets.index), percent=100 * values["retention"])
-            dashes = "--" if method in CONTROLS else "-"
-            _mean_and_range(
-                ax, values.dropna(subset="percent"), "place", "percent", linestyle=dashes, **_method_style(method)
-            )
-        _retention_marks(ax.axhline)
+        part = part.assign(place=part["budget"].map(budgets.index), percent=100 * part["retention"])
+        part = part[part.groupby("method")["budget"].transform("nunique") == len(budgets)]
+        part = part.sort_values("method", key=lambda m: m.map(style.in_order(m).index), kind="stable")
+        style.lines_by_model(ax, part.dropna(subset="percent"), "place", "percent", column="method")
+        retention_levels(ax.axhline)
         ax.set_xticks(range(len(budgets)), [f"{b:g}" for b in budgets])
         ax.set_yscale("symlog", linthresh=100, linscale=2)
         ax.set_yticks([t for t in (-5000, -2000, -1000, -500, -200, -100, -50, 0, 50, 100) if t >= ax.get_ylim()[0]])
@@ -111,52 +93,44 @@ def gathering_budgets(table: pd.DataFrame) -> Figure:
         ax.yaxis.set_minor_locator(NullLocator())
         ax.set(xlabel="KD steps", title=data)
         ax.set_ylim(top=120)
-    axes[0, 0].set_ylabel("benefit retention (%)")
-    _legend_of_all(fig)
-    text = f"0: dense, 100: the MoE; lines: mean over {_seed_counts(table)} seeds, bands: lowest to highest"
-    fig.supxlabel(text, fontsize=7)
+    axes[0].set_ylabel("benefit retention (%)")
+    style.legend(fig)
+    style.caption(fig, f"0: dense, 100: MoE; lines: mean over {_seed_counts(table)} seeds; bands: lowest to highest")
     return fig
 
 
 def gathering_errors(table: pd.DataFrame, correlations: pd.DataFrame) -> Figure:
-    """The layer's output error right after gathering against what the student is worth then, and after the smallest budget of
-    KD; a row each data set, a mark each variant (mean over seeds).
+    """The layer's output error against the student's score right after gathering, and against its benefit retention after the
+    smallest KD budget; a row of panels each data set, a mark each variant.
 
-    ``table`` is a :func:`ones_lib.study.tables.ablation_table`, ``correlations`` of :func:`ones_lib.study.tables.error_correlations`.
+    Args:
+        table: of :func:`ones_lib.study.tables.ablation_table`.
+        correlations: of :func:`ones_lib.study.tables.error_correlations`, two rows a data set.
     """
-    sets = list(dict.fromkeys(table["data"]))
-    fig, axes = plt.subplots(len(sets), 2, figsize=(TWO_COLUMNS, 0.8 + 2.1 * len(sets)), squeeze=False)
-    for row, data in zip(axes, sets, strict=True):
-        of_set = correlations[correlations["data"] == data]
-        for ax, (_, found) in zip(row, of_set.iterrows(), strict=True):
-            part = table[(table["data"] == data) & (table["budget"] == found["budget"])].assign(label=variant_labels)
-            factor = 100 if found["value"] == "retention" else 1
-            for _, variant in part.groupby("label", sort=False):
-                style = _method_style(variant["method"].iloc[0]) | {"markersize": 4, "linestyle": "none"}
-                y = factor * variant[found["value"]]
-                ax.plot(variant["layer_error"].mean(), y.mean(), **style)
-                ax.vlines(variant["layer_error"].mean(), y.min(), y.max(), color=style["color"], linewidth=0.8)
-            when = "right after gathering" if found["budget"] == 0 else f"after {found['budget']:g} steps of KD"
-            text = "rank correlation {:.2f} ({:.2f} to {:.2f})".format(*found[["correlation", "low", "high"]])
-            text = text.replace("-", "\N{MINUS SIGN}")
-            ax.set(xscale="log", title=f"{data}, {when}\n{text}")
-            ax.set(ylabel="benefit retention (%)" if factor == 100 else METRICS[found["value"]])
-            _plain_log(ax, "x")
-    for ax in axes[-1]:
+    fig, axes = style.panel_grid(len(correlations), 2, 2.1, extra=0.8)
+    for ax, (_, found) in zip(axes, correlations.iterrows(), strict=True):
+        data, value, budget = found[["data", "value", "budget"]]
+        part = table[(table["data"] == data) & (table["budget"] == budget)].assign(label=variant_labels)
+        factor = 100 if value == "retention" else 1
+        for _, variant in part.groupby("label", sort=False):
+            looks = style.line_style(variant["method"].iloc[0]) | {"markersize": 4, "linestyle": "none"}
+            x, y = variant["layer_error"].mean(), factor * variant[value]
+            ax.plot(x, y.mean(), **looks)
+            ax.vlines(x, y.min(), y.max(), color=looks["color"], linewidth=0.8)
+        when = "right after gathering" if budget == 0 else f"after {budget:g} KD steps"
+        text = "rank correlation {:.2f} ({:.2f} to {:.2f})".format(*found[["correlation", "low", "high"]])
+        ax.set(xscale="log", title=f"{data}, {when}\n{text}".replace("-", "\N{MINUS SIGN}"))
+        ax.set_ylabel("benefit retention (%)" if value == "retention" else style.METRICS[value])
+        style.plain_log(ax, "x")
+    for ax in axes[-2:]:
         ax.set_xlabel("relative output error of the layer")
-    _legend_of_all(fig)
-    fig.supxlabel(
-        f"marks: mean over {_seed_counts(table)} seeds; strokes: lowest to highest; intervals: 95% bootstrap",
-        fontsize=7,
-    )
+    style.legend(fig)
+    means = f"marks: mean over {_seed_counts(table)} seeds; vertical lines: lowest to highest"
+    style.caption(fig, f"{means}; intervals: 95% bootstrap")
     return fig
 
 
-def variant_labels(table: pd.DataFrame) -> list[str]:
-    """:func:`variant_label` of every row."""
-    return [variant_label(*row) for row in table[["method", "scale", "rank"]].itertuples(index=False)]
-
-
 def _seed_counts(table: pd.DataFrame) -> str:
+    """The number of seeds, data set by data set where it differs: "3" or "3 and 2"."""
     counts = table.groupby("data", sort=False)["seed"].nunique()
     return " and ".join(str(n) for n in dict.fromkeys(counts))

@@ -1,8 +1,10 @@
-"""TODO."""
+"""Scores and benefit retention of students: notebooks 01 (images), 02 (retention curves), 03 (text), and parts of 06 and 08."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,96 +17,88 @@ from torch.utils.data import DataLoader
 
 from ones_lib.data import ImageData
 from ones_lib.metrics import LOWER_IS_BETTER
-from ones_lib.views.figures.style import (
-    _COLOURS,
-    CONTROLS,
-    DASHES,
-    MARKERS,
-    METRICS,
-    NAMES,
-    ONE_COLUMN,
-    PALETTE,
-    TASK_NAMES,
-    TWO_COLUMNS,
-    _mean_and_range,
-    _method_style,
-)
+from ones_lib.views.figures import style
+
+TASK_NAMES = {
+    "masked_lm": "masked LM",
+    "package": "package (sentence)",
+    "statement": "statement (sentence pair)",
+    "answer": "answer span",
+    "answer_or_none": "answer span or none",
+    "sst2": "SST-2",
+    "mnli": "MNLI",
+    "squad": "SQuAD 1.1",
+    "squad_v2": "SQuAD 2.0",
+    "average": "average of the tasks",
+}
+STAGES = {  # label, colour, marker
+    "trained": ("trained", "black", "o"),
+    "gathered": ("gathered, before KD", style.COLOURS[7], "s"),
+    "distilled": ("distilled", style.COLOURS[0], "D"),
+}
 
 
 def sample_images(data: ImageData, classes: int = 8, each: int = 6, seed: int = 0) -> Figure:
-    """A few augmented training images of the first classes, one column a class."""
+    """A few augmented training images of the first classes, a column each class."""
     labels = data.train.labels
     shown = [torch.nonzero(labels == c)[:each, 0] for c in range(min(classes, data.num_classes))]
     rows = max(len(s) for s in shown)
-    fig, axes = plt.subplots(rows, len(shown), figsize=(ONE_COLUMN, ONE_COLUMN * rows / len(shown)), squeeze=False)
-    for column, indices in enumerate(shown):
+    size = (style.ONE_COLUMN, style.ONE_COLUMN * rows / len(shown))
+    fig, axes = plt.subplots(rows, len(shown), figsize=size, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for column, indices in zip(axes.T, shown, strict=True):
         keys = torch.stack([indices, torch.arange(len(indices)) + seed], dim=1)
         images, _ = next(iter(DataLoader(data.train, batch_sampler=[keys], collate_fn=data.train.collate)))
-        for row, ax in enumerate(axes[:, column]):
-            ax.set_axis_off()
-            if row < len(images):
-                picture = images[row].permute(1, 2, 0)
-                picture = (picture - images.min()) / (images.max() - images.min())
-                ax.imshow(picture.expand(-1, -1, 3), interpolation="nearest")
+        images = (images - images.min()) / (images.max() - images.min())
+        for ax, image in zip(column, images, strict=False):
+            ax.imshow(image.permute(1, 2, 0).expand(-1, -1, 3), interpolation="nearest")
     return fig
 
 
 def learning_curves(history: pd.DataFrame, metric: str = "accuracy") -> Figure:
-    """A validation metric against steps, one line a model, band: lowest to highest seed.
+    """A validation metric against training steps, a line each model.
 
     ``history`` is a table of :meth:`ones_lib.study.study.Study.histories`.
     """
-    fig, ax = plt.subplots(figsize=(ONE_COLUMN, 2.4))
-    for model, group in history.groupby("model", sort=False):
-        style = {"color": PALETTE[model], "linestyle": DASHES.get(model, "-")}
-        _mean_and_range(ax, group, "step", "value", label=NAMES[model].replace("\n", " "), **style)
-    seeds = history["seed"].nunique()
-    ax.set(
-        xlabel="training step",
-        ylabel=f"validation {METRICS[metric]}",
-        title=f"mean of {seeds} seed(s); band: lowest to highest",
-    )
-    if metric not in LOWER_IS_BETTER:
+    fig, ax = plt.subplots(figsize=(style.ONE_COLUMN, 2.4))
+    style.lines_by_model(ax, history, "step", "value", marker="")
+    ax.set(xlabel="training step", ylabel=f"validation {style.METRICS[metric]}")
+    ax.set_title(f"line: mean over {style.seeds(history)}; band: lowest to highest")
+    if metric in LOWER_IS_BETTER:
+        ax.legend(loc="upper right")
+    else:
         ax.set_ylim(bottom=0)
-    ax.legend(loc="upper right" if metric in LOWER_IS_BETTER else "lower right")
+        ax.legend(loc="lower right")
     return fig
 
 
 def scores_by_model(results: pd.DataFrame) -> Figure:
-    """Score of every model: small marks are seeds, large ones their mean; students before and after KD. What is far from the
-    others before KD is a number at the panel's edge.
+    """Score of every model: ticks are seeds, marks their mean; students before and after KD.
 
-    ``results`` is a table of :func:`ones_lib.study.tables.results_table` with one metric, or with one a task: a panel each.
+    ``results`` is a table of :func:`ones_lib.study.tables.results_table` with one metric, or with a column ``task`` and one
+    metric a task: a panel each.
     """
-    tasks = list(dict.fromkeys(results["task"])) if "task" in results else [None]
-    order = [m for m in NAMES if m in set(results["model"])]
-    fig, axes = _panels(len(tasks), order)
-    stages = {"trained": ("black", "o"), "gathered": (_COLOURS[7], "s"), "distilled": (_COLOURS[0], "D")}
-    texts = {"trained": "trained", "gathered": "gathered, before KD", "distilled": "distilled"}
-    for ax, task in zip(axes, tasks, strict=True):
-        rows = results if task is None else results[results["task"] == task]
-        for stage, (colour, marker) in stages.items():
-            part = rows[rows["stage"] == stage]
-            if part.empty:
-                continue
-            at = part["model"].map(order.index)
-            ax.plot(part["value"], at, "|", color=colour, markersize=7, alpha=0.7)
-            means = part.groupby(at)["value"].mean()
-            ax.plot(means, means.index, marker, color=colour, label=texts[stage], markersize=5)
+    results = results if "task" in results else results.assign(task="")
+    order, tasks = style.in_order(results["model"]), list(results.groupby("task", sort=False))
+    fig, axes = _model_panels(len(tasks), order)
+    for ax, (task, rows) in zip(axes, tasks, strict=True):
+        for stage, (label, colour, marker) in STAGES.items():
+            for model, part in rows[rows["stage"] == stage].groupby("model"):
+                style.seeds_and_mean(ax, part["value"], order.index(model), colour, marker, label)
         _leave_out_far(ax, rows, order)
         for model in ("moe", "dense", "dense_long"):
-            mean = rows.loc[rows["model"] == model, "value"].mean()
-            ax.axvline(mean, color=PALETTE[model], linestyle=DASHES[model], linewidth=0.8, zorder=1.6)
-        ax.set(xlabel=METRICS[rows["metric"].iloc[0]], title="" if task is None else TASK_NAMES.get(task, task))
-    strokes = f"strokes: {results['seed'].nunique()} seed(s), marks: their mean"
-    fig.supxlabel(f"{strokes}; lines: MoE (solid), dense (dashed), dense as long as teacher + KD (dotted)", fontsize=7)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+            style.level(ax.axvline, rows.loc[rows["model"] == model, "value"].mean(), model)
+        ax.set(xlabel=style.METRICS[rows["metric"].iloc[0]], title=TASK_NAMES.get(task, task))
+    lines = "MoE (solid), dense (dashed), dense with teacher + KD steps (dotted)"
+    style.caption(fig, f"ticks: {style.seeds(results)}, marks: their mean; lines: {lines}")
+    style.legend(fig, "outside upper center", ncols=3)
     return fig
 
 
 def _leave_out_far(ax: Axes, rows: pd.DataFrame, order: list[str]) -> None:
-    """Scale the axis to the trained and distilled models: those right after gathering that are far away stand as numbers at its
-    edge, else the differences among the others could not be seen."""
+    """Scale the axis to trained and distilled models. Students before KD that are far away become numbers at the edge;
+    otherwise they would squeeze the differences among the others."""
     near = rows.loc[rows["stage"] != "gathered", "value"]
     reach = 4 * np.ptp(near)
     low, high = max(ax.get_xlim()[0], near.min() - reach), min(ax.get_xlim()[1], near.max() + reach)
@@ -112,79 +106,57 @@ def _leave_out_far(ax: Axes, rows: pd.DataFrame, order: list[str]) -> None:
         return
     ax.set_xlim(low, high)
     for model, mean in rows[rows["stage"] == "gathered"].groupby("model")["value"].mean().items():
-        if not low <= mean <= high:
-            at, text = (0.02, f"← {mean:.1f}") if mean < low else (0.98, f"{mean:.1f} →")
-            place = {"transform": ax.get_yaxis_transform(), "ha": "left" if mean < low else "right", "va": "center"}
-            ax.text(at, order.index(model), text, fontsize=7, color=_COLOURS[7], **place)
+        style.number_at_edge(ax, order.index(model), mean, digits=1, colour=STAGES["gathered"][1])
 
 
 def retention_by_model(retention: pd.DataFrame, panels: str = "reference") -> Figure:
-    """Benefit retention of the distilled models with 95% intervals, a panel each reference baseline or task.
+    """Benefit retention of the distilled models with 95% intervals, a panel each value of the column ``panels``: ``reference``
+    (the dense baseline) or ``task``.
 
     ``retention`` is a table of :func:`ones_lib.study.tables.retention_table`; only its ``distilled`` rows are drawn.
     """
     rows = retention[retention["stage"] == "distilled"]
-    found = list(dict.fromkeys(rows["model"]))
-    order = [*(m for m in NAMES if m in found), *(m for m in found if m not in NAMES)]
-    values = list(dict.fromkeys(rows[panels]))
-    fig, axes = _panels(len(values), order)
-    for ax, value in zip(axes, values, strict=True):
-        part = rows[rows[panels] == value].set_index("model").loc[order]
+    order, groups = style.in_order(rows["model"]), list(rows.groupby(panels, sort=False))
+    fig, axes = _model_panels(len(groups), order)
+    for ax, (value, part) in zip(axes, groups, strict=True):
         ax.set_title(_baseline(value) if panels == "reference" else TASK_NAMES.get(value, value))
         if part["retention"].isna().all():
-            _undefined(ax)
+            _say_undefined(ax)
             ax.set_xticks([])
             continue
-        for i, (model, row) in enumerate(part.iterrows()):
-            style, bounded = _method_style(model), math.isfinite(row["low"])
+        for i, (model, row) in enumerate(part.set_index("model").loc[order].iterrows()):
+            colour, bounded = style.look(model).colour, math.isfinite(row["low"])
             if bounded:
-                ax.plot([100 * row["low"], 100 * row["high"]], [i, i], color=style["color"], linewidth=1.5)
+                ax.plot([100 * row["low"], 100 * row["high"]], [i, i], color=colour, linewidth=1.5)
             fill = {} if bounded else {"markerfacecolor": "white"}
-            ax.plot(100 * row["retention"], i, style["marker"], color=style["color"], markersize=5, **fill)
-        _retention_marks(ax.axvline)
+            ax.plot(100 * row["retention"], i, style.look(model).marker, color=colour, markersize=5, **fill)
+        retention_levels(ax.axvline)
         ax.set(xlabel="benefit retention (%)")
         ax.xaxis.set_major_locator(MaxNLocator(5))
-    _explain(fig, rows, "lines")
+    _explain_retention(fig, rows, "lines")
     return fig
 
 
 def retention_curves(retention: pd.DataFrame, axis: str, axis_label: str, log: bool = False) -> Figure:
-    """Benefit retention against ``axis`` (a column such as ``budget``), one line a method, bands: 95% intervals.
+    """Benefit retention against ``axis`` (a column such as ``budget``), a line each method, a panel each reference baseline.
 
-    The scale is that of the lines, so a wide band may leave the panel; the table has its ends.
-
-    One panel a reference baseline; methods and controls that share a panel share its scale. Where the MoE is not above
-    the baseline, retention is undefined and the panel says for which values.
+    Bands are 95% intervals. The scale follows the lines, so a wide band may leave the panel; the table has its ends. Where
+    the MoE is not above the baseline, retention is undefined, and the panel says for which values.
     """
     rows = retention[retention["stage"] == "distilled"].dropna(subset=[axis])
-    references = list(dict.fromkeys(rows["reference"]))
-    fig, axes = plt.subplots(1, len(references), figsize=(TWO_COLUMNS, 3.0), sharex=True, squeeze=False)
-    for ax, reference in zip(axes[0], references, strict=True):
-        part = rows[rows["reference"] == reference]
-        undefined = sorted(part.loc[part["retention"].isna(), axis].unique())
-        models = [m for m in PALETTE if m in set(part["model"])]
+    groups = list(rows.groupby("reference", sort=False))
+    fig, axes = style.panel_grid(len(groups), len(groups), 3.0, sharex=True)
+    for ax, (reference, part) in zip(axes, groups, strict=True):
+        models = style.in_order(part["model"])
         for i, model in enumerate(models):
             line = part[part["model"] == model].sort_values(axis)
-            control = model in (*CONTROLS, "dense_kd")
             # Lines that lie on one another stay apart: each method a little to the side of the one before.
             offset = (i - (len(models) - 1) / 2) * 0.012
             x = line[axis] * (1 + offset) if log else line[axis] + offset * np.ptp(part[axis])
-            ax.plot(
-                x,
-                100 * line["retention"],
-                marker=MARKERS[model],
-                color=PALETTE[model],
-                linestyle="--" if control else "-",
-                label=NAMES[model],
-            )
-            finite = np.isfinite(line["low"])
-            ax.plot(x[~finite], 100 * line["retention"][~finite], MARKERS[model], color=PALETTE[model], mfc="white")
-            ax.fill_between(
-                x, 100 * line["low"], 100 * line["high"], where=finite, color=PALETTE[model], alpha=0.1, linewidth=0
-            )
-        _retention_marks(ax.axhline)
+            _line_with_interval(ax, x, 100 * line[["retention", "low", "high"]], model)
+        retention_levels(ax.axhline)
         drawn = 100 * part["retention"].dropna()
-        if not drawn.empty:  # scaled to the lines: a wide band must not press them together
+        if not drawn.empty:
             low, high = min(drawn.min(), 0), max(drawn.max(), 100)
             ax.set_ylim(low - 0.12 * (high - low), high + 0.12 * (high - low))
         if log:
@@ -193,17 +165,25 @@ def retention_curves(retention: pd.DataFrame, axis: str, axis_label: str, log: b
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
         ax.set(xlabel=axis_label, title=_baseline(reference))
-        if undefined:
-            _undefined(ax, f"{axis_label}: {', '.join(f'{u:g}' for u in undefined)}")
-    axes[0, 0].set_ylabel("benefit retention (%)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside right center")
-    _explain(fig, rows, "bands")
+        if undefined := sorted(part.loc[part["retention"].isna(), axis].unique()):
+            _say_undefined(ax, f"{axis_label}: {', '.join(f'{u:g}' for u in undefined)}")
+    axes[0].set_ylabel("benefit retention (%)")
+    style.legend(fig)
+    _explain_retention(fig, rows, "bands")
     return fig
 
 
+def _line_with_interval(ax: Axes, x: pd.Series, percent: pd.DataFrame, model: str) -> None:
+    """``retention`` as a line with marks, hollow where the interval from ``low`` to ``high``, the band, has no bounds."""
+    looks, bounded = style.line_style(model) | {"markersize": 4}, np.isfinite(percent["low"])
+    ax.plot(x, percent["retention"], **looks)
+    ax.plot(x[~bounded], percent["retention"][~bounded], looks["marker"], color=looks["color"], mfc="white")
+    band = {"color": looks["color"], "alpha": 0.1, "linewidth": 0}
+    ax.fill_between(x, percent["low"], percent["high"], where=bounded, **band)
+
+
 def retention_text(retention: pd.DataFrame) -> pd.DataFrame:
-    """Retention of the distilled models, for reading: per cent with 95% interval, a column a reference."""
+    """Retention of the distilled models for reading: per cent with 95% interval, a column each reference baseline."""
     rows = retention[retention["stage"] == "distilled"]
 
     def text(row: pd.Series) -> str:
@@ -213,39 +193,34 @@ def retention_text(retention: pd.DataFrame) -> pd.DataFrame:
         return f"{100 * row['retention']:.0f}% ({interval})"
 
     table = rows.assign(text=rows.apply(text, axis=1)).pivot(index="model", columns="reference", values="text")
-    order = [m for m in NAMES if m in table.index]
-    return table.loc[order].rename(index={m: NAMES[m].replace("\n", " ") for m in order})
+    return table.loc[style.in_order(table.index)].rename(index=lambda model: style.look(model).name)
 
 
-def _panels(count: int, models: list[str]) -> tuple[Figure, list[Axes]]:
-    """Panels in rows of up to three, with the models as their common vertical axis, the first on top."""
-    columns = min(3, count) if count != 4 else 2
-    rows = math.ceil(count / columns)
-    size = (TWO_COLUMNS, rows * (0.2 * len(models) + 0.5) + 0.5)
-    fig, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
-    for ax in axes.flat[count:]:
-        ax.set_axis_off()
-    axes[0, 0].set_yticks(range(len(models)), [NAMES.get(m, m).replace("\n", " ") for m in models])
-    axes[0, 0].set_ylim(len(models) - 0.5, -0.5)
-    return fig, list(axes.flat[:count])
+def retention_levels(line: Callable[..., Any]) -> None:
+    """The baseline's and the MoE's level; ``line`` is a panel's ``axhline`` or ``axvline``."""
+    line(0, linestyle="--", **style.GREY)
+    line(100, **style.GREY | {"color": "black"})
+
+
+def _model_panels(count: int, models: list[str]) -> tuple[Figure, list[Axes]]:
+    """Panels with the models as their common vertical axis, the first on top."""
+    columns = 2 if count == 4 else 3
+    fig, axes = style.panel_grid(count, columns, height=0.2 * len(models) + 0.5, extra=0.5, sharey=True)
+    style.rows(axes[0], [style.look(model).name for model in models])
+    return fig, axes
 
 
 def _baseline(reference: str) -> str:
-    return f"baseline: {NAMES[reference]}".replace("\n", " ")
+    return f"baseline: {style.look(reference).name}"
 
 
-def _retention_marks(line) -> None:
-    line(0, color="0.45", linestyle="--", linewidth=0.8, zorder=1.6)
-    line(100, color="black", linewidth=0.8, zorder=1.6)
-
-
-def _explain(fig: Figure, rows: pd.DataFrame, intervals: str) -> None:
-    text = f"0: the baseline, 100: the MoE; {intervals}: 95% bootstrap over seeds and test examples"
+def _explain_retention(fig: Figure, rows: pd.DataFrame, intervals: str) -> None:
+    text = f"0: the baseline, 100: the MoE; {intervals}: 95% bootstrap intervals over seeds and test examples"
     if (~np.isfinite(rows["low"])).any():
-        text += "\nhollow: no bounded interval, since the MoE is not clearly above the baseline"
-    fig.supxlabel(text, fontsize=7)
+        text += "\nhollow: no bounded interval, because the MoE is not clearly above the baseline"
+    style.caption(fig, text)
 
 
-def _undefined(ax: Axes, where: str = "") -> None:
-    text = "retention undefined: the MoE is not\nabove this baseline" + (f"\n({where})" if where else "")
+def _say_undefined(ax: Axes, where: str = "") -> None:
+    text = "undefined: the MoE is\nnot above this baseline" + (f"\n({where})" if where else "")
     ax.text(0.5, 0.95, text, transform=ax.transAxes, ha="center", va="top", fontsize=7, color="firebrick")

@@ -1,15 +1,14 @@
-"""Figures from tables of results: table -> matplotlib figure, saved as PNG and PDF with its CSV and where it came from.
-
-Every function draws what its table holds and trains nothing, so a figure can be drawn again from the records, or from the
-CSV beside it. Bands and bars say what they are in the axis labels or the legend.
-"""
+"""What all figures share: names and looks of models, helpers for axes, and saving."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -21,76 +20,51 @@ from ones_lib.gathering.registry import gathering_methods
 from ones_lib.study.records import project_root
 
 ONE_COLUMN, TWO_COLUMNS = 3.5, 7.2  # inches, the usual widths of a paper's columns
+COLOURS = sns.color_palette("colorblind")
+GREY = {"color": "0.45", "linewidth": 0.8, "zorder": 1.6}  # a reference line: above the grid, below the data
 
-NAMES = {
-    "moe": "MoE (teacher)",
-    "dense_long": "dense, as long as\nteacher + KD",
-    "dense": "dense",
-    "dense_kd": "dense, KD from scratch",
-    "shared_kd": "shared weights only",
-    "zero_ffn": "zero FFN",
-    "one_expert": "one expert",
-    "sum": "summation",
-    "average": "averaging",
-    "topk": "Top-KG",
-    "svd": "SVD-KG",
-    "matched_average": "matched averaging",
-    "contribution_topk": "Top-KG by contribution",
-    "whitened_svd": "whitened SVD-KG",
-    "readout": "read-out",
-    "fit": "layer-wise fit",
-    "joint_fit": "joint fit",
-    "frequency_average": "averaging by frequency",
-    "topk_wide": "Top-KG, wider",
-    "svd_raw": "SVD-KG, raw scale",
+
+class Look(NamedTuple):
+    """How a model is drawn."""
+
+    name: str
+    colour: Any
+    marker: str
+    line: str = "-"
+
+
+#: In the order of figures and tables: baselines, controls (dashed), the paper's methods, those that look at data, others.
+MODELS = {
+    "moe": Look("MoE (teacher)", "black", "X"),
+    "dense_long": Look("dense (teacher + KD steps)", "0.45", "X", ":"),
+    "dense": Look("dense", "0.45", "X", "--"),
+    "dense_kd": Look("dense, KD from scratch", COLOURS[9], "P", "-."),
+    "shared_kd": Look("shared weights only", COLOURS[7], "v", "--"),
+    "zero_ffn": Look("zero FFN", COLOURS[5], "^", "--"),
+    "one_expert": Look("one expert", COLOURS[4], "<", "--"),
+    "sum": Look("summation", COLOURS[3], "o"),
+    "average": Look("averaging", COLOURS[0], "o"),
+    "topk": Look("Top-KG", COLOURS[2], "s"),
+    "svd": Look("SVD-KG", COLOURS[1], "D"),
+    "matched_average": Look("matched averaging", "#5fa8d3", "o"),
+    "contribution_topk": Look("Top-KG by contribution", "#6fcf97", "s"),
+    "whitened_svd": Look("whitened SVD-KG", "#f2b880", "D"),
+    "readout": Look("read-out", "#1b7f79", "h"),
+    "fit": Look("layer-wise fit", "#d63fa5", "p"),
+    "joint_fit": Look("joint fit", "#4a0d67", "*"),
+    "frequency_average": Look("averaging by frequency", "#8fa3c9", "<"),
+    "topk_wide": Look("Top-KG, wider", "#0b5d1e", ">"),
+    "svd_raw": Look("SVD-KG, raw scale", "#a6761d", "d"),
 }
+METHODS = ["sum", "average", "topk", "svd"]  # the paper's
 METRICS = {
     "accuracy": "accuracy (%)",
     "f1": "F1 (%)",
     "exact_match": "exact match (%)",
-    "loss": "loss (nats; less is better)",
+    "loss": "loss (nats; lower is better)",
     "average": "mean of the tasks (%)",
 }
-TASK_NAMES = {
-    "masked_lm": "masked LM",
-    "package": "package: one sentence",
-    "statement": "statement: a pair",
-    "answer": "answer span",
-    "answer_or_none": "answer span or none",
-    "sst2": "SST-2",
-    "mnli": "MNLI",
-    "squad": "SQuAD 1.1",
-    "squad_v2": "SQuAD 2.0",
-    "average": "average of the tasks",
-}
-METHODS = ["sum", "average", "topk", "svd"]  # the paper's
-CALIBRATED = [
-    "matched_average",
-    "contribution_topk",
-    "whitened_svd",
-    "readout",
-    "fit",
-    "joint_fit",
-]  # those that look at data
-CONTROLS = ["shared_kd", "zero_ffn", "one_expert"]
-_COLOURS = sns.color_palette("colorblind")
-PALETTE = dict(zip([*METHODS, *CONTROLS, "dense_kd"], [_COLOURS[i] for i in (3, 0, 2, 1, 7, 5, 4, 9)], strict=True))
-PALETTE |= dict(zip(CALIBRATED, ["#5fa8d3", "#6fcf97", "#f2b880", "#1b7f79", "#d63fa5", "#4a0d67"], strict=True))
-PALETTE |= {"moe": "black", "dense": "0.45", "dense_long": "0.45"}
-PALETTE |= {"frequency_average": "#8fa3c9", "topk_wide": "#0b5d1e", "svd_raw": "#a6761d"}
-MARKERS = dict(zip(PALETTE, "oosDv^<PosDhp*XXX<>d", strict=True))
-
-
-def _add_other_methods() -> None:
-    """Gatherings that have been registered and are not in the tables above get a name, a colour and a mark too, after them."""
-    others = [method for method in gathering_methods() if method not in NAMES]
-    for method, colour in zip(others, sns.husl_palette(len(others)) if others else [], strict=True):
-        NAMES[method], PALETTE[method], MARKERS[method] = method.replace("_", " "), colour, "o"
-
-
-_add_other_methods()
 MATRIX_NAMES = {"up": "up projection", "gate": "gate projection", "down": "down projection"}
-DASHES = {"moe": "-", "dense": "--", "dense_long": ":", "dense_kd": "-."}
 
 
 def set_style() -> None:
@@ -118,62 +92,141 @@ def set_style() -> None:
     )
 
 
-def _legend_of_all(fig: Figure) -> None:
-    """One legend, right of the panels, of what any of them draws."""
-    handles = {}
-    for ax in fig.axes:
-        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    fig.legend(handles.values(), handles, loc="outside right center")
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
-_OTHER = _COLOURS[6]  # a method that someone registered
+def look(model: str) -> Look:
+    """The look of a model; one outside the table keeps its name, and gets a colour of its own if it is registered."""
+    if model in MODELS:
+        return MODELS[model]
+    others = [method for method in gathering_methods() if method not in MODELS]
+    colours = dict(zip(others, sns.husl_palette(len(others)) if others else [], strict=True))
+    return Look(model.replace("_", " "), colours.get(model, COLOURS[6]), "o")
 
 
-def _method_style(method: str) -> dict:
-    """Colour, marker and label of a gathering method or control, someone's own included."""
-    label = NAMES.get(method, method).replace("\n", " ")
-    marker = MARKERS.get(method, ".")
-    return {"color": PALETTE.get(method, _OTHER), "marker": marker, "markersize": 3, "label": label}
+def in_order(models: Iterable[str]) -> list[str]:
+    """Each model once, in the order of :data:`MODELS`; those outside it follow as they come."""
+    found = list(dict.fromkeys(models))
+    return [*(m for m in MODELS if m in found), *(m for m in found if m not in MODELS)]
 
 
-def _mean_and_range(ax: Axes, part: pd.DataFrame, x: str, y: str, **style) -> None:
+def line_style(model: str) -> dict[str, Any]:
+    """Arguments of ``Axes.plot`` for a line with marks."""
+    name, colour, marker, line = look(model)
+    return {"label": name, "color": colour, "marker": marker, "markersize": 3, "linestyle": line}
+
+
+def level(line: Callable[..., Any], value: float, model: str, **style) -> None:
+    """A baseline's level as a line across the panel; ``line`` is its ``axhline`` or ``axvline``."""
+    line(value, **(GREY | {"color": look(model).colour, "linestyle": look(model).line} | style))
+
+
+# --- panels and axes -------------------------------------------------------------------------------------------------
+
+
+def panel_grid(
+    count: int, columns: int, height: float, extra: float = 0.0, width: float = TWO_COLUMNS, **options
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels, up to ``columns`` in a row; ``options`` go to ``plt.subplots``.
+
+    Each row is ``height`` inches high; ``extra`` inches are for legend and caption.
+    """
+    rows = math.ceil(count / columns)
+    size = (width, rows * height + extra)
+    fig, axes = plt.subplots(rows, min(count, columns), figsize=size, squeeze=False, **options)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return fig, list(axes.flat[:count])
+
+
+def mean_and_range(ax: Axes, part: pd.DataFrame, x: str, y: str, **style) -> None:
     """A line through the means and a band from the lowest to the highest value."""
     values = part.groupby(x)[y].agg(["mean", "min", "max"])
     ax.plot(values.index, values["mean"], **style)
     ax.fill_between(values.index, values["min"], values["max"], color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _whole_ranks(ax: Axes) -> None:
+def lines_by_model(ax: Axes, table: pd.DataFrame, x: str, y: str, column: str = "model", **looks) -> None:
+    """:func:`mean_and_range` of every model; ``looks`` override its line style."""
+    for model, part in table.groupby(column, sort=False):
+        mean_and_range(ax, part, x, y, **line_style(model) | looks)
+
+
+def seeds_and_mean(ax: Axes, values: pd.Series, row: float, colour: Any, marker: str, label: str | None = None) -> None:
+    """A tick for each seed's value in row ``row`` and a mark at their mean."""
+    ax.plot(values, [row] * len(values), "|", color=colour, markersize=7, alpha=0.7)
+    ax.plot(values.mean(), row, marker, color=colour, label=label, markersize=5)
+
+
+def rows(ax: Axes, labels: list[str]) -> None:
+    """Labels along the y-axis, the first on top."""
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+
+
+def number_at_edge(ax: Axes, row: float, value: float, digits: int, colour: Any) -> bool:
+    """Whether a mark in row ``row`` would be outside the panel; if so, its value is written at the edge."""
+    low, high = ax.get_xlim()
+    if low <= value <= high:
+        return False
+    place = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 7, "color": colour}
+    if value < low:
+        ax.text(0.02, row, f"← {value:.{digits}f}", ha="left", **place)
+    else:
+        ax.text(0.98, row, f"{value:.{digits}f} →", ha="right", **place)
+    return True
+
+
+def legend(fig: Figure, loc: str = "outside right center", ncols: int = 1) -> None:
+    """One legend of everything that has a label in any panel."""
+    handles = {}
+    for ax in fig.axes:
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    fig.legend(handles.values(), handles, loc=loc, ncols=ncols)
+
+
+def caption(fig: Figure, text: str) -> None:
+    """A line below the panels that says what marks, bands and bars are."""
+    fig.supxlabel(text, fontsize=7)
+
+
+def seeds(table: pd.DataFrame) -> str:
+    """The number of a table's seeds, in words for a caption."""
+    count = table["seed"].nunique()
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def whole_ranks(ax: Axes) -> None:
+    """Whole numbers along the x-axis."""
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
-def _plain_log(ax: Axes, which: str = "y") -> None:
+def plain_log(ax: Axes, which: str = "y") -> None:
     """Plain numbers along a logarithmic axis, and enough of them where it spans little."""
-    low, high = ax.get_ylim() if which == "y" else ax.get_xlim()
     axis = ax.yaxis if which == "y" else ax.xaxis
-    axis.set_major_locator(
-        MaxNLocator(4) if high < 5 * low else LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,))
-    )
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high < 50 * low else (1,)
+    axis.set_major_locator(MaxNLocator(4) if high < 5 * low else LogLocator(subs=subs))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("")
 
 
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
 def save_figure(fig: Figure, name: str, table: pd.DataFrame, folder: str | Path, records: Iterable[str] = ()) -> None:
-    """Write ``name.png``, ``name.pdf`` and what :func:`save_table` writes, ``table`` being what is drawn."""
+    """Write ``name.png`` and ``name.pdf``, and what is drawn with :func:`save_table`. The same figure gives the same files."""
     save_table(table, name, folder, records)
     path = project_root() / folder / name
-    for suffix, metadata in {
-        ".pdf": {"CreationDate": None},
-        ".png": None,
-    }.items():  # the same figure gives the same file
+    for suffix, metadata in {".pdf": {"CreationDate": None}, ".png": None}.items():
         with written_beside(path.with_suffix(suffix)) as beside:
             fig.savefig(beside, format=suffix[1:], metadata=metadata)
 
 
 def save_table(table: pd.DataFrame, name: str, folder: str | Path, records: Iterable[str] = ()) -> None:
-    """Write ``name.csv`` and ``name.json``, the records behind it; ``folder`` is relative to the project's root.
+    """Write ``name.csv``, and ``name.json`` with the names of the records behind it.
 
-    A column ``record`` goes to the JSON, row by row, instead of to the CSV.
+    ``folder`` is relative to the project's root. A column ``record`` goes row by row to the JSON instead of the CSV.
     """
     path = project_root() / folder / name
     path.parent.mkdir(parents=True, exist_ok=True)

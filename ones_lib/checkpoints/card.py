@@ -1,0 +1,84 @@
+"""The model card of a checkpoint made dense."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+
+import pandas as pd
+
+from ones_lib.checkpoints.plan import TwinPlan
+
+
+def model_card(plan: TwinPlan, arguments: Mapping, layers: pd.DataFrame, perplexities: Mapping[str, float]) -> str:
+    """README.md of the twin.
+
+    Args:
+        arguments: of the conversion.
+        layers: the table of :func:`ones_lib.checkpoints.convert`.
+        perplexities: of ``MoE`` and ``dense``, or empty.
+    """
+    name, kind = arguments["source"], plan.source_config.model_type
+    options = ({} if arguments["d_ff"] is None else {"d_ff": arguments["d_ff"]}) | arguments["options"]
+    given = "".join(f", {option} = {value}" for option, value in options.items())
+    facts = [*_widths(plan, layers), *_approximations(plan, arguments), *_measured(layers, perplexities)]
+    return f"""---
+library_name: transformers
+base_model: {name}
+tags: [ones, knowledge-gathering, dense]
+---
+# {name}, made dense
+
+A {plan.config.architectures[0]}. Its feed-forward networks were gathered from the {plan.num_experts} experts of each MoE layer \
+of {name} ({kind}) by `{arguments["method"]}`{given}; everything else is a copy. After "One Student Knows All Experts Know: From \
+Sparse to Dense" (Xue et al., arXiv 2201.10890). That paper's second step, distillation from the MoE, has not been done: this \
+model is a start for it.
+
+{"".join(f"- {fact}{chr(10)}" for fact in facts)}
+Made with ones_lib {version("ones-lib")}, transformers {version("transformers")}; arguments: `{json.dumps(arguments)}`.
+"""
+
+
+def _widths(plan: TwinPlan, layers: pd.DataFrame) -> list[str]:
+    used, sums = layers["d_ff"] + layers["shared"], layers["gate_sum"]
+    shared = f" and {layers['shared'].max()} of shared experts, joined to them" if layers["shared"].any() else ""
+    wide = f", in layers of {plan.width}" if plan.width > used.max() else ""
+    facts = [
+        f"Hidden units: {layers['d_ff'].max()} gathered{shared}{wide}; an expert has {plan.expert_width}.",
+        f"The gathered networks' outputs are multiplied by the sum of a token's gates: {sums.min():.4g} to {sums.max():.4g}"
+        f" (from: {', '.join(layers['gates'].unique())}).",
+    ]
+    if unused := plan.width - used.min():
+        facts.append(
+            f"Up to {unused} hidden units of a gathered layer have output weights of zero, because the class has one width for"
+            " all layers. A conversion with a d_ff larger by that number would use them."
+        )
+    return facts
+
+
+def _approximations(plan: TwinPlan, arguments: Mapping) -> list[str]:
+    facts = []
+    if plan.architecture.one_expert:
+        facts.append(
+            "Transformers has no dense class with the attention and norms of this MoE. This is the same class with one expert,"
+            " whose gate is 1: dense in function."
+        )
+    if plan.architecture.mean_gated:
+        data = "random tokens" if arguments["calibration"] is None else "the calibration"
+        facts.append(
+            f"Approximate: the gate of the shared expert, which depends on the token, is now its mean over {data}."
+        )
+    return facts
+
+
+def _measured(layers: pd.DataFrame, perplexities: Mapping[str, float]) -> list[str]:
+    facts, errors = [], layers["output_error"]
+    if errors.notna().any():
+        facts.append(
+            f"Relative error of the routed experts' output on held-out tokens, by layer: {errors.min():.3f} to"
+            f" {errors.max():.3f}, see conversion.csv. How much each expert is used: router_statistics.csv."
+        )
+    if perplexities:
+        facts.append(f"Perplexity: MoE {perplexities['MoE']:.4g}, this model {perplexities['dense']:.4g}.")
+    return facts

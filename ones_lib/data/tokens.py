@@ -1,0 +1,168 @@
+"""Tokens: tokenizers, packed token ids for pre-training, encoded rows for fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # a third of a second to import
+    from datasets import Dataset
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer: could not open {name!r} as a folder or on the Hugging Face hub: {error}"
+        ) from error
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a lower-casing WordPiece tokenizer with BERT's special tokens (Devlin et al., arXiv 1810.04805).
+
+    Numbers are split into digits, so that an answer inside a number consists of whole tokens.
+    """
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), digits])
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # The trainer numbers equally frequent tokens differently in every run. Sorting gives every run the same numbers;
+    # WordPiece splits words by the set of tokens alone.
+    vocabulary = [*special.values(), *sorted(set(tokenizer.get_vocab()) - set(special.values()))]
+    tokenizer.model = models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **special
+    )
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
+    """Ids of the tokens that begin and end a text: [CLS] and [SEP], or a causal model's beginning and end of text."""
+    first = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+    last = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+    return first, last
+
+
+def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    """Join texts into one stream of tokens and cut it into sequences: token ids [n, length], int32.
+
+    [SEP] follows each text; each sequence starts with [CLS] and ends with [SEP]. With a causal model's tokenizer, the end
+    of text follows each text and the beginning of text, if there is one, starts each sequence.
+    """
+    first, end = end_tokens(tokenizer)
+    before, after, between = ([] if i is None else [i] for i in (first, tokenizer.sep_token_id, end))
+    parts = [torch.empty(0, dtype=torch.int32)]
+    for start in range(0, len(texts), 10_000):  # Python's integers of a large corpus would not fit into memory
+        chunk = list(texts[start : start + 10_000])
+        encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        parts.append(torch.tensor([i for ids in encoded for i in (*ids, *between)], dtype=torch.int32))
+    stream, room = torch.cat(parts), length - len(before) - len(after)
+    count = len(stream) // room
+    if not count:
+        raise ValueError(f"corpus: expected at least {room} tokens, found {len(stream)}")
+    body = stream[: count * room].view(count, room)
+    before, after = (body.new_tensor(mark).expand(count, -1) for mark in (before, after))
+    return torch.cat([before, body, after], dim=1)
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A task's split as tokens: n examples, or n windows of contexts, padded to L tokens.
+
+    Args:
+        ids, types: token ids and token types [n, L].
+        lengths: tokens without padding [n].
+        targets: classes [n], or positions of the answer's first and last token [n, 2]; 0, 0 if the window lacks the answer.
+        example: number of the row [n]; several windows may belong to one question.
+        offsets: for question answering, the characters [n, L, 2] of the context that each token covers; -1 for others.
+    """
+
+    ids: Tensor
+    types: Tensor
+    lengths: Tensor
+    targets: Tensor
+    example: Tensor
+    offsets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encode_classification(
+    rows: Dataset, columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
+) -> EncodedText:
+    """Encode one sentence or a pair per row. Long inputs lose their end, the longer of a pair first."""
+    encoded = tokenizer(
+        *(list(rows[column]) for column in columns),
+        truncation=True,
+        max_length=length,
+        padding=True,
+        return_token_type_ids=True,
+        return_tensors="pt",
+    )
+    return EncodedText(
+        encoded["input_ids"],
+        encoded["token_type_ids"],
+        encoded["attention_mask"].sum(dim=1),
+        torch.tensor(list(rows["label"])),
+        torch.arange(len(rows)),
+    )
+
+
+def encode_questions(rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, stride: int) -> EncodedText:
+    """Encode questions with windows of their contexts. The target is the first answer, if the window holds all of it."""
+    encoded = tokenizer(
+        [question.strip() for question in rows["question"]],
+        list(rows["context"]),
+        truncation="only_second",
+        max_length=length,
+        stride=stride,
+        padding=True,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_token_type_ids=True,
+    )
+    example = torch.tensor(encoded["overflow_to_sample_mapping"])
+    in_context = torch.tensor([[s == 1 for s in encoded.sequence_ids(i)] for i in range(len(example))])
+    offsets = torch.tensor(encoded["offset_mapping"])  # [n, L, 2]
+    offsets[~in_context] = -1
+    spans = [
+        (a["answer_start"][0], a["answer_start"][0] + len(a["text"][0])) if a["text"] else (-1, -1)
+        for a in rows["answers"]
+    ]
+    start, end = torch.tensor(spans)[example, :, None].unbind(dim=1)  # [n, 1] characters
+    first = (
+        in_context & (offsets[..., 0] <= start) & (start < offsets[..., 1])
+    )  # the token with the answer's first character
+    last = in_context & (offsets[..., 0] < end) & (end <= offsets[..., 1])
+    whole = first.any(dim=1) & last.any(dim=1)
+    return EncodedText(
+        torch.tensor(encoded["input_ids"]),
+        torch.tensor(encoded["token_type_ids"]),
+        torch.tensor(encoded["attention_mask"]).sum(dim=1),
+        torch.stack([first.int().argmax(dim=1), last.int().argmax(dim=1)], dim=1) * whole[:, None],
+        example,
+        offsets,
+    )

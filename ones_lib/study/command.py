@@ -1,0 +1,98 @@
+"""The command behind ``run_all.sh``: executes notebooks, makes a dry run, or runs a sweep."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ones_lib.study.notebooks import CommandError, dry_run, run
+from ones_lib.study.parameters import ParameterError
+from ones_lib.study.sweeps import run_sweep
+
+
+def parse_value(text: str) -> Any:
+    """A value of the command line as YAML reads it; numbers such as 8e-3, which YAML takes for text, as Python does."""
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise CommandError(f"-p: expected a value in YAML, found {text!r}") from error
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run_all.sh", description="Execute the study's notebooks and write their figures.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--profile", default="demo", help="file in notebooks/profiles, or the path of another (demo)")
+    add("--only", nargs="+", default=[], metavar="NN", help="notebooks by number or name, such as 01 02")
+    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--force", action="store_true", help="do finished work again, trainings included")
+    again.add_argument("--figures", action="store_true", help="draw every figure again from the records")
+    again.add_argument(
+        "--dry-run", action="store_true", help="try each training by one step, and say what all would cost"
+    )
+    again.add_argument("--sweep", type=Path, metavar="FILE", help="execute a notebook for every cell of a grid")
+    add("--jobs", type=int, default=1, help="cells of a sweep at a time (1)")
+    add("--on", default="local", help="where a sweep runs: local, slurm, or a Dask scheduler's address")
+    add("--launch", default="", help="command that starts the processes of a training: 'torchrun ...'")
+    add("--device-batch", type=int, default=0, help="examples that a process takes at a time (all)")
+    add("--shard", action="store_true", help="spread models over the processes (FSDP)")
+    add("--deterministic", action="store_true", help="deterministic algorithms alone")
+    add("--to", default="", help=argparse.SUPPRESS)  # the folder of a sweep's cell
+    return parser
+
+
+def _execution(options: argparse.Namespace) -> dict[str, str]:
+    """Environment variables that tell the notebooks how to work; see :class:`ones_lib.study.running.Execution`."""
+    if options.device_batch < 0:
+        raise CommandError(f"--device-batch: expected a number of at least 0, found {options.device_batch}")
+    if options.shard and not options.launch:
+        raise CommandError("--shard: expected --launch 'torchrun ...', found none")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # torchrun lies beside this Python
+    if options.launch and not shutil.which(shlex.split(options.launch)[0], path=path):
+        raise CommandError(f"--launch: expected a command, found none called {shlex.split(options.launch)[0]!r}")
+    given = {
+        "ONES_LAUNCH": options.launch,
+        "ONES_DEVICE_BATCH": str(options.device_batch),
+        "ONES_SHARD": str(int(options.shard)),
+        "ONES_DETERMINISTIC": str(int(options.deterministic)),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8" if options.deterministic else "",
+    }
+    return {name: value for name, value in given.items() if value not in ("", "0")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        overrides = {name: parse_value(value) for name, value in options.p}
+        execution = _execution(options)
+        if options.sweep is not None:
+            if options.only or options.p or options.profile != "demo":
+                raise CommandError("--sweep: expected notebook, profile and parameters in its file, not beside it")
+            return run_sweep(options.sweep, options.jobs, options.on, execution)
+        if options.dry_run:
+            return dry_run(options.profile, options.only, overrides, execution)
+        os.environ.update(execution)
+        run(options.profile, options.only, overrides, options.force, options.figures, options.to)
+    except (CommandError, ParameterError, OSError) as error:  # an OSError, such as a full disk, names its file
+        print(f"run_all.sh: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("run_all.sh: interrupted; run it again to go on where it stopped", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,479 @@
+"""The parameters of all notebooks: meaning, unit and bounds of each. Their values stand in ``notebooks/profiles/*.yaml`` alone.
+
+A profile has a section for each group below. A notebook names the groups that it reads. Names are unique over all groups, so
+that ``./run_all.sh -p num_experts 16`` needs no section.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+import math
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.optim import list_optimizers
+
+from ones_lib.data.rows import TASKS
+from ones_lib.gathering.scale import SCALE_WORDS
+from ones_lib.integration import integration_methods
+from ones_lib.study.records import project_root
+
+
+class ParameterError(ValueError):
+    """A name or value that cannot be used. The message is for the person who gave it."""
+
+
+def value(
+    meaning: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+    of: Collection | Callable[[], Collection] = (),
+    to: str = "",
+) -> Any:
+    """A field of a group.
+
+    Args:
+        meaning: for people, with the unit.
+        least, above, most, below: bounds; of a list, those of each element.
+        of: allowed values, of a list those of each element; or a function that gives them.
+        to: where a study takes it: a part of its config and the name there, such as ``model.embed_dim``.
+    """
+    return field(metadata={"meaning": meaning, "bounds": (least, above, most, below), "of": of, "to": to})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A section of a profile. Making one checks every value; ParameterError names the parameter."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for declared in fields(self):
+            given = getattr(self, declared.name)
+            if not _fits(given, hints[declared.name]):
+                expected = str(declared.type).replace(" | None", " or null")
+                raise ParameterError(f"{declared.name}: expected {expected}, found {given!r}")
+            if hints[declared.name] is float:  # 1 and 1.0 are one config
+                object.__setattr__(self, declared.name, float(given))
+            _check_bounds(declared.name, given, declared.metadata)
+
+    def part(self, name: str) -> dict[str, Any]:
+        """The values that go to a part of a study's config, by their names there."""
+        targets = {f.name: f.metadata["to"].partition(".") for f in fields(self)}
+        return {target: getattr(self, own) for own, (part, _, target) in targets.items() if part == name}
+
+
+def _fits(given: Any, hint: Any) -> bool:
+    """Whether a value is of a type such as ``int | None`` or ``list[str]``. A whole number passes for a fraction."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(given, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return isinstance(given, list) and all(_fits(one, typing.get_args(hint)[0]) for one in given)
+    if isinstance(given, bool) or hint is bool:
+        return isinstance(given, bool) and hint is bool
+    return isinstance(given, (int, float) if hint is float else hint)
+
+
+def _check_bounds(name: str, given: Any, about: Mapping[str, Any]) -> None:
+    least, above, most, below = about["bounds"]
+    limits = [("at least", least), ("above", above), ("at most", most), ("below", below)]
+    expected = " and ".join(f"{word} {limit:g}" for word, limit in limits if math.isfinite(limit))
+    allowed = about["of"]() if callable(about["of"]) else about["of"]
+    for one in given if isinstance(given, list) else [given]:
+        if isinstance(one, (int, float)) and expected and not (least <= one <= most and above < one < below):
+            raise ParameterError(f"{name}: expected a number {expected}, found {one!r}")
+        if allowed and isinstance(one, str) and one not in allowed:
+            close = difflib.get_close_matches(one, allowed, n=3) or sorted(allowed)
+            raise ParameterError(f"{name}: expected one of {list(close)}, found {one!r}")
+
+
+# --- the groups --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common(Group):
+    """What several studies share, and where work goes; paths are relative to the project's root."""
+
+    methods: list[str] = value("gatherings and controls of the studies of images and text", of=integration_methods)
+    calibration_examples: int = value("training examples for gatherings that look at data", least=1)
+    mixed_precision: str = value("'no', 'bf16' or 'fp16'", of=("no", "bf16", "fp16"))
+    figures_dir: str = value("folder of figures and their CSVs")
+    records_dir: str = value("folder of finished trainings")
+    processes: int = value("trainings side by side; 0: one on a GPU, else one a core", least=0)
+    allow_training: bool = value("false: take everything from the records, and fail where one is missing")
+    redo_before: str = value("an ISO time with its zone: records older than it are made again; empty: none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image(Group):
+    """The image study: data, MoE, training of teacher and baselines, distillation."""
+
+    data: str = value(
+        "'glyphs' (drawn here), 'folder' (data_dir), or a hub name such as ILSVRC/imagenet-1k", to="data.name"
+    )
+    data_dir: str = value("folder with {train,val}/<class>/*, relative to the project's root", to="data.data_dir")
+    image_size: int = value("px", least=1, to="data.image_size")
+    num_classes: int | None = value("classes; null: all", least=1, to="data.num_classes")
+    train_per_class: int | None = value("training images of a class; null: all", least=1, to="data.train_per_class")
+    val_per_class: int | None = value("validation images of a class; null: all", least=1, to="data.val_per_class")
+    distortion: float = value("strength of the glyphs' distortions; 1 is mild", least=0, to="data.distortion")
+    color_jitter: float = value("strength, of other data than glyphs", least=0, to="data.color_jitter")
+    min_crop: float = value(
+        "least area of a random crop, of other data than glyphs", above=0, most=1, to="data.min_crop"
+    )
+    model: str = value(
+        "a timm model with MoE layers; parameters of the model that are null are left to it", to="model.name"
+    )
+    patch_size: int | None = value("px", least=1, to="model.patch_size")
+    d_model: int | None = value("width", least=1, to="model.embed_dim")
+    depth: int | None = value("blocks", least=1, to="model.depth")
+    num_heads: int | None = value("attention heads", least=1, to="model.num_heads")
+    d_ff: int | None = value("hidden units of an expert", least=1, to="model.d_ff")
+    num_experts: int | None = value("experts of the MoE", least=2, to="model.num_experts")
+    top_k: int | None = value("experts a token is sent to", least=1, to="model.top_k")
+    renormalize: bool = value("gates of the chosen experts sum to 1", to="model.renormalize")
+    share_depth: bool = value("all blocks share attention and experts", to="model.share_depth")
+    drop_rate: float = value("dropout", least=0, below=1, to="model.proj_drop_rate")
+    seeds: list[int] = value("seeds; teacher, baselines and students of a seed belong together", least=0)
+    teacher_steps: int = value("optimizer steps of teacher and dense baseline", least=1, to="teaching.steps")
+    batch_size: int = value("examples a step", least=1, to="teaching.batch_size")
+    learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
+    warmup: float = value("part of the steps", least=0, below=1, to="teaching.warmup")
+    weight_decay: float = value("of matrices", least=0, to="teaching.weight_decay")
+    optimizer: str = value("a timm optimizer", of=list_optimizers, to="teaching.optimizer")
+    label_smoothing: float = value("part of the label", least=0, below=1, to="teaching.label_smoothing")
+    mixup: float = value("alpha of the Beta distribution; 0: none", least=0, to="teaching.mixup")
+    ema_decay: float = value("of the weights' moving average; 0: none", least=0, below=1, to="teaching.ema_decay")
+    kd_steps: int = value("optimizer steps of distillation, the largest budget", least=1, to="learning.steps")
+    kd_learning_rate: float = value("of distillation, after warm-up", above=0, to="learning.learning_rate")
+    temperature: float = value("T of the KD loss", above=0, to="distillation.temperature")
+    alpha: float = value("weight of the KL divergence in the KD loss", least=0, most=1, to="distillation.alpha")
+    calibrated_methods: list[str] = value("gatherings that look at data, beside `methods`", of=integration_methods)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves(Group):
+    """Retention against the distillation budget and the number of experts (images)."""
+
+    budgets: list[int] = value("steps of KD, beside kd_steps", least=0)
+    expert_counts: list[int] = value("numbers of experts", least=2)
+    expert_budget: int = value("steps of KD in the comparison by number of experts", least=0)
+    expert_methods: list[str] = value("gatherings and controls in that comparison", of=integration_methods)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Group):
+    """The text study: corpus, MoE, pre-training, distillation, and fine-tuning on tasks."""
+
+    text_data: str = value(
+        "tasks of 'docstrings' (made here), 'local' (text_dir) or 'hub'",
+        of=("docstrings", "local", "hub"),
+        to="tasks.name",
+    )
+    text_dir: str = value(
+        "folder with <task>/<split>.jsonl, .parquet or .csv, relative to the root", to="tasks.text_dir"
+    )
+    tasks: list[str] = value("tasks to fine-tune on; empty: the four of text_data", of=tuple(TASKS))
+    corpus: str = value(
+        "to pre-train on: 'docstrings', 'tasks' (the tasks' texts), a file, folder or hub name", to="data.name"
+    )
+    tokenizer: str = value("hub name or folder; empty: WordPiece, trained on the corpus", to="data.tokenizer")
+    vocab_size: int = value("of the trained tokenizer", least=8, to="data.vocab_size")
+    sequence_length: int = value("tokens of a pre-training sequence", least=8, to="data.sequence_length")
+    mask_rate: float = value("part of the tokens that is predicted", above=0, below=1, to="data.mask_rate")
+    max_corpus: int | None = value("texts of the corpus; null: all", least=8, to="data.max_corpus")
+    task_length: int = value(
+        "tokens of a task's example; longer contexts are cut into windows", least=8, to="tasks.task_length"
+    )
+    stride: int = value("tokens by which windows overlap", least=0, to="tasks.stride")
+    max_train: int | None = value("rows of a task's training split; null: all", least=8, to="tasks.max_train")
+    max_validation: int | None = value(
+        "rows of a task's validation split; null: all", least=8, to="tasks.max_validation"
+    )
+    max_positions: int = value("position embeddings, at least task_length", least=8, to="model.max_position_embeddings")
+    embedding_size: int = value("width of the factorised token embeddings", least=1, to="model.embedding_size")
+    text_d_model: int = value("width", least=1, to="model.hidden_size")
+    text_depth: int = value("blocks", least=1, to="model.num_hidden_layers")
+    text_num_heads: int = value("attention heads", least=1, to="model.num_attention_heads")
+    text_d_ff: int = value("hidden units of an expert", least=1, to="model.intermediate_size")
+    text_num_experts: int = value("experts of the MoE", least=2, to="model.num_experts")
+    text_top_k: int = value("experts a token is sent to", least=1, to="model.num_experts_per_tok")
+    text_renormalize: bool = value("gates of the chosen experts sum to 1", to="model.renormalize")
+    text_drop_rate: float = value("dropout", least=0, below=1, to="model.hidden_dropout_prob")
+    relative_positions: int = value(
+        "distance up to which attention has a learned bias; 0: none", least=0, to="model.relative_positions"
+    )
+    initializer_range: float = value(
+        "standard deviation of the embeddings at first", above=0, to="model.initializer_range"
+    )
+    text_seeds: list[int] = value("seeds", least=0)
+    text_teacher_steps: int = value("optimizer steps of pre-training", least=1, to="teaching.steps")
+    text_batch_size: int = value("sequences a step", least=1, to="teaching.batch_size")
+    text_learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
+    text_warmup: float = value("part of the steps", least=0, below=1, to="teaching.warmup")
+    text_weight_decay: float = value("of matrices", least=0, to="teaching.weight_decay")
+    text_optimizer: str = value("a timm optimizer", of=list_optimizers, to="teaching.optimizer")
+    text_kd_steps: int = value("optimizer steps of distillation, the largest budget", least=1, to="learning.steps")
+    text_kd_learning_rate: float = value("of distillation, after warm-up", above=0, to="learning.learning_rate")
+    text_temperature: float = value("T of the KD loss", above=0, to="distillation.temperature")
+    text_alpha: float = value("weight of the KL divergence in the KD loss", least=0, most=1, to="distillation.alpha")
+    finetune_steps: int = value("optimizer steps of fine-tuning", least=1, to="finetuning.steps")
+    finetune_batch_size: int = value("examples a step", least=1, to="finetuning.batch_size")
+    finetune_learning_rate: float = value("after warm-up", above=0, to="finetuning.learning_rate")
+    finetune_kd: bool = value("fine-tune distilled models with KD from the fine-tuned teacher")
+    text_budgets: list[int] = value("steps of KD, beside text_kd_steps", least=0)
+    task_budgets: list[int] = value("steps of KD whose students are fine-tuned too; 0: right after gathering", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task_length > self.max_positions:
+            raise ParameterError(
+                f"task_length: expected at most max_positions={self.max_positions}, found {self.task_length}"
+            )
+        if self.stride >= self.task_length // 2:
+            raise ParameterError(f"stride: expected below half of task_length={self.task_length}, found {self.stride}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Language(Group):
+    """The study of a published MoE of transformers: conversion and distillation."""
+
+    language_source: str = value("folder or hub name of an MoE; empty: train one of language_moe")
+    language_moe: dict = value("model_type and configuration of the MoE to train")
+    language_corpus: str = value("'docstrings', a file, a folder or a hub name", to="data.name")
+    language_vocab_size: int = value("of the tokenizer trained where there is no source", least=8, to="data.vocab_size")
+    language_sequence_length: int = value("tokens", least=8, to="data.sequence_length")
+    language_max_corpus: int | None = value("texts; null: all", least=8, to="data.max_corpus")
+    language_validation: int = value("validation sequences", least=1, to="data.validation_sequences")
+    language_seeds: list[int] = value("seeds", least=0)
+    language_teacher_steps: int = value("optimizer steps of MoE and dense baselines", least=1, to="teaching.steps")
+    language_batch_size: int = value("sequences a step", least=1, to="teaching.batch_size")
+    language_learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
+    language_students: dict = value(
+        "by name, a gathering or the control zero_ffn, and its options: [topk, {d_ff: 128}]"
+    )
+    language_calibration: int = value("sequences for gatherings that look at data and for output errors", least=1)
+    language_kd_steps: int = value("optimizer steps of distillation, the largest budget", least=1, to="learning.steps")
+    language_kd_learning_rate: float = value("of distillation, after warm-up", above=0, to="learning.learning_rate")
+    language_temperature: float = value("T of the KD loss", above=0, to="distillation.temperature")
+    language_alpha: float = value(
+        "weight of the KL divergence in the KD loss", least=0, most=1, to="distillation.alpha"
+    )
+    language_budgets: list[int] = value("steps of KD, beside 0 and language_kd_steps", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, student in self.language_students.items():
+            method, options = student if isinstance(student, list) and len(student) == 2 else (None, None)
+            if method not in integration_methods() or not isinstance(options, dict):
+                expected = f"[method, {{options}}] with a method of {integration_methods()}"
+                raise ParameterError(f"language_students: {name}: expected {expected}, found {student!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectra(Group):
+    """Spectra of the experts."""
+
+    domains: list[str] = value("whose MoEs: 'image', 'text' or both", of=("image", "text"))
+    source: str = value("a safetensors file or a folder of them, in place of the studies' MoEs; empty: none")
+    max_layers: int = value("layers of an MoE whose layers differ, evenly spread", least=1)
+    spectra_methods: list[str] = value("gatherings to compare with the experts", of=integration_methods)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed(Group):
+    """Measurements of speed."""
+
+    speed_layers: dict = value(
+        "by name, d_model, d_ff, num_experts, top_k, tokens an example, batch_sizes of one MoE layer"
+    )
+    speed_batch_sizes: list[int] = value("batch sizes of the image study's MoE", least=1)
+    speed_modes: list[str] = value("of that MoE: 'eager', 'compiled'", of=("eager", "compiled"))
+    large_models: list[str] = value("timm names of other MoEs")
+    large_batch_sizes: list[int] = value("their batch sizes", least=1)
+    large_modes: list[str] = value("their modes", of=("eager", "compiled"))
+    speed_precisions: list[str] = value("torch dtypes", of=("float32", "bfloat16", "float16"))
+    seconds: float = value("least time of each number, s", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation(Group):
+    """The ablation of gatherings: scale, rank, data."""
+
+    ablation_domains: list[str] = value("studies: 'image', 'text' or both", of=("image", "text"))
+    ablation_methods: list[str] = value("gatherings at every budget", of=integration_methods)
+    controls: list[str] = value("controls at every budget", of=integration_methods)
+    variant_methods: list[str] = value(
+        "more gatherings: of images at variant_budget, of text right after", of=integration_methods
+    )
+    scales: list[float | str] = value("of the paper's methods, beside 1; likewise", of=tuple(SCALE_WORDS))
+    ranks: list[int] = value("K of SVD-KG at the router's scale and of whitened SVD-KG; likewise", least=1)
+    ablation_budgets: list[int] = value("steps of KD on images", least=0)
+    variant_budget: int = value("steps of KD of the variants on images", least=0)
+    ablation_text_seeds: list[int] = value("seeds on text", least=0)
+    ablation_text_budgets: list[int] = value("steps of KD on text", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teachers(Group):
+    """Other teachers and other distillation losses (images)."""
+
+    upcycling_steps: int = value("steps of the upcycled MoE, after the dense baseline's", least=0)
+    upcycling_noise: float = value("standard deviation added to the copies, relative to the weights", least=0)
+    soft_slots: int = value("slots of each expert in Soft MoE", least=1)
+    teacher_methods: list[str] = value("gatherings and controls of each teacher", of=integration_methods)
+    teacher_budget: int = value("steps of KD of their students", least=0)
+    distilled_methods: list[str] = value("gatherings to start from in the comparison of losses", of=integration_methods)
+    distillation_budget: int = value("steps of KD in it", least=0)
+    hidden_weight: float = value("weight of the hidden states' error", least=0)
+    hidden_depths: list[float] = value("weights of the depths in it, beside equal ones", least=0)
+    augmentations: int = value("passes with sampled experts (knowledge augmentation)", least=0)
+    router_rate: float = value("step of the student-aware router, relative to its weights", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student(Group):
+    """One student, the cell of a sweep (images)."""
+
+    method: str = value("a gathering or control", of=integration_methods)
+    scale: float | str | None = value("null: the method's own", of=tuple(SCALE_WORDS))
+    rank: int | None = value("K; null: the method's own", least=1)
+    budget: int = value("steps of KD; 0: right after gathering", least=0)
+    seed: int = value("seed of teacher, baseline and student", least=0)
+
+
+GROUPS: dict[str, type[Group]] = {
+    group.__name__.lower(): group
+    for group in (Common, Image, Curves, Text, Language, Spectra, Speed, Ablation, Teachers, Student)
+}
+#: Parameters that decide how work is done, not what comes of it.
+EXECUTION = ("processes", "allow_training", "redo_before")
+
+
+@cache
+def group_of() -> dict[str, str]:
+    """The group of every parameter, by its name."""
+    return {declared.name: name for name, group in GROUPS.items() for declared in fields(group)}
+
+
+# --- values ------------------------------------------------------------------------------------------------------------
+
+
+class Parameters:
+    """The values of some groups, by name: ``parameters.num_experts``. ``groups`` has each group by its name."""
+
+    def __init__(self, profile: str, groups: Mapping[str, Group], overrides: Mapping[str, Any]) -> None:
+        self.profile, self.groups, self.overrides = profile, dict(groups), dict(overrides)
+
+    def __getattr__(self, name: str) -> Any:
+        group = self.__dict__.get("groups", {}).get(group_of().get(name))
+        if group is None:
+            raise AttributeError(f"{name}: no parameter of the groups {list(self.__dict__.get('groups', ()))}")
+        return getattr(group, name)
+
+    def values(self) -> dict[str, Any]:
+        """All values by name."""
+        return {f.name: getattr(group, f.name) for group in self.groups.values() for f in fields(group)}
+
+    def _repr_html_(self) -> str:
+        """What a notebook runs with: the overrides, and all values with their meaning to fold out."""
+        changed = ", ".join(f"{name} = {given!r}" for name, given in self.overrides.items()) or "nothing"
+        rows = [
+            f"<tr><td>{f.name}</td><td>{html.escape(repr(getattr(group, f.name)))}</td>"
+            f"<td style='text-align:left'>{html.escape(f.metadata['meaning'])}</td></tr>"
+            for group in self.groups.values()
+            for f in fields(group)
+        ]
+        head = f"Profile <b>{html.escape(self.profile)}</b>; changed: {html.escape(changed)}."
+        return f"{head}<details><summary>all {len(rows)} values</summary><table>{''.join(rows)}</table></details>"
+
+    def __repr__(self) -> str:
+        return f"Parameters(profile={self.profile!r}, overrides={self.overrides!r}, groups={list(self.groups)})"
+
+
+def read_parameters(
+    profile: str, overrides: Mapping[str, Any], groups: Iterable[str], source: str = "overrides"
+) -> Parameters:
+    """The values of groups in a profile, some of them overridden.
+
+    Args:
+        profile: a name in ``notebooks/profiles``, or the path of a YAML file of that form.
+        overrides: values by name; only those of ``groups``.
+        groups: names of :data:`GROUPS`. ``common`` is always among them.
+        source: where the overrides come from, for errors.
+
+    Raises:
+        ParameterError: no such profile or name, or a value of another type or out of bounds.
+    """
+    wanted = list(dict.fromkeys(["common", *groups]))
+    if unknown := [name for name in wanted if name not in GROUPS]:
+        raise ParameterError(f"groups: expected of {list(GROUPS)}, found {unknown[0]!r}")
+    known = [name for name, group in group_of().items() if group in wanted]
+    check_names(overrides, known, source)
+    file, given = _read_profile(profile)
+    made = {}
+    for name in wanted:
+        names = [declared.name for declared in fields(GROUPS[name])]
+        values = {n: overrides.get(n, given.get(name, {}).get(n, ...)) for n in names}
+        if missing := [n for n, v in values.items() if v is ...]:
+            raise ParameterError(f"{file.name}: {name}: expected a value for {missing[0]!r}, found none")
+        try:
+            made[name] = GROUPS[name](**values)
+        except ParameterError as error:
+            culprit = str(error).partition(":")[0]
+            raise ParameterError(f"{source if culprit in overrides else file.name}: {error}") from error
+    return Parameters(Path(profile).stem, made, overrides)
+
+
+def check_names(given: Iterable[str], known: Collection[str], source: str) -> None:
+    """Raise ParameterError for a name that is not known, with a hint."""
+    for name in given:
+        if name not in known:
+            raise ParameterError(f"{source}: no chosen notebook has a parameter {name!r}{hint(name, known)}")
+
+
+def hint(name: str, known: Collection[str]) -> str:
+    """The known name that was probably meant, for an error."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f", expected one of {sorted(known)}"
+
+
+def _read_profile(profile: str) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """A profile's file and its sections, those of its ``base`` filled in."""
+    file = (
+        Path(profile)
+        if profile.endswith((".yaml", ".yml"))
+        else project_root() / "notebooks/profiles" / f"{profile}.yaml"
+    )
+    sections = read_yaml(file)
+    base = sections.pop("base", None)
+    inherited = {} if base is None else _read_profile(base)[1]
+    for section, values in sections.items():
+        if section not in GROUPS:
+            raise ParameterError(f"{file.name}: no group {section!r}{hint(section, GROUPS)}")
+        if not isinstance(values, dict):
+            raise ParameterError(f"{file.name}: {section}: expected names with values, found {values!r}")
+        names = [declared.name for declared in fields(GROUPS[section])]
+        if unknown := [name for name in values if name not in names]:
+            raise ParameterError(f"{file.name}: {section}: no parameter {unknown[0]!r}{hint(unknown[0], names)}")
+    return file, {name: {**inherited.get(name, {}), **sections.get(name, {})} for name in GROUPS}
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file of names with values."""
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ParameterError(f"{file}: expected YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ParameterError(f"{file}: expected names with values, found {type(values).__name__}")
+    return values

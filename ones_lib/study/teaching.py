@@ -1,0 +1,124 @@
+"""The teacher's side of a training step: its forward passes, and a cache of their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ones_lib.data.files import model_tensors, save_tensors
+from ones_lib.distillation import Distillation, HiddenStates, adapt_routers, routers, sampled_experts
+
+if TYPE_CHECKING:
+    from ones_lib.study.training import Task
+
+LARGEST_CACHE = 2**30  # bytes of logits cached for one training
+
+
+class Teaching:
+    """Distillation of one student from its frozen teacher, step by step.
+
+    Args:
+        cache: the teacher's cached logits, if any. Not used if the loss needs more than logits or moves the routers.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        task: Task,
+        distillation: Distillation,
+        cache: TeacherLogits | None,
+    ) -> None:
+        self.teacher, self.task, self.distillation = teacher, task, distillation
+        self.cache = None if distillation.hidden_weight or distillation.router_rate else cache
+        self.watched = [HiddenStates(m) for m in (student, teacher)] if distillation.hidden_weight else []
+        if distillation.augmentations or distillation.router_rate:
+            routers(teacher)  # raises before training if there are none
+        if distillation.router_rate:
+            for router in routers(teacher):
+                router.top_k = router.weight.shape[0]
+
+    def loss(self, task_loss: Tensor, logits: Tensor, batch) -> Tensor:
+        """The student's whole loss; ``logits`` are from its latest forward pass, on the same batch."""
+        with torch.no_grad():
+            passes, hidden = self._teach(logits.detach(), batch)
+        loss = self.distillation.loss(task_loss, logits, *passes)
+        return loss + self.distillation.hidden_loss(self.watched[0].last, hidden) if self.watched else loss
+
+    def _teach(self, student_logits: Tensor, batch) -> tuple[list[Tensor], list[Tensor]]:
+        """The teacher's logits, one tensor per pass, and its hidden states."""
+        distillation = self.distillation
+        if distillation.router_rate:
+            adapt_routers(self.teacher, lambda: self._router_loss(student_logits, batch), distillation.router_rate)
+        if self.cache is None:
+            passes = [self._logits(batch)]
+        else:
+            passes = [self.cache.of(batch, lambda: self._logits(batch))]
+        hidden = self.watched[1].last if self.watched else []
+        if distillation.augmentations:
+            with sampled_experts(self.teacher):
+                passes += [self._logits(batch) for _ in range(distillation.augmentations)]
+        return passes, hidden
+
+    def _logits(self, batch) -> Tensor:
+        return self.task.forward(self.teacher, batch)
+
+    def _router_loss(self, student_logits: Tensor, batch) -> Tensor:
+        """The teacher's loss with the student as its teacher."""
+        logits = self._logits(batch)
+        return self.distillation.loss(self.task.loss(logits, batch), logits, student_logits)
+
+    def close(self) -> None:
+        for states in self.watched:
+            states.close()
+
+
+class TeacherLogits:
+    """Cache of a frozen teacher's logits, one file per batch. Students of one seed see the same batches and share it.
+
+    Cached logits are bit for bit the computed ones. Files are named by a hash of batch, teacher's weights and precision.
+
+    Args:
+        folder: created when needed; may be deleted at any time.
+        passes: teacher passes of one training; if their logits exceed :data:`LARGEST_CACHE`, nothing is cached.
+    """
+
+    def __init__(self, folder: Path, teacher: nn.Module, passes: int) -> None:
+        self.folder, self.teacher, self.passes, self.enabled = folder, teacher, passes, True
+
+    @cached_property
+    def _weights(self) -> str:
+        return _digest(model_tensors(self.teacher).values())
+
+    def of(self, batch: Tensor | tuple, compute: Callable[[], Tensor]) -> Tensor:
+        """Logits of a batch, from the cache or else from ``compute``."""
+        if not self.enabled:
+            return compute()
+        tensors = [batch] if torch.is_tensor(batch) else [part for part in batch if part is not None]
+        device = tensors[0].device
+        precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        path = self.folder / f"{_digest(tensors, self._weights, str(precision))}.safetensors"
+        if path.exists():
+            return load_file(path)["logits"].to(device)
+        logits = compute()
+        self.enabled = logits.nbytes * self.passes <= LARGEST_CACHE
+        if self.enabled:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(path, {"logits": logits})
+        return logits
+
+
+def _digest(tensors: Iterable[Tensor], *texts: str) -> str:
+    """Hash of tensors and texts, 32 hexadecimal digits."""
+    digest = blake2b(repr(texts).encode(), digest_size=16)
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
