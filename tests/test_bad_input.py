@@ -360,10 +360,10 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         "redo_before: expected a time with its zone.*found '2026-01-01'",
     ),
     "time that is none": (parameter("redo_before", "yesterday"), ValueError, "redo_before: expected a time such as"),
-    "task longer than the positions": (
-        parameter("task_length", 128, "03_nlp"),
+    "windows that overlap too much": (
+        parameter("stride", 40, "03_nlp"),
         ParameterError,
-        "overrides: task_length: expected at most max_positions=64, found 128",
+        "overrides: stride: expected below half of task_length=64, found 40",
     ),
     "folder of no data": (
         parameter("data", "folder", data_dir="no"),

@@ -342,7 +342,7 @@ def test_errors_stand_against_what_the_student_is_worth():
     marks = {line.get_label(): line for line in later.get_lines()}
     assert marks["joint fit"].get_ydata()[0] == -50
     assert start.get_title().startswith("glyphs, right after gathering\nrank correlation −1.00")
-    assert later.get_title().startswith("glyphs, after 10 steps of KD")
+    assert later.get_title().startswith("glyphs, after 10 KD steps")
     assert text.get_ylabel().startswith("loss")
     assert correlations["correlation"].tolist() == pytest.approx(
         [-1, 1, 1, 1]

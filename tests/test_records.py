@@ -163,7 +163,7 @@ def test_a_run_that_is_killed_and_started_again_ends_as_one_that_was_not(tmp_pat
     assert sorted(record.config["kind"] for record in made) == ["dense", "moe", "student"]
     place = Workplace(Records(tmp_path / "alone"), tmp_path / "cache", tmp_path / "logits")
     for record in sorted(made, key=lambda record: record.config["kind"]):  # the teacher before the student
-        assert compare(record, carry_out(record.config, place)).empty
+        assert set(compare(record, carry_out(record.config, place))["what"]) <= {"threads", "code"}
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path):

@@ -1,4 +1,4 @@
-"""The one-hot dispatch against the plain one, and what a measurement holds."""
+"""Ways of dispatch against the plain one, and the tables of measurements."""
 
 import math
 from functools import partial
@@ -21,6 +21,11 @@ from ones_lib.views.speed import (
     measure_speed,
     transformers_dispatch,
 )
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    monkeypatch.setattr("ones_lib.views.speed.BLOCK_SECONDS", 0.001)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])

@@ -271,7 +271,7 @@ def test_processes_side_by_side_make_the_same_records_and_an_error_in_one_ends_a
     found = [record for config in configs if (record := study.records.find(config))]
     assert {config_hash(configs[0]), config_hash(configs[2])} <= {config_hash(record.config) for record in found}
     for record in found:
-        assert compare(record, alone[record.folder.name]).empty
+        assert set(compare(record, alone[record.folder.name])["what"]) <= {"threads", "code"}
 
 
 def test_tables(study):

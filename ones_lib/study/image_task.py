@@ -1,4 +1,4 @@
-"""TODO."""
+"""Image classification as a task of the training loop: the model for a data set, batches, loss, predictions."""
 
 from __future__ import annotations
 

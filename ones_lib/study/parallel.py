@@ -1,4 +1,7 @@
-"""TODO."""
+"""Runs many configs: here, side by side in processes, or each training under a launcher such as torchrun.
+
+``python -m ones_lib.study.parallel PLAN`` is what a launcher starts, in every process.
+"""
 
 from __future__ import annotations
 

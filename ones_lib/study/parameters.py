@@ -96,6 +96,8 @@ def _check_bounds(name: str, given: Any, about: Mapping[str, Any]) -> None:
             raise ParameterError(f"{name}: expected one of {list(close)}, found {one!r}")
 
 
+_TEXT = ("docstrings", "local", "hub")
+
 # --- the groups --------------------------------------------------------------------------------------------------------
 
 
@@ -117,9 +119,7 @@ class Common(Group):
 class Image(Group):
     """The image study: data, MoE, training of teacher and baselines, distillation."""
 
-    data: str = value(
-        "'glyphs' (drawn here), 'folder' (data_dir), or a hub name such as ILSVRC/imagenet-1k", to="data.name"
-    )
+    data: str = value("'glyphs' (drawn here), 'folder' (data_dir), or a hub name", to="data.name")
     data_dir: str = value("folder with {train,val}/<class>/*, relative to the project's root", to="data.data_dir")
     image_size: int = value("px", least=1, to="data.image_size")
     num_classes: int | None = value("classes; null: all", least=1, to="data.num_classes")
@@ -127,12 +127,8 @@ class Image(Group):
     val_per_class: int | None = value("validation images of a class; null: all", least=1, to="data.val_per_class")
     distortion: float = value("strength of the glyphs' distortions; 1 is mild", least=0, to="data.distortion")
     color_jitter: float = value("strength, of other data than glyphs", least=0, to="data.color_jitter")
-    min_crop: float = value(
-        "least area of a random crop, of other data than glyphs", above=0, most=1, to="data.min_crop"
-    )
-    model: str = value(
-        "a timm model with MoE layers; parameters of the model that are null are left to it", to="model.name"
-    )
+    min_crop: float = value("least area of a random crop; not of glyphs", above=0, most=1, to="data.min_crop")
+    model: str = value("a timm model; null below leaves a value to it", to="model.name")
     patch_size: int | None = value("px", least=1, to="model.patch_size")
     d_model: int | None = value("width", least=1, to="model.embed_dim")
     depth: int | None = value("blocks", least=1, to="model.depth")
@@ -156,7 +152,7 @@ class Image(Group):
     kd_steps: int = value("optimizer steps of distillation, the largest budget", least=1, to="learning.steps")
     kd_learning_rate: float = value("of distillation, after warm-up", above=0, to="learning.learning_rate")
     temperature: float = value("T of the KD loss", above=0, to="distillation.temperature")
-    alpha: float = value("weight of the KL divergence in the KD loss", least=0, most=1, to="distillation.alpha")
+    alpha: float = value("weight of the KL in the loss", least=0, most=1, to="distillation.alpha")
     calibrated_methods: list[str] = value("gatherings that look at data, beside `methods`", of=integration_methods)
 
 
@@ -174,32 +170,22 @@ class Curves(Group):
 class Text(Group):
     """The text study: corpus, MoE, pre-training, distillation, and fine-tuning on tasks."""
 
-    text_data: str = value(
-        "tasks of 'docstrings' (made here), 'local' (text_dir) or 'hub'",
-        of=("docstrings", "local", "hub"),
-        to="tasks.name",
-    )
-    text_dir: str = value(
-        "folder with <task>/<split>.jsonl, .parquet or .csv, relative to the root", to="tasks.text_dir"
-    )
+    text_data: str = value("'docstrings' (made here), 'local' (text_dir) or 'hub'", of=_TEXT, to="tasks.name")
+    text_dir: str = value("folder with <task>/<split>.jsonl, .parquet or .csv", to="tasks.text_dir")
     tasks: list[str] = value("tasks to fine-tune on; empty: the four of text_data", of=tuple(TASKS))
-    corpus: str = value(
-        "to pre-train on: 'docstrings', 'tasks' (the tasks' texts), a file, folder or hub name", to="data.name"
-    )
+    corpus: str = value("'docstrings', 'tasks' (the tasks' texts), a file, folder or hub name", to="data.name")
     tokenizer: str = value("hub name or folder; empty: WordPiece, trained on the corpus", to="data.tokenizer")
     vocab_size: int = value("of the trained tokenizer", least=8, to="data.vocab_size")
     sequence_length: int = value("tokens of a pre-training sequence", least=8, to="data.sequence_length")
     mask_rate: float = value("part of the tokens that is predicted", above=0, below=1, to="data.mask_rate")
     max_corpus: int | None = value("texts of the corpus; null: all", least=8, to="data.max_corpus")
-    task_length: int = value(
-        "tokens of a task's example; longer contexts are cut into windows", least=8, to="tasks.task_length"
-    )
+    task_length: int = value("tokens of an example; longer contexts are cut", least=8, to="tasks.task_length")
     stride: int = value("tokens by which windows overlap", least=0, to="tasks.stride")
     max_train: int | None = value("rows of a task's training split; null: all", least=8, to="tasks.max_train")
-    max_validation: int | None = value(
-        "rows of a task's validation split; null: all", least=8, to="tasks.max_validation"
+    max_validation: int | None = value("rows of a validation split; null: all", least=8, to="tasks.max_validation")
+    max_positions: int = value(
+        "position embeddings; fine-tuning adds what it needs", least=8, to="model.max_position_embeddings"
     )
-    max_positions: int = value("position embeddings, at least task_length", least=8, to="model.max_position_embeddings")
     embedding_size: int = value("width of the factorised token embeddings", least=1, to="model.embedding_size")
     text_d_model: int = value("width", least=1, to="model.hidden_size")
     text_depth: int = value("blocks", least=1, to="model.num_hidden_layers")
@@ -210,11 +196,9 @@ class Text(Group):
     text_renormalize: bool = value("gates of the chosen experts sum to 1", to="model.renormalize")
     text_drop_rate: float = value("dropout", least=0, below=1, to="model.hidden_dropout_prob")
     relative_positions: int = value(
-        "distance up to which attention has a learned bias; 0: none", least=0, to="model.relative_positions"
+        "reach of learned attention biases; 0: none", least=0, to="model.relative_positions"
     )
-    initializer_range: float = value(
-        "standard deviation of the embeddings at first", above=0, to="model.initializer_range"
-    )
+    initializer_range: float = value("initial SD of the embeddings", above=0, to="model.initializer_range")
     text_seeds: list[int] = value("seeds", least=0)
     text_teacher_steps: int = value("optimizer steps of pre-training", least=1, to="teaching.steps")
     text_batch_size: int = value("sequences a step", least=1, to="teaching.batch_size")
@@ -225,7 +209,7 @@ class Text(Group):
     text_kd_steps: int = value("optimizer steps of distillation, the largest budget", least=1, to="learning.steps")
     text_kd_learning_rate: float = value("of distillation, after warm-up", above=0, to="learning.learning_rate")
     text_temperature: float = value("T of the KD loss", above=0, to="distillation.temperature")
-    text_alpha: float = value("weight of the KL divergence in the KD loss", least=0, most=1, to="distillation.alpha")
+    text_alpha: float = value("weight of the KL in the loss", least=0, most=1, to="distillation.alpha")
     finetune_steps: int = value("optimizer steps of fine-tuning", least=1, to="finetuning.steps")
     finetune_batch_size: int = value("examples a step", least=1, to="finetuning.batch_size")
     finetune_learning_rate: float = value("after warm-up", above=0, to="finetuning.learning_rate")
@@ -235,10 +219,6 @@ class Text(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task_length > self.max_positions:
-            raise ParameterError(
-                f"task_length: expected at most max_positions={self.max_positions}, found {self.task_length}"
-            )
         if self.stride >= self.task_length // 2:
             raise ParameterError(f"stride: expected below half of task_length={self.task_length}, found {self.stride}")
 
@@ -258,16 +238,12 @@ class Language(Group):
     language_teacher_steps: int = value("optimizer steps of MoE and dense baselines", least=1, to="teaching.steps")
     language_batch_size: int = value("sequences a step", least=1, to="teaching.batch_size")
     language_learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
-    language_students: dict = value(
-        "by name, a gathering or the control zero_ffn, and its options: [topk, {d_ff: 128}]"
-    )
+    language_students: dict = value("by name, a gathering or zero_ffn, and options: [topk, {d_ff: 128}]")
     language_calibration: int = value("sequences for gatherings that look at data and for output errors", least=1)
     language_kd_steps: int = value("optimizer steps of distillation, the largest budget", least=1, to="learning.steps")
     language_kd_learning_rate: float = value("of distillation, after warm-up", above=0, to="learning.learning_rate")
     language_temperature: float = value("T of the KD loss", above=0, to="distillation.temperature")
-    language_alpha: float = value(
-        "weight of the KL divergence in the KD loss", least=0, most=1, to="distillation.alpha"
-    )
+    language_alpha: float = value("weight of the KL in the loss", least=0, most=1, to="distillation.alpha")
     language_budgets: list[int] = value("steps of KD, beside 0 and language_kd_steps", least=0)
 
     def __post_init__(self) -> None:
@@ -293,9 +269,7 @@ class Spectra(Group):
 class Speed(Group):
     """Measurements of speed."""
 
-    speed_layers: dict = value(
-        "by name, d_model, d_ff, num_experts, top_k, tokens an example, batch_sizes of one MoE layer"
-    )
+    speed_layers: dict = value("by name, sizes and batch_sizes of one MoE layer")
     speed_batch_sizes: list[int] = value("batch sizes of the image study's MoE", least=1)
     speed_modes: list[str] = value("of that MoE: 'eager', 'compiled'", of=("eager", "compiled"))
     large_models: list[str] = value("timm names of other MoEs")
@@ -312,9 +286,7 @@ class Ablation(Group):
     ablation_domains: list[str] = value("studies: 'image', 'text' or both", of=("image", "text"))
     ablation_methods: list[str] = value("gatherings at every budget", of=integration_methods)
     controls: list[str] = value("controls at every budget", of=integration_methods)
-    variant_methods: list[str] = value(
-        "more gatherings: of images at variant_budget, of text right after", of=integration_methods
-    )
+    variant_methods: list[str] = value("on images at variant_budget, on text right after", of=integration_methods)
     scales: list[float | str] = value("of the paper's methods, beside 1; likewise", of=tuple(SCALE_WORDS))
     ranks: list[int] = value("K of SVD-KG at the router's scale and of whitened SVD-KG; likewise", least=1)
     ablation_budgets: list[int] = value("steps of KD on images", least=0)

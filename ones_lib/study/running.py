@@ -164,9 +164,13 @@ def build_model(config: Config, data: Data) -> nn.Module:
     if "upcycling" in config:
         return upcycle(build_model(config["start"], data), seed=config["seed"], **config["upcycling"])
     if config["kind"] == "finetuned":
-        return finetuning_model(build_model(config["start"], data), config["task"], config["seed"])
+        return _finetuning_model(build_model(config["start"], data), config)
     build = {"image": classification_model, "text": pretraining_model, "language": language_model}[config["domain"]]
     return build(config["model"], data, config["seed"])
+
+
+def _finetuning_model(start: nn.Module, config: Config) -> nn.Module:
+    return finetuning_model(start, config["task"], config["seed"], config["task_data"]["task_length"])
 
 
 def task_of(config: Config, cache_dir: Path) -> Task:
@@ -279,7 +283,7 @@ def _start(config: Config, place: Workplace, task: Task, teacher: nn.Module | No
     if "upcycling" in config:
         return upcycle(start, seed=config["seed"], **config["upcycling"]), {}
     if config["kind"] == "finetuned":
-        return finetuning_model(start, config["task"], config["seed"]), {}
+        return _finetuning_model(start, config), {}
     if config["kind"] != "student":
         return build_model(config, data), {}
     if start is not None:

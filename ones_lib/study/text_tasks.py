@@ -41,20 +41,22 @@ def pretraining_model(model: dict, data: Corpus, seed: int) -> WideNetForMaskedL
         return WideNetForMaskedLM(WideNetTextConfig(**of_data | model))
 
 
-def finetuning_model(pretrained: WideNetForMaskedLM, task: str, seed: int) -> nn.Module:
-    """A model with a new head for ``task`` on a copy of the encoder."""
-    labels = TASKS[task].labels
+def finetuning_model(pretrained: WideNetForMaskedLM, task: str, seed: int, length: int = 0) -> nn.Module:
+    """A model with a new head for ``task`` on a copy of the encoder, for examples of up to ``length`` tokens. Where the encoder
+    has fewer position embeddings, new ones follow its own."""
+    labels, old = TASKS[task].labels, pretrained.config
+    changes = {"max_position_embeddings": max(length, old.max_position_embeddings)}
+    if labels is not None:
+        changes |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     with torch.random.fork_rng():
         set_seed(seed)
-        if labels is None:
-            model = WideNetForQuestionAnswering(pretrained.config)
-        else:
-            config = type(pretrained.config).from_dict(
-                pretrained.config.to_dict()
-                | {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-            )
-            model = WideNetForSequenceClassification(config)
-    model.encoder.load_state_dict(pretrained.encoder.state_dict())
+        head = WideNetForQuestionAnswering if labels is None else WideNetForSequenceClassification
+        model = head(type(old).from_dict(old.to_dict() | changes))
+    weights, positions = pretrained.encoder.state_dict(), model.encoder.position_embeddings.weight.detach()
+    weights["position_embeddings.weight"] = torch.cat(
+        [weights["position_embeddings.weight"], positions[old.max_position_embeddings :]]
+    )
+    model.encoder.load_state_dict(weights)
     return model
 
 

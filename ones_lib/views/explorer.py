@@ -1,4 +1,4 @@
-"""Widgets to explore an MoE's experts in JupyterLab or Voila: linked views of :mod:`ones_lib.spectra`' tables.
+"""Widgets to explore an MoE's experts in JupyterLab or Voila: linked views of :mod:`ones_lib.spectra`'s tables.
 
 A layer is factored once. When the rank moves, the factors are only cut, and only what depends on the rank is drawn again.
 """
