@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'TEXT'
-usage: ./run_all.sh [--profile smoke|demo|paper] [--only NN ...] [-p NAME VALUE]... [--force | --figures | --dry-run]
+usage: ./run_all.sh [--profile NAME] [--only NN ...] [-p NAME VALUE]... [--force | --figures | --dry-run]
                     [--launch COMMAND [--shard]] [--device-batch N] [--deterministic]
        ./run_all.sh --sweep FILE [--jobs N] [--on local|slurm|ADDRESS]
        ./run_all.sh test [pytest's options]
@@ -14,19 +14,19 @@ usage: ./run_all.sh [--profile smoke|demo|paper] [--only NN ...] [-p NAME VALUE]
 Makes an environment if the active one lacks something, executes the notebooks with papermill, and writes
 figures/ (the smoke and paper profiles write below runs/). Finished work is found again and not done twice.
 
-  --profile NAME     parameter file notebooks/profiles/NAME.yaml: smoke (about two minutes), demo (half an hour; the
-                     default) or paper (the papers' models: needs the data and GPUs)
+  --profile NAME     parameter file notebooks/profiles/NAME.yaml: smoke (about two minutes), demo (25 minutes; the
+                     default) or paper (the papers' models: needs the data and GPUs); or the path of a file of your own
   --only NN ...      only these notebooks, by number or name: --only 01 02
-  -p NAME VALUE      set a notebook parameter; may be repeated: -p num_experts 8 -p seeds '[0, 1]'
+  -p NAME VALUE      set any parameter of the profile; may be repeated: -p num_experts 8 -p seeds '[0, 1]'
   --force            do finished work again, trainings included
   --figures          draw every figure again from the records, without training: under a minute
   --dry-run          make one step of each kind of training that the notebooks ask for, and say what all would cost
   --launch COMMAND   start the processes of each training with a command: --launch 'torchrun --nproc_per_node 8'
   --shard            spread models over these processes (FSDP), for what does not fit into one's memory
   --device-batch N   examples that a process takes at a time; the gradients of more are added up
-  --deterministic    deterministic algorithms alone
-  --sweep FILE       execute a notebook once a cell of a grid, such as notebooks/sweeps/gatherings.yaml
-  --jobs N           so many cells at a time (1)
+  --deterministic    only deterministic algorithms
+  --sweep FILE       execute a notebook for each cell of a grid, such as notebooks/sweeps/gatherings.yaml
+  --jobs N           cells at a time (1)
   --on WHERE         run the cells here (local), as Slurm jobs (slurm), or on a Dask scheduler (its address)
   --help             this text
 
@@ -70,6 +70,7 @@ make_conda() {
     rm -rf .conda
     echo "run_all.sh: making a conda environment in .conda from environment.yml" >&2
     "$1" env create --quiet --yes --prefix .conda --file environment.yml
+    .conda/bin/python -m pip install --quiet --no-deps --editable . >&2 # for JupyterLab
 }
 
 make_venv() {

@@ -186,7 +186,7 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "text for a number": (
         command("-p", "num_experts", "eight"),
         CommandError,
-        "-p: num_experts: expected int or null, found 'eight'",
+        "-p: num_experts: expected int, found 'eight'",
     ),
     "number for a list": (
         command("-p", "seeds", "3"),
@@ -220,7 +220,7 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         r"smoke\.yaml: image: no parameter 'sedes'; did you mean 'seeds'",
     ),
     "negative device batch": (command("--device-batch", "-1"), CommandError, "--device-batch: expected .*found -1"),
-    "shards without processes": (command("--shard"), CommandError, "--shard: expected --launch 'torchrun"),
+    "shards without processes": (command("--shard"), CommandError, "--shard: expected a launch command, such as 'torchrun"),
     "launcher that is not there": (
         command("--launch", "torchrum -n 2"),
         CommandError,
@@ -245,7 +245,7 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "sweep with a misspelt key": (
         command("--sweep", "s.yaml", s_yaml=SWEEP + "gird: {seed: [0]}"),
         CommandError,
-        "found 'gird'; did you mean 'grid'",
+        "unknown key 'gird'; did you mean 'grid'",
     ),
     "grid of single values": (
         command("--sweep", "s.yaml", s_yaml=SWEEP + "grid: {seed: 0}"),
@@ -287,12 +287,12 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "optimizer of no library": (
         parameter("optimizer", "adamww"),
         ValueError,
-        "optimizer: expected one of .*adamw.*found 'adamww'",
+        "optimizer: found 'adamww'; did you mean 'adamw'",
     ),
     "precision of no library": (
         parameter("mixed_precision", "fp8"),
         ValueError,
-        "mixed_precision: expected one of .*found 'fp8'",
+        "mixed_precision: found 'fp8', expected one of .*bf16",
     ),
     "alpha above one": (
         parameter("alpha", 2.0),
@@ -333,7 +333,7 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         "image_size: expected a divisor of 64 for glyphs, found 15",
     ),
     "data set of no kind": (parameter("data", "cifar"), ValueError, "data: expected 'glyphs', 'folder' or a hub name"),
-    "method of no kind": (parameter("methods", ["sun"]), ValueError, r"methods: expected one of \['sum'.*found 'sun'"),
+    "method of no kind": (parameter("methods", ["sun"]), ValueError, r"methods: found 'sun'; did you mean 'sum'"),
     "budget below nothing": (
         parameter("budgets", [100, -1], "02_retention_curves"),
         ValueError,
@@ -347,12 +347,12 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "scale of no kind": (
         parameter("scales", ["routers"], "07_gathering_ablation"),
         ValueError,
-        r"scales: expected one of \['router'.*found 'routers'",
+        r"scales: found 'routers'; did you mean 'router'",
     ),
     "task of no kind": (
         parameter("tasks", ["sst3"], "03_nlp"),
         ValueError,
-        r"tasks: expected one of \['sst2'.*found 'sst3'",
+        r"tasks: found 'sst3'; did you mean 'sst2'",
     ),
     "time without a zone": (
         parameter("redo_before", "2026-01-01"),

@@ -132,7 +132,7 @@ def test_figures_alone_train_nothing(project, capfd):
     assert command.main([*few, "--figures"]) == 1
     error = capfd.readouterr().err
     assert "ValueError: records: expected all 2 in" in error
-    assert "found 0; the first that is missing: moe, seed 9" in error
+    assert "found 0; the first missing one: moe, seed 9" in error
     assert records_made(project) == before
 
 
@@ -185,7 +185,7 @@ def test_a_bad_value_is_refused_before_the_first_notebook_runs(project, capfd):
     """Also where it belongs to the last notebook alone."""
     assert command.main(["--profile", "smoke", "--only", "01", "08", "-p", "teacher_methods", "[sun]"]) == 1
     said = capfd.readouterr()
-    assert "-p: teacher_methods: expected one of" in said.err
+    assert "-p: teacher_methods: found 'sun'; did you mean 'sum'?" in said.err
     assert "profile smoke" not in said.out
 
 
@@ -265,7 +265,7 @@ def test_widgets_in_a_browser(page, voila):
             ["-p", "teacher_step", "5"],
             "no chosen notebook has a parameter 'teacher_step'; did you mean 'teacher_steps'?",
         ),
-        (["-p", "num_experts", "eight"], "-p: num_experts: expected int or null, found 'eight'"),
+        (["-p", "num_experts", "eight"], "-p: num_experts: expected int, found 'eight'"),
         (["-p", "seeds", "3"], "seeds: expected list[int], found 3"),
         (["-p", "renormalize", "1"], "renormalize: expected bool, found 1"),
         (["--only", "77"], "--only: no notebook '77', expected of ['01_imagenet'"),

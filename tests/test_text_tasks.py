@@ -217,8 +217,8 @@ def test_fine_tuning_starts_from_the_encoder(data):
 
 def test_fine_tuning_on_longer_examples_adds_positions(data):
     """What the encoder computes for short ones stays the same."""
-    pretrained = pretraining_model({**MODEL, "max_position_embeddings": 16}, data, 0)
-    longer = finetuning_model(pretrained, "sst2", 1, length=24)
+    pretrained = pretraining_model({**MODEL, "max_position_embeddings": 16}, data, 0).eval()
+    longer = finetuning_model(pretrained, "sst2", 1, length=24).eval()
     ids = torch.randint(5, data.vocab_size, (2, 16))
     assert torch.equal(longer.encoder(ids).last_hidden_state, pretrained.encoder(ids).last_hidden_state)
     assert longer(torch.randint(5, data.vocab_size, (2, 24))).logits.shape == (2, 2)

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run :func:`ones_lib.checkpoints.convert` as the command line says."""
     parser = _parser()
     given = vars(parser.parse_args(arguments))
     options = dict(given.pop("option"))

@@ -105,6 +105,7 @@ def find_split(folder: Path, split: str) -> Path:
 
 
 def read_file(path: Path) -> Dataset:
+    """The rows of a JSON, JSON lines, Parquet or CSV file; ValueError names it where it is none."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 

@@ -56,6 +56,9 @@ def _check_images(study: Study, parameters: Parameters) -> None:
     ranks = [("ranks", rank) for rank in parameters.ranks] if "ablation" in groups else []
     if "student" in groups and parameters.rank is not None:
         ranks.append(("rank", parameters.rank))
+    depth = len(_build(classification_model, study.moe(0)["model"], data).hidden_state_readers())
+    if "teachers" in groups and len(parameters.hidden_depths) != depth:
+        raise ValueError(f"hidden_depths: expected {depth} numbers, one a block, found {parameters.hidden_depths}")
     for name, rank in ranks:
         if rank > min(layer.up.shape[1:]):
             raise ValueError(f"{name}: expected a number from 1 to {min(layer.up.shape[1:])}, found {rank}")

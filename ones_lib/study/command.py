@@ -14,22 +14,17 @@ from typing import Any
 import yaml
 
 from ones_lib.study.notebooks import CommandError, dry_run, run
-from ones_lib.study.parameters import ParameterError
+from ones_lib.study.parameters import ParameterError, load_yaml
+from ones_lib.study.running import Execution
 from ones_lib.study.sweeps import run_sweep
 
 
 def parse_value(text: str) -> Any:
-    """A value of the command line as YAML reads it; numbers such as 8e-3, which YAML takes for text, as Python does."""
+    """A value of the command line, in YAML."""
     try:
-        value = yaml.safe_load(text) if text else ""
+        return load_yaml(text) if text else ""
     except yaml.YAMLError as error:
         raise CommandError(f"-p: expected a value in YAML, found {text!r}") from error
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,25 +53,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _execution(options: argparse.Namespace) -> dict[str, str]:
-    """Environment variables that tell the notebooks how to work; see :class:`ones_lib.study.running.Execution`."""
-    if options.device_batch < 0:
-        raise CommandError(f"--device-batch: expected a number of at least 0, found {options.device_batch}")
-    if options.shard and not options.launch:
-        raise CommandError("--shard: expected --launch 'torchrun ...', found none")
+    """Environment variables that tell the notebooks how to work."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # torchrun lies beside this Python
     if options.launch and not shutil.which(shlex.split(options.launch)[0], path=path):
         raise CommandError(f"--launch: expected a command, found none called {shlex.split(options.launch)[0]!r}")
-    given = {
-        "ONES_LAUNCH": options.launch,
-        "ONES_DEVICE_BATCH": str(options.device_batch),
-        "ONES_SHARD": str(int(options.shard)),
-        "ONES_DETERMINISTIC": str(int(options.deterministic)),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8" if options.deterministic else "",
-    }
-    return {name: value for name, value in given.items() if value not in ("", "0")}
+    try:
+        execution = Execution(options.launch, options.device_batch, options.shard, options.deterministic)
+    except ValueError as error:
+        raise CommandError(f"--{str(error).replace('_', '-', 1)}") from error
+    return execution.environment()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for; the exit status."""
     options = _parser().parse_args(arguments)
     try:
         overrides = {name: parse_value(value) for name, value in options.p}

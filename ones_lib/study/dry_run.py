@@ -211,7 +211,9 @@ def hours_by_card(table: pd.DataFrame) -> pd.DataFrame:
     for card, (_, memory) in CARDS.items():
         room = (USABLE * memory * 1e9 - table["fixed_bytes"]) / table["activation_bytes"]
         hours = gpu_hours(table, card).sum()
-        rows.append({"card": card, "GPU hours": hours, "GPU days": hours / 24, "examples at a time": int(room.min())})
+        rows.append(
+            {"card": card, "GPU hours": hours, "GPU days": hours / 24, "examples at a time": max(0, int(room.min()))}
+        )
     return pd.DataFrame(rows)
 
 
@@ -244,6 +246,7 @@ def report(table: pd.DataFrame) -> None:
 
 
 def main(plan_file: str) -> int:
+    """Try what a plan holds and print what it would cost; the exit status is 1 if something could not be tried."""
     logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of a schedule of one step
     plan = json.loads(Path(plan_file).read_text())
     configs, cache_dir = plan["configs"], Path(plan["cache_dir"])

@@ -55,7 +55,7 @@ def main(study: Study, methods: Iterable[str]) -> list[Entry]:
 
 
 def by_budget(study: Study, methods: Iterable[str], budgets: Iterable[int]) -> list[Entry]:
-    """Students of all ``methods`` after each budget of KD (column ``budget``), and what they are measured by."""
+    """Students of all ``methods`` after each budget of KD (column ``budget``), and their baselines."""
     result, budgets = _baselines(study), list(budgets)
     for seed in study.seeds:
         result.append(reference(study, "moe", seed))
@@ -155,7 +155,7 @@ def by_task(study: Study, methods: Iterable[str], budget: int | None = None) -> 
 
 
 def by_task_and_budget(study: Study, methods: Iterable[str], budgets: Iterable[int]) -> list[Entry]:
-    """Students of all ``methods`` after each budget of KD, fine-tuned (columns ``task, budget``), and what they are measured by.
+    """Students of all ``methods`` after each budget of KD, fine-tuned (columns ``task, budget``), and their baselines.
     A budget of 0 is the student fine-tuned right after gathering."""
     methods = list(methods)
     result = [entry for entry in by_task(study, []) if entry.stage == "trained"]

@@ -111,7 +111,7 @@ def execute(notebook: Path, output: Path, profile: str, parameters: Parameters) 
     """Execute one notebook; its output streams to the terminal. A failed one is kept as ``<name>.failed.ipynb``."""
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_suffix(".failed.ipynb")
-    started = time.time()
+    started, inputs = time.time(), fingerprint(notebook, parameters)
     papermill.execute_notebook(
         str(notebook),
         str(unfinished),
@@ -125,7 +125,7 @@ def execute(notebook: Path, output: Path, profile: str, parameters: Parameters) 
     executed = nbformat.read(unfinished, as_version=4)
     figures = project_root() / parameters.figures_dir
     files = [str(f) for f in sorted(figures.glob("*")) if f.stat().st_mtime >= started]
-    executed.metadata["ones_lib"] = {"fingerprint": fingerprint(notebook, parameters), "files": files}
+    executed.metadata["ones_lib"] = {"fingerprint": inputs, "files": files}
     nbformat.write(executed, unfinished)
     os.replace(unfinished, output)
 
@@ -188,7 +188,7 @@ def run(
 
 # --- dry run -----------------------------------------------------------------------------------------------------------
 
-WITHOUT_RESULTS = ("AttributeError", "TypeError")  # errors of cells that work with results, when these are None
+WITHOUT_RESULTS = ("AttributeError", "TypeError")  # what a cell raises that works with a record, when that is None
 
 
 def dry_run(profile: str, only: Sequence[str], overrides: Mapping[str, Any], execution: Mapping[str, str]) -> int:
@@ -228,7 +228,7 @@ def _plan_notebook(notebook: Path, profile: str, parameters: Parameters, environ
     client = NotebookClient(given, kernel_name="python3", allow_errors=True, resources=resources)
     executed = client.execute(env=environment).cells
     asking = [i for i, cell in enumerate(executed) if ".run(" in cell.source]
-    for cell in [*executed[: asking[0]], *(executed[i] for i in asking)]:  # the others only work with results
-        for error in (output for output in cell.get("outputs", []) if output.output_type == "error"):
-            if error.ename not in WITHOUT_RESULTS:
+    for i in [*range(asking[0]), *asking]:  # the other cells only work with results
+        for error in (output for output in executed[i].get("outputs", []) if output.output_type == "error"):
+            if i < asking[0] or error.ename not in WITHOUT_RESULTS:
                 raise CommandError(f"{notebook.name}: {error.ename}: {error.evalue}")

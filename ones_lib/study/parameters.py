@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import html
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -21,6 +22,7 @@ import yaml
 from timm.optim import list_optimizers
 
 from ones_lib.data.rows import TASKS
+from ones_lib.gathering import gathering_methods
 from ones_lib.gathering.scale import SCALE_WORDS
 from ones_lib.integration import integration_methods
 from ones_lib.study.records import project_root
@@ -38,6 +40,7 @@ def value(
     most: float = math.inf,
     below: float = math.inf,
     of: Collection | Callable[[], Collection] = (),
+    distinct: bool = False,
     to: str = "",
 ) -> Any:
     """A field of a group.
@@ -45,10 +48,13 @@ def value(
     Args:
         meaning: for people, with the unit.
         least, above, most, below: bounds; of a list, those of each element.
-        of: allowed values, of a list those of each element; or a function that gives them.
-        to: where a study takes it: a part of its config and the name there, such as ``model.embed_dim``.
+        of: allowed values, for a list those of each element; or a function that returns them.
+        distinct: a list has at least one element, and all are different.
+        to: the part of a study's config that receives the value, and the name there, such as ``model.embed_dim``.
     """
-    return field(metadata={"meaning": meaning, "bounds": (least, above, most, below), "of": of, "to": to})
+    return field(
+        metadata={"meaning": meaning, "bounds": (least, above, most, below), "of": of, "distinct": distinct, "to": to}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +68,8 @@ class Group:
             if not _fits(given, hints[declared.name]):
                 expected = str(declared.type).replace(" | None", " or null")
                 raise ParameterError(f"{declared.name}: expected {expected}, found {given!r}")
-            if hints[declared.name] is float:  # 1 and 1.0 are one config
-                object.__setattr__(self, declared.name, float(given))
+            if "float" in str(declared.type):  # 1 and 1.0 are one config
+                object.__setattr__(self, declared.name, _floats(given))
             _check_bounds(declared.name, given, declared.metadata)
 
     def part(self, name: str) -> dict[str, Any]:
@@ -83,6 +89,12 @@ def _fits(given: Any, hint: Any) -> bool:
     return isinstance(given, (int, float) if hint is float else hint)
 
 
+def _floats(given: Any) -> Any:
+    if isinstance(given, list):
+        return [_floats(one) for one in given]
+    return float(given) if isinstance(given, int) else given
+
+
 def _check_bounds(name: str, given: Any, about: Mapping[str, Any]) -> None:
     least, above, most, below = about["bounds"]
     limits = [("at least", least), ("above", above), ("at most", most), ("below", below)]
@@ -92,8 +104,9 @@ def _check_bounds(name: str, given: Any, about: Mapping[str, Any]) -> None:
         if isinstance(one, (int, float)) and expected and not (least <= one <= most and above < one < below):
             raise ParameterError(f"{name}: expected a number {expected}, found {one!r}")
         if allowed and isinstance(one, str) and one not in allowed:
-            close = difflib.get_close_matches(one, allowed, n=3) or sorted(allowed)
-            raise ParameterError(f"{name}: expected one of {list(close)}, found {one!r}")
+            raise ParameterError(f"{name}: found {one!r}{hint(one, allowed)}")
+    if about["distinct"] and (not given or len(set(given)) < len(given)):
+        raise ParameterError(f"{name}: expected at least one, all different, found {given}")
 
 
 _TEXT = ("docstrings", "local", "hub")
@@ -110,7 +123,7 @@ class Common(Group):
     mixed_precision: str = value("'no', 'bf16' or 'fp16'", of=("no", "bf16", "fp16"))
     figures_dir: str = value("folder of figures and their CSVs")
     records_dir: str = value("folder of finished trainings")
-    processes: int = value("trainings side by side; 0: one on a GPU, else one a core", least=0)
+    processes: int = value("parallel trainings; 0: one with a GPU, else one per CPU core", least=0)
     allow_training: bool = value("false: take everything from the records, and fail where one is missing")
     redo_before: str = value("an ISO time with its zone: records older than it are made again; empty: none")
 
@@ -134,12 +147,12 @@ class Image(Group):
     depth: int | None = value("blocks", least=1, to="model.depth")
     num_heads: int | None = value("attention heads", least=1, to="model.num_heads")
     d_ff: int | None = value("hidden units of an expert", least=1, to="model.d_ff")
-    num_experts: int | None = value("experts of the MoE", least=2, to="model.num_experts")
-    top_k: int | None = value("experts a token is sent to", least=1, to="model.top_k")
+    num_experts: int = value("experts of the MoE", least=2, to="model.num_experts")
+    top_k: int = value("experts a token is sent to", least=1, to="model.top_k")
     renormalize: bool = value("gates of the chosen experts sum to 1", to="model.renormalize")
     share_depth: bool = value("all blocks share attention and experts", to="model.share_depth")
     drop_rate: float = value("dropout", least=0, below=1, to="model.proj_drop_rate")
-    seeds: list[int] = value("seeds; teacher, baselines and students of a seed belong together", least=0)
+    seeds: list[int] = value("teacher, baselines and students of a seed belong together", least=0, distinct=True)
     teacher_steps: int = value("optimizer steps of teacher and dense baseline", least=1, to="teaching.steps")
     batch_size: int = value("examples a step", least=1, to="teaching.batch_size")
     learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
@@ -199,7 +212,7 @@ class Text(Group):
         "reach of learned attention biases; 0: none", least=0, to="model.relative_positions"
     )
     initializer_range: float = value("initial SD of the embeddings", above=0, to="model.initializer_range")
-    text_seeds: list[int] = value("seeds", least=0)
+    text_seeds: list[int] = value("seeds", least=0, distinct=True)
     text_teacher_steps: int = value("optimizer steps of pre-training", least=1, to="teaching.steps")
     text_batch_size: int = value("sequences a step", least=1, to="teaching.batch_size")
     text_learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
@@ -219,6 +232,9 @@ class Text(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sequence_length > self.max_positions:
+            found = f"max_positions={self.max_positions}, found {self.sequence_length}"
+            raise ParameterError(f"sequence_length: expected at most {found}")
         if self.stride >= self.task_length // 2:
             raise ParameterError(f"stride: expected below half of task_length={self.task_length}, found {self.stride}")
 
@@ -234,7 +250,7 @@ class Language(Group):
     language_sequence_length: int = value("tokens", least=8, to="data.sequence_length")
     language_max_corpus: int | None = value("texts; null: all", least=8, to="data.max_corpus")
     language_validation: int = value("validation sequences", least=1, to="data.validation_sequences")
-    language_seeds: list[int] = value("seeds", least=0)
+    language_seeds: list[int] = value("seeds", least=0, distinct=True)
     language_teacher_steps: int = value("optimizer steps of MoE and dense baselines", least=1, to="teaching.steps")
     language_batch_size: int = value("sequences a step", least=1, to="teaching.batch_size")
     language_learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
@@ -250,8 +266,8 @@ class Language(Group):
         super().__post_init__()
         for name, student in self.language_students.items():
             method, options = student if isinstance(student, list) and len(student) == 2 else (None, None)
-            if method not in integration_methods() or not isinstance(options, dict):
-                expected = f"[method, {{options}}] with a method of {integration_methods()}"
+            if method not in (*gathering_methods(), "zero_ffn") or not isinstance(options, dict):
+                expected = f"[method, {{options}}] with a method of {[*gathering_methods(), 'zero_ffn']}"
                 raise ParameterError(f"language_students: {name}: expected {expected}, found {student!r}")
 
 
@@ -286,12 +302,16 @@ class Ablation(Group):
     ablation_domains: list[str] = value("studies: 'image', 'text' or both", of=("image", "text"))
     ablation_methods: list[str] = value("gatherings at every budget", of=integration_methods)
     controls: list[str] = value("controls at every budget", of=integration_methods)
-    variant_methods: list[str] = value("on images at variant_budget, on text right after", of=integration_methods)
-    scales: list[float | str] = value("of the paper's methods, beside 1; likewise", of=tuple(SCALE_WORDS))
-    ranks: list[int] = value("K of SVD-KG at the router's scale and of whitened SVD-KG; likewise", least=1)
+    variant_methods: list[str] = value(
+        "more gatherings: on images at variant_budget, on text before KD", of=integration_methods
+    )
+    scales: list[float | str] = value(
+        "of the paper's methods, beside 1; compared as variant_methods", of=tuple(SCALE_WORDS)
+    )
+    ranks: list[int] = value("K of SVD-KG (router's scale) and of whitened SVD-KG; as variant_methods", least=1)
     ablation_budgets: list[int] = value("steps of KD on images", least=0)
     variant_budget: int = value("steps of KD of the variants on images", least=0)
-    ablation_text_seeds: list[int] = value("seeds on text", least=0)
+    ablation_text_seeds: list[int] = value("seeds on text", least=0, distinct=True)
     ablation_text_budgets: list[int] = value("steps of KD on text", least=0)
 
 
@@ -388,7 +408,7 @@ def read_parameters(
     """
     wanted = list(dict.fromkeys(["common", *groups]))
     if unknown := [name for name in wanted if name not in GROUPS]:
-        raise ParameterError(f"groups: expected of {list(GROUPS)}, found {unknown[0]!r}")
+        raise ParameterError(f"groups: expected one of {list(GROUPS)}, found {unknown[0]!r}")
     known = [name for name, group in group_of().items() if group in wanted]
     check_names(overrides, known, source)
     file, given = _read_profile(profile)
@@ -426,8 +446,13 @@ def _read_profile(profile: str) -> tuple[Path, dict[str, dict[str, Any]]]:
         if profile.endswith((".yaml", ".yml"))
         else project_root() / "notebooks/profiles" / f"{profile}.yaml"
     )
+    if not file.exists():
+        known = sorted(path.stem for path in (project_root() / "notebooks/profiles").glob("*.yaml"))
+        raise ParameterError(f"profile: expected one of {known} or the path of a YAML file, found {profile!r}")
     sections = read_yaml(file)
     base = sections.pop("base", None)
+    if base is not None and Path(base).stem == file.stem:
+        raise ParameterError(f"{file.name}: base: expected another profile, found {base!r}")
     inherited = {} if base is None else _read_profile(base)[1]
     for section, values in sections.items():
         if section not in GROUPS:
@@ -440,10 +465,27 @@ def _read_profile(profile: str) -> tuple[Path, dict[str, dict[str, Any]]]:
     return file, {name: {**inherited.get(name, {}), **sections.get(name, {})} for name in GROUPS}
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 8e-3 as a number too: YAML 1.1 takes it for text."""
+
+
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text says, in plain values."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """A YAML file of names with values."""
     try:
-        values = yaml.safe_load(file.read_text())
+        values = load_yaml(file.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ParameterError(f"{file}: expected YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):

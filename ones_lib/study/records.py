@@ -12,7 +12,7 @@
 Unfinished work lies in ``<kind>-<hash>.partial`` with its checkpoint, and is moved into place when complete. The process
 that works on it holds the lock ``<root>/locks/<kind>-<hash>.lock``; the system releases it if the process is killed.
 
-``python -m ones_lib.study.records RECORD OTHER`` prints what differs between two records.
+``python -m ones_lib.records RECORD OTHER`` prints what differs between two records.
 """
 
 from __future__ import annotations
@@ -298,8 +298,9 @@ def _tensor_differences(part: str, ours: Mapping[str, Tensor], theirs: Mapping[s
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Compare two records as the command line says; the exit status."""
     description = "Prints what differs between two records; exits with 1 if anything does."
-    parser = argparse.ArgumentParser(prog="python -m ones_lib.study.records", description=description)
+    parser = argparse.ArgumentParser(prog="python -m ones_lib.records", description=description)
     parser.add_argument("record", type=Path, help="folder of a record")
     parser.add_argument("other", type=Path, help="folder of another record")
     options = parser.parse_args(arguments)
@@ -314,7 +315,3 @@ def main(arguments: list[str] | None = None) -> int:
     with pd.option_context("display.max_colwidth", 60, "display.width", 200):
         print(table.to_string(index=False))
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Self
@@ -48,8 +48,8 @@ Data = ImageData | Corpus
 
 @dataclass(frozen=True)
 class Execution:
-    """How work is done. Any way leads to the same record, but for rounding and, under several processes, what
-    :mod:`ones_lib.study.training` says of them.
+    """How work is done. The record is the same up to rounding; with several processes some random draws differ too, see
+    :mod:`ones_lib.study.training`.
 
     Args:
         launch: command that starts several processes of a training and sets WORLD_SIZE for each, such as
@@ -73,18 +73,16 @@ class Execution:
         if self.shard and not self.launch:
             raise ValueError("shard: expected a launch command, such as 'torchrun --nproc_per_node 8', found none")
 
+    def environment(self) -> dict[str, str]:
+        """Environment variables, such as ONES_LAUNCH, by which ``run_all.sh`` passes its options on to the notebooks."""
+        given = {f"ONES_{f.name.upper()}": str(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name)}
+        return given | ({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if self.deterministic else {})
+
     @classmethod
     def from_environment(cls) -> Self:
-        """As ``run_all.sh`` was told. It passes its options on to the notebooks as ONES_LAUNCH, ONES_DEVICE_BATCH, ONES_SHARD,
-        ONES_DETERMINISTIC and ONES_PLAN."""
-        given = {name: os.environ.get(f"ONES_{name.upper()}", "") for name in cls.__dataclass_fields__}
-        return cls(
-            launch=given["launch"],
-            device_batch=int(given["device_batch"] or 0),
-            shard=given["shard"] == "1",
-            deterministic=given["deterministic"] == "1",
-            plan=given["plan"],
-        )
+        """What :meth:`environment` said."""
+        given = {f.name: os.environ.get(f"ONES_{f.name.upper()}", "") for f in fields(cls)}
+        return cls(**{f.name: type(f.default)(given[f.name]) for f in fields(cls) if given[f.name] not in ("", "0")})
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def calibration_batches(
     task: Task,
     recipe: Mapping,
     examples: int,
-    batch_size: int = 64,
+    batch_size: int = CALIBRATION_BATCH,
     device: torch.device | None = None,
     seed: int = 0,
 ) -> list:

@@ -20,7 +20,7 @@ from ones_lib.distillation import Distillation
 from ones_lib.integration import calibrated, integration_methods
 from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.study.parallel import run_all, write_plan
-from ones_lib.study.parameters import Group, ParameterError, Parameters
+from ones_lib.study.parameters import Group, Parameters
 from ones_lib.study.records import Record, Records, config_hash, project_root
 from ones_lib.study.running import Config, Data, Execution, data_of, label, load_record, needed, tasks_of
 from ones_lib.study.training import Training
@@ -173,7 +173,7 @@ class Study:
             first = label(next(iter(missing.values())))
             raise ValueError(
                 f"records: expected all {len(wanted)} in {self.records.root}, found {len(wanted) - len(missing)}; the first"
-                f" missing one: {first}. A run that may train makes them"
+                f" missing one: {first}. allow_training is false: a run without --figures trains them"
             )
         if missing:
             self.open_data()  # bad data is found, and data are drawn once, before any process starts
@@ -196,10 +196,13 @@ class Study:
         return pd.concat(parts, ignore_index=True)
 
 
+_SEEDS = {"image": "seeds", "text": "text_seeds", "language": "language_seeds"}
+
+
 def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None = None) -> Study:
     """The study of a domain (``image``, ``text`` or ``language``) with a notebook's parameters.
 
-    The KD recipe is the teacher's but for steps, learning rate and, since only its end is looked at, evaluations.
+    The KD recipe is the teacher's with its own steps and learning rate, and no evaluation during training.
     """
     root, group = project_root(), parameters.groups[domain]
     teaching = Training(**group.part("teaching"), mixed_precision=parameters.mixed_precision, evaluations=5)
@@ -215,7 +218,7 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
         learning=replace(teaching, **group.part("learning"), evaluations=0),
         distillation=Distillation(**group.part("distillation")),
         calibration_examples=calibration,
-        seeds=_seeds(domain, group) if seeds is None else seeds,
+        seeds=getattr(group, _SEEDS[domain]) if seeds is None else seeds,
         records=Records(root / parameters.records_dir, parameters.redo_before),
         cache_dir=root / "runs" / "cache",
         tasks=tasks,
@@ -225,14 +228,6 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
         processes=parameters.processes,
         allow_training=parameters.allow_training,
     )
-
-
-def _seeds(domain: str, group: Group) -> list[int]:
-    name = {"image": "seeds", "text": "text_seeds", "language": "language_seeds"}[domain]
-    seeds = getattr(group, name)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ParameterError(f"{name}: expected at least one, all different, found {seeds}")
-    return seeds
 
 
 def _data(root: Path, domain: str, group: Group, tasks: list[str]) -> dict:
@@ -256,7 +251,7 @@ def _task_data(root: Path, group: Group) -> dict:
 
 
 def _language_model(root: Path, group: Group) -> dict:
-    """The MoE to train, or a checkpoint with what tells a changed one."""
+    """The MoE to train; or a checkpoint and its files' stamps, so that a changed one gets new records."""
     source = _in_project(root, group.language_source)
     if not source:
         return group.language_moe
@@ -265,5 +260,5 @@ def _language_model(root: Path, group: Group) -> dict:
 
 
 def _in_project(root: Path, name: str) -> str:
-    """The path of what the project's root holds by that name, else the name: a path, a word, or a name of the hub."""
+    """The absolute path if the project's root contains ``name``, else ``name`` unchanged."""
     return str(root / name) if name and (root / name).exists() else name

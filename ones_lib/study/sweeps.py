@@ -104,7 +104,7 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
     sweep, root = read_yaml(file), project_root()
     if unknown := set(sweep) - SWEEP_KEYS:
         odd = sorted(unknown)[0]
-        raise CommandError(f"{file}: found {odd!r}{hint(odd, SWEEP_KEYS)}")
+        raise CommandError(f"{file}: unknown key {odd!r}{hint(odd, SWEEP_KEYS)}")
     if missing := {"notebook", "grid"} - set(sweep):
         raise CommandError(f"{file}: expected {sorted(missing)}, found {sorted(sweep)}")
     if jobs < 1:
@@ -119,7 +119,9 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
 
     def submit(pool: Executor, number: int, cell: Mapping[str, Any]) -> Future:
         to = folder / cell_name(cell)
-        parameters = {**fixed, **cell, "figures_dir": str(to / "figures")} | ({"processes": cores} if cores else {})
+        parameters = {**fixed, **cell, "figures_dir": str(to / "figures")}
+        if cores:
+            parameters.setdefault("processes", cores)
         command = [sys.executable, "-m", "ones_lib.study", "--profile", profile, "--only", sweep["notebook"]]
         command += ["--to", str(to.relative_to("runs"))]
         for name, value in parameters.items():

@@ -75,10 +75,12 @@ def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
 
 
 def error_correlations(table: pd.DataFrame) -> pd.DataFrame:
-    """Does the layer's output error predict what a student is worth? ``data, value, budget, variants, correlation, low, high``.
+    """Rank correlation of a layer's output error with its student's score.
 
-    Rank correlation (:func:`ones_lib.metrics.rank_correlation`) over the variants of an :func:`ablation_table` of the error
-    with the accuracy, of text the loss, right after gathering, and with the retention after the smallest budget of KD.
+    Columns ``data, value, budget, variants, correlation, low, high``.
+
+    See :func:`ones_lib.metrics.rank_correlation`. Over the variants of an :func:`ablation_table`; the score is the accuracy (of
+    text the loss) right after gathering, or the retention after the smallest budget of KD.
     """
     rows = []
     for data, part in table.groupby("data", sort=False):

@@ -45,10 +45,12 @@ def _methods() -> list[str]:
 
 
 def moe_records(records: Records, first: Sequence[str] = ()) -> dict[str, Record]:
-    """The MoEs among the records as sources for an :class:`Explorer`, by a readable name; those in the folders ``first``
-    come first, in that order."""
+    """The MoEs of images and text among the records as sources for an :class:`Explorer`, by a readable name; those in the
+    folders ``first`` come first, in that order."""
     result = {}
     for record in records.all("moe"):
+        if record.config["domain"] == "language":  # of transformers: open its checkpoint's folder
+            continue
         config, upcycled = record.config, "upcycling" in record.config
         count = config["upcycling" if upcycled else "model"].get("num_experts", "?")
         kind = f"{'upcycled, ' if upcycled else ''}{count} experts, seed {config['seed']}"
