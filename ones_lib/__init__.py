@@ -5,12 +5,12 @@ The modules of this package are the paper. Read them in this order, from the equ
 1. :mod:`.ffn` expert weights; :mod:`.moe` router, balance loss, the MoE layer (:mod:`.dispatch` only makes it fast)
 2. :mod:`.calibration` activations of MoE layers on data
 3. :mod:`.gathering` experts into one FFN: registry, scale, paper, truncation, calibrated, regression
-4. :mod:`.integration` teacher into student (:mod:`.joint_fit` fits all layers together)
-5. :mod:`.distillation` losses of the student's training
+4. :mod:`.integration` teacher into student
+5. :mod:`.distillation` losses of the student's training (:mod:`.joint_fit` fits all of its FFNs by one of them)
 6. :mod:`.metrics` benefit retention; :mod:`.spectra` what the experts share and what a gathering keeps
 
-They import only each other. The packages :mod:`.models`, :mod:`.data`, :mod:`.checkpoints`, :mod:`.study` and :mod:`.views`
-build on them.
+They import only each other (this file also re-exports :func:`upcycle`). The packages :mod:`.models`, :mod:`.data`,
+:mod:`.checkpoints`, :mod:`.study` and :mod:`.views` build on them.
 
 Importing ``ones_lib`` registers the ``widenet_*`` and ``ones_*`` models with timm, and the text models with transformers'
 Auto classes.

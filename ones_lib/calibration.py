@@ -65,7 +65,8 @@ class LayerActivations:
         return chosen / chosen.sum()
 
     def gate_sum(self) -> float:
-        """Mean over tokens of the sum of the gates: 1 if gates are renormalised, else between k/E and 1."""
+        """s, the mean over tokens of the sum of the gates: 1 if they are renormalised, between k/E and 1 if not; an
+        architecture's scaling factor multiplies it."""
         return self.gates.sum(dim=1).mean().item()
 
     def squared_error(self, ffn: FeedForwardWeights) -> float:

@@ -80,7 +80,7 @@ def integrate(
             :func:`ones_lib.joint_fit.fit_jointly`; or a control: ``shared_kd``, ``zero_ffn``, ``one_expert``.
         seed: of the controls' random draws and of the joint fit's.
         calibration: data, for the methods that use data.
-        options: the gathering method's options, see :func:`ones_lib.gather`.
+        options: the gathering method's options, see :func:`ones_lib.gather`; but ``seed`` is the one above.
 
     Raises:
         ValueError: no MoE layer in the teacher, an unknown method, a missing calibration, or an error of

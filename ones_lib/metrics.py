@@ -17,7 +17,8 @@ TAIL = (1 - 0.95) / 2  # on each side of an interval of 95%
 
 
 def main_metric(table: pd.DataFrame) -> str:
-    """The metric to judge students by, for a table with columns ``accuracy`` and ``loss``: the loss if it has any."""
+    """The metric to judge students by, for a table with columns ``accuracy`` and ``loss``: the loss where there is one, which is
+    finer than a language model's accuracy."""
     return "loss" if table["loss"].notna().any() else "accuracy"
 
 

@@ -220,7 +220,11 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         r"smoke\.yaml: image: no parameter 'sedes'; did you mean 'seeds'",
     ),
     "negative device batch": (command("--device-batch", "-1"), CommandError, "--device-batch: expected .*found -1"),
-    "shards without processes": (command("--shard"), CommandError, "--shard: expected a launch command, such as 'torchrun"),
+    "shards without processes": (
+        command("--shard"),
+        CommandError,
+        "--shard: expected a launch command, such as 'torchrun",
+    ),
     "launcher that is not there": (
         command("--launch", "torchrum -n 2"),
         CommandError,

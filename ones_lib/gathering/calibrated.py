@@ -2,7 +2,8 @@
 
 All take ``calibration``, the :class:`ones_lib.LayerActivations` of a few thousand tokens, and go through it in chunks, so
 memory does not grow with the number of tokens. Their output has the size of the layer's output, so they have no ``scale``.
-Each returns the expert's own function for E equal experts. Notation as in :mod:`ones_lib.gathering`.
+Of E equal experts each gives the layer's function, s times the expert's (whitened SVD-KG at full rank). Notation as in
+:mod:`ones_lib.gathering`.
 """
 
 from __future__ import annotations

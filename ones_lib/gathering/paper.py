@@ -64,7 +64,7 @@ def top_kg(
     neuron). Neurons stand in the order of the experts, and within an expert in its own order, so a single expert is returned
     exactly.
 
-    The output bias belongs to no neuron: it is the experts' mean, not scaled.
+    The output bias belongs to no neuron: it is the experts' mean, not multiplied by ``scale``.
 
     Args:
         experts: E single FFNs, up [h, d].

@@ -72,14 +72,14 @@ def gather(
 
     Args:
         bank: experts stacked on axis 0, or a sequence of single FFNs of equal shape.
-        method: one of :func:`gathering_methods`.
+        method: one of :func:`gathering_methods`; by default SVD-KG, the paper's main one.
         calibration: the layer's activations, see :func:`ones_lib.collect_activations`. The paper's methods use them only for
             a ``scale`` that is a word.
         d_ff: hidden neurons of the result; None for the experts' own h, as in the paper. Methods that choose neurons
             (``topk``, ``contribution_topk``, and ``readout`` and ``fit``, which start from these) give any number from 1 to
             E*h. ``sum``, ``average`` and ``svd`` give multiples m*h up to E*h: they gather the experts in m groups of
             neighbours and put the groups' FFNs side by side. Where the method is a mean, each group's weight is its share of
-            the experts. With m = E the result is the mean field itself. The other methods give h only.
+            the experts. With m = E it computes ``s/E sum_i FFN_i(x)`` exactly, see :mod:`.scale`. The other methods give h only.
         options: the method's own options, see its docstring.
 
     Returns:

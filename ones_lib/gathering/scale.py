@@ -18,7 +18,8 @@ in the same way. A pair of numbers ``(into, out)`` multiplies the weights into t
     keep the size of the hidden neurons' inputs. But then no single matrix represents the experts.)
 
   Output biases are the experts' mean times s. So E equal experts give the layer's function: exactly with summation and
-  averaging, with SVD-KG at full rank, with Top-KG of all neurons. s is measured on ``calibration``; without it, s = 1.
+  averaging, with SVD-KG at full rank, with Top-KG of all neurons. s is measured on ``calibration``; without it, s = 1
+  (:func:`ones_lib.integrate` asks for a calibration where the gates are not renormalised).
 - ``"scalar"``: as ``"router"``, with the output multiplied by the best single number on ``calibration`` (least squares)
   instead of s.
 - ``"vector"``: the same, with one number for each of the d outputs.
