@@ -29,6 +29,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 import ones_lib
+from ones_lib.data.files import UNFINISHED
 from ones_lib.study.checks import check
 from ones_lib.study.parameters import EXECUTION, Parameters, check_names, group_of, read_parameters
 from ones_lib.study.records import project_root
@@ -124,7 +125,8 @@ def execute(notebook: Path, output: Path, profile: str, parameters: Parameters) 
     )
     executed = nbformat.read(unfinished, as_version=4)
     figures = project_root() / parameters.figures_dir
-    files = [str(f) for f in sorted(figures.glob("*")) if f.stat().st_mtime >= started]
+    whole = [f for f in sorted(figures.glob("*")) if f.suffix != UNFINISHED]  # another notebook may be writing there
+    files = [str(f) for f in whole if f.stat().st_mtime >= started]
     executed.metadata["ones_lib"] = {"fingerprint": inputs, "files": files}
     nbformat.write(executed, unfinished)
     os.replace(unfinished, output)
