@@ -5,6 +5,7 @@
 Each process draws its own dropout and router noise and counts capacities by itself: these trainings have none of them.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def main(out, cache):
     train(Path(out, "shards"), cache, device_batch=4, shard=True, interrupt=True)
     Path(out, f"processes-{world_size()}").touch()
     state.destroy_process_group()
+    os._exit(0)  # threads that libraries leave behind can abort the interpreter's own exit
 
 
 if __name__ == "__main__":
