@@ -47,7 +47,7 @@ def form(request):
 
 @pytest.fixture(scope="session")
 def text_cache(tmp_path_factory):
-    """A cache that holds the embedded text, which takes half a minute to make."""
+    """A cache that holds the embedded text, which takes some seconds to make."""
     folder = tmp_path_factory.mktemp("text_cache")
     text_corpus(cache_dir=folder)
     return folder

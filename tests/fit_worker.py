@@ -48,8 +48,8 @@ def cases(cache):
         {"teacher": classification_model(WIDENET, images.data, 5), "distillation": Distillation()},
     )
     sizes = {"vocab_size": 300, "sequence_length": 32, "max_corpus": 400, "validation_sequences": 100}
-    text = text_corpus("docstrings", **sizes, cache_dir=cache)
-    tasks = text_tasks("docstrings", tokenizer=text.tokenizer, max_train=100, max_validation=40, cache_dir=cache)
+    text = text_corpus("names", **sizes, cache_dir=cache)
+    tasks = text_tasks("names", tokenizer=text.tokenizer, max_train=100, max_validation=40, cache_dir=cache)
     yield "masked_lm", pretraining_model(TEXT, text, 0), MaskedLanguageModelling(text), {}
     answering = finetuning_model(pretraining_model(TEXT, text, 1), "answer", 0)
     yield "answers", answering, finetuning_task("answer", tasks), {}

@@ -163,7 +163,7 @@ def test_pdf_embeds_its_fonts_as_text(tmp_path):
 
 def spectra_table(seeds=(0, 1), experts=3, matrices=("up", "down"), full=4):
     rows = []
-    for data in ("glyphs", "docstrings"):
+    for data in ("glyphs", "names"):
         for seed in seeds:
             for matrix in matrices:
                 for expert in range(experts):
@@ -188,10 +188,10 @@ def test_spectra_draw_mean_and_range_and_the_noise_beside():
     assert [ax.get_title() for ax in fig.axes[:4]] == [
         "glyphs: up",
         "glyphs: down",
-        "docstrings: up",
-        "docstrings: down",
+        "names: up",
+        "names: down",
     ]
-    part = table[(table["data"] == "docstrings") & (table["matrix"] == "up")].groupby("rank")
+    part = table[(table["data"] == "names") & (table["matrix"] == "up")].groupby("rank")
     values, noise = fig.axes[2].get_lines()[:2]
     np.testing.assert_allclose(values.get_ydata(), part["singular_value"].mean())
     np.testing.assert_allclose(noise.get_ydata(), 1)
@@ -294,12 +294,12 @@ def ablation_rows():
     ]
     rows = []
     for i, (method, scale, rank) in enumerate(variants):
-        for data in ("glyphs", "docstrings"):
+        for data in ("glyphs", "names"):
             for budget in (0, 10):
                 for seed in (0, 1):
                     row = {"data": data, "method": method, "scale": scale, "rank": rank, "budget": budget, "seed": seed}
                     row |= {"accuracy": 10.0 * i + seed + budget, "layer_error": 4.0 - i}
-                    row |= {"retention": -0.5 * i + seed, "loss": 5 - i + seed if data == "docstrings" else math.nan}
+                    row |= {"retention": -0.5 * i + seed, "loss": 5 - i + seed if data == "names" else math.nan}
                     rows.append(row)
     return pd.DataFrame(rows)
 
@@ -307,7 +307,7 @@ def ablation_rows():
 def test_starts_have_a_row_a_variant_and_lines_for_what_was_trained():
     levels = [
         {"data": data, "metric": metric, "model": model, "value": value}
-        for data, metric, moe, dense in (("glyphs", "accuracy", 70.0, 50.0), ("docstrings", "loss", 1.0, 3.0))
+        for data, metric, moe, dense in (("glyphs", "accuracy", 70.0, 50.0), ("names", "loss", 1.0, 3.0))
         for model, value in (("moe", moe), ("dense", dense))
     ]
     fig = figures.gathering_starts(ablation_rows(), pd.DataFrame(levels))

@@ -27,7 +27,7 @@ def study(tmp_path_factory, text_cache):
     recipe = Training(steps=6, batch_size=8)
     return Study(
         domain="language",
-        data={"name": "docstrings", **TEXT},
+        data={"name": "names", **TEXT},
         model=MOE,
         teaching=recipe,
         learning=replace(recipe, steps=3, evaluations=0),

@@ -95,7 +95,7 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     # Four plain ones, whitened SVD-KG, SVD-KG at another scale, both at another rank; images and text, of which the variants
     # are not distilled.
     counts = ablation.groupby(["data", "budget"]).size()
-    assert counts.to_dict() == {("glyphs", 0): 16, ("glyphs", 5): 16, ("docstrings", 0): 8, ("docstrings", 3): 4}
+    assert counts.to_dict() == {("glyphs", 0): 16, ("glyphs", 5): 16, ("names", 0): 8, ("names", 3): 4}
     assert ablation[["accuracy", "layer_error"]].notna().all(axis=None)
     teachers = pd.read_csv(folder / "other_teachers.csv")
     assert set(teachers["teacher"]) == {"top-k MoE", "upcycled", "Soft MoE"}
@@ -108,7 +108,7 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     assert (converted.loc[converted["model"] == "zero_ffn", "output_error"] == 1).all()
     text = pd.read_csv(folder / "nlp_results.csv")
     assert list(text.columns) == ["data", "task", "model", "stage", "seed", "metric", "value", "retention"]
-    assert set(text["task"]) == {"masked_lm", "statement", "answer_or_none", "average"}
+    assert set(text["task"]) == {"masked_lm", "family", "answer_or_none", "average"}
     for _, part in text.groupby("task"):
         assert set(part["model"]) == set(results["model"])
         assert set(part["seed"]) == {0, 1}

@@ -147,7 +147,8 @@ def test_two_studies_at_once_make_each_record_once(tmp_path):
 
 def test_a_run_that_is_killed_and_started_again_ends_as_one_that_was_not(tmp_path, monkeypatch):
     """The notebook of one student, killed while it trains; ``tests/kills.py`` does the same with all of them."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here and in workers: the last digits depend on the number of threads
+    # As here and in workers: the last digits depend on the number of threads.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = ["--to", "smoke"]  # as a sweep's cell, whose values have been checked
     arguments += ["--profile", "smoke", "--only", "student", "-p", "teacher_steps", "20", "-p", "processes", "2"]
     folder = kills.project(tmp_path / "killed")

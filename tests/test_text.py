@@ -243,15 +243,71 @@ def test_losses_of_the_heads_by_hand():
     torch.testing.assert_close(output.loss, (start + end) / 2)
 
 
-def test_pooling():
-    """The mean is over the tokens alone; ``cls`` reads the first."""
-    for pooling in ("mean", "cls"):
-        model = make(WideNetForSequenceClassification, classifier_pooling=pooling, num_labels=2)
-        ids, types = tokens()
-        hidden = model.encoder(ids, token_type_ids=types).last_hidden_state
-        pooled = hidden.mean(dim=1) if pooling == "mean" else hidden[:, 0]
-        expected = model.classifier(torch.tanh(model.pooler(pooled)))
-        torch.testing.assert_close(model(ids, token_type_ids=types).logits, expected)
+def uneven():
+    """Three pairs of 4 + 6, 3 + 5 and 7 + 1 tokens, padded to 10: ids, mask, types."""
+    ids, _ = tokens()
+    first, second = torch.tensor([4, 3, 7]), torch.tensor([6, 5, 1])
+    place = torch.arange(10)
+    mask = (place < (first + second)[:, None]).long()
+    return ids, mask, (place >= first[:, None]).long()
+
+
+def test_the_classifier_compares_the_means_of_two_texts_by_hand():
+    model = make(WideNetForSequenceClassification, num_labels=5)
+    ids, mask, types = uneven()
+    hidden = model.encoder(ids, mask, types).last_hidden_state
+    of_u, of_v, of_difference, of_product = model.pooler.weight.split(12, dim=1)
+    found = model(ids, mask, types).logits
+    for row, (first, second) in enumerate([(4, 6), (3, 5), (7, 1)]):
+        u, v = hidden[row, :first].mean(dim=0), hidden[row, first : first + second].mean(dim=0)
+        pooled = of_u @ u + of_v @ v + of_difference @ (u - v).abs() + of_product @ (u * v) + model.pooler.bias
+        torch.testing.assert_close(found[row], model.classifier(F.gelu(pooled)))
+
+
+@pytest.mark.parametrize("types", [None, torch.zeros(3, 10, dtype=torch.long)], ids=["no types", "types of 0"])
+def test_the_second_text_of_a_single_text_is_zero(types):
+    model, (ids, mask, _) = make(WideNetForSequenceClassification), uneven()
+    hidden = model.encoder(ids, mask, types).last_hidden_state
+    u = torch.stack([part[: int(kept.sum())].mean(dim=0) for part, kept in zip(hidden, mask, strict=True)])
+    of_u, _, of_difference, _ = model.pooler.weight.split(12, dim=1)
+    expected = model.classifier(F.gelu(u @ of_u.T + u.abs() @ of_difference.T + model.pooler.bias))
+    torch.testing.assert_close(model(ids, mask, types).logits, expected)
+
+
+def test_an_answers_token_is_compared_with_the_questions_mean_by_hand():
+    """ "No answer", the first place, has the best of the context's tokens, number by number."""
+    model = make(WideNetForQuestionAnswering)
+    ids, mask, types = uneven()
+    hidden = model.encoder(ids, mask, types).last_hidden_state
+    of_token, of_question, of_product = model.matching.weight.split(12, dim=1)
+    found = model(ids, mask, types)
+    for row, (first, second) in enumerate([(4, 6), (3, 5), (7, 1)]):
+        q = hidden[row, :first].mean(dim=0)
+        matched = [
+            F.gelu(of_token @ h + of_question @ q + of_product @ (h * q) + model.matching.bias)
+            for h in hidden[row, : first + second]
+        ]
+        best = torch.stack([max(numbers) for numbers in zip(*matched[first:], strict=True)])
+        expected = [model.no_answer(best), *map(model.qa_outputs, matched[1:])]
+        for place, (start, end) in enumerate(expected):
+            torch.testing.assert_close(found.start_logits[row, place], start)
+            torch.testing.assert_close(found.end_logits[row, place], end)
+
+
+def test_without_a_context_the_head_for_answers_is_finite():
+    ids, mask, types = uneven()
+    found = make(WideNetForQuestionAnswering)(ids, mask, torch.zeros_like(types))
+    assert found.start_logits.isfinite().all()
+    assert found.end_logits.isfinite().all()
+
+
+def test_heads_start_looking_ahead_or_back_each_pair_farther_than_the_one_before():
+    """By hand, for distances -2 to 2; the other direction costs 2 a token, the token itself 1."""
+    model = WideNetTextModel(WideNetTextConfig(**{**TINY, "num_attention_heads": 4, "relative_positions": 2}))
+    ahead = torch.tensor([[-6.0, -3.0, -1, -1.0, -2.0], [-4.5, -2.25, -1, -0.25, -0.5]])
+    expected = torch.stack([ahead[0], ahead[0].flip(0), ahead[1], ahead[1].flip(0)])
+    for bias in model.position_bias:
+        torch.testing.assert_close(bias, expected)
 
 
 def test_balance_loss_is_of_the_last_forward_pass():
@@ -268,10 +324,6 @@ def test_balance_loss_is_of_the_last_forward_pass():
     ("action", "message"),
     [
         (lambda: WideNetTextConfig(hidden_size=10, num_attention_heads=4), "hidden_size: expected a multiple of"),
-        (
-            lambda: WideNetTextConfig(classifier_pooling="max"),
-            "classifier_pooling: expected 'mean' or 'cls', found 'max'",
-        ),
         (lambda: make(num_experts_per_tok=9), "top_k: expected an integer from 1 to num_experts=4, found 9"),
         (lambda: make()(torch.zeros(1, 25, dtype=torch.long)), "input_ids: expected at most 24 tokens, found 25"),
     ],

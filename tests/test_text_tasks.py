@@ -162,6 +162,15 @@ def test_a_model_that_knows_scores_full_marks(local, monkeypatch, task_length): 
         assert all(scores[metric].mean() == 1.0 for metric in Classification(tasks, name).metrics)
 
 
+def test_rows_with_an_answer_that_no_window_holds_whole_are_evaluated_too(local, monkeypatch):  # noqa: F811
+    """In a task that knows no silence, and with windows that do not overlap."""
+    task = QuestionAnswering(local_tasks(local, task_length=24, stride=0), "squad")
+    lost = task.tasks.encoded("squad", "validation").lost
+    scores = knowing(task, monkeypatch)["exact_match"]
+    assert scores.shape == (20,)
+    assert scores.logical_not().nonzero()[:, 0].tolist() == lost.tolist() != []
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
 def test_a_model_that_knows_scores_full_marks_on_real_data(monkeypatch, tmp_path):
     of_tasks = {"name": "local", "text_dir": REAL, "tasks": HUB_TASKS}

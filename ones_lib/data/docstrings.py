@@ -1,19 +1,7 @@
-"""Docstrings: a corpus and four tasks in English, made from the docstrings of installed scientific packages.
+"""Docstrings: a corpus in English, made from the docstrings of installed scientific packages, for pre-training.
 
-The corpus is for masked-language pre-training. The tasks are of the same kinds as the paper's (arXiv 2201.10890):
-
-=================  ==========================================================================================
-``package``        one sentence, one class of :data:`PACKAGES`: the package it comes from (like SST-2)
-``statement``      a pair, some parameters and a statement on the type of one; three classes: the statement follows,
-                   the parameters say nothing on it, or they contradict it (like MNLI)
-``answer``         a question on the type or default of a parameter; the answer is a span of the context (like SQuAD 1.1)
-``answer_or_none`` the same, but a third of the questions have no answer, as in SQuAD 2.0's training split: the context
-                   lacks the parameter or (more rarely) its default
-=================  ==========================================================================================
-
-Rows are written as JSON lines with the columns of the hub's data sets of that kind, so the same code reads both. All texts of
-a module are in one split, and a repeated text (an inherited docstring) is kept only once, so no text is in two splits.
-The same versions of the packages give the same texts.
+It is written as JSON lines. All texts of a module are in one split, and a repeated text (an inherited docstring) is kept only
+once, so no text is in two splits. The same versions of the packages give the same texts.
 """
 
 from __future__ import annotations
@@ -26,7 +14,6 @@ import json
 import random
 import re
 import warnings
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -43,15 +30,10 @@ PACKAGES = {  # import name -> distribution
     "torch": "torch",
 }
 VALIDATION_PART = 0.2  # of the modules
-STATEMENT_CLASSES = ("entailment", "neutral", "contradiction")
 
 _SKIPPED_FOLDERS = {"tests", "test", "testing", "externals", "_vendor", "extern"}
-# Names and aliases of the packages, which would give a sentence's package away.
-_NAMES = {*PACKAGES, "scikit", "learn", "pytorch", "np", "pd", "plt", "mpl", "nx", "sp", "aten", "pyplot", "cuda"}
 _SECTION = re.compile(r"^(?P<title>[A-Z][A-Za-z ]+)\n(?:-{3,}|={3,})\s*$", re.MULTILINE)
 _ENTRY = re.compile(r"^(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*) ?: (?P<type>\S.*)$")
-_DEFAULT = re.compile(r"default(?:s to|\s+is)?\s*[:=]?\s*['\"]?(?P<value>[^\s,;:=()'\"]+)", re.IGNORECASE)
-_TYPE = re.compile(r"(?:\{[^}]*\}|\([^)]*\)|(?!,| \(?(?:optional|default)).)+")  # up to a comma outside brackets
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
@@ -66,23 +48,6 @@ class Parameter:
     @property
     def header(self) -> str:
         return f"{self.name} : {self.type}"
-
-    @property
-    def entry(self) -> str:
-        """The parameter in a task's context: its header and the first words of its description."""
-        return f"{self.header}. {' '.join(self.description.split()[:5])}"
-
-    @property
-    def stated_type(self) -> str:
-        return self.header[slice(*self.span("type"))]
-
-    def span(self, what: str) -> tuple[int, int] | None:
-        """Start and end of the ``type`` (without remarks such as "optional") or the ``default`` in the header, or None."""
-        before = len(self.header) - len(self.type)
-        if what == "type":
-            return before, before + len(_TYPE.match(self.type)[0].rstrip())
-        match = _DEFAULT.search(self.type)
-        return match and (before + match.start("value"), before + match.end("value"))
 
 
 @dataclass
@@ -206,133 +171,12 @@ def _parameters(section: str) -> Iterator[Parameter]:
         yield Parameter(names.replace("*", "").split(", ")[0], kind, description)
 
 
-# --- corpus and tasks ------------------------------------------------------------------------------------------------
-
-
 def write_docstrings(folder: Path, documents: Iterable[Document] | None = None) -> None:
-    """Write the folders ``corpus`` and of each task, with ``train.jsonl`` and ``validation.jsonl``."""
+    """Write ``corpus/train.jsonl`` and ``corpus/validation.jsonl``, with a column ``text``."""
     documents = read_documents() if documents is None else list(documents)
-    makers = {
-        "corpus": lambda part, train, rng: ({"text": d.text} for d in part if len(d.text) >= 40),
-        "package": package_examples,
-        "statement": statement_examples,
-        "answer": answer_examples,
-        "answer_or_none": answer_or_none_examples,
-    }
-    train = [d for d in documents if d.split == "train"]
-    for name, make in makers.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for split in ("train", "validation"):
-            rng = random.Random(f"{name} {split}")  # no split depends on another
-            rows = list(make([d for d in documents if d.split == split], train, rng))
-            rng.shuffle(rows)
-            with open(folder / name / f"{split}.jsonl", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"[a-z]+", text.lower()))
-
-
-def package_examples(documents: list[Document], train: list[Document], rng: random.Random) -> Iterator[dict]:
-    """Columns ``sentence, label``, equally many rows per package.
-
-    Sentences are skipped if one word gives the label away: a package's name, or a word that comes nearly always from one
-    package in the training split ("DataFrame").
-    """
-    counts: dict[str, Counter] = defaultdict(Counter)
-    for document in train:
-        for sentence in document.sentences:
-            for word in _words(sentence):
-                counts[word][document.package] += 1
-    telling = {w for w, c in counts.items() if c.total() >= 10 and c.most_common(1)[0][1] > 0.7 * c.total()} | _NAMES
-    by_package: dict[str, list[str]] = defaultdict(list)
-    for document in documents:
-        for sentence in document.sentences:
-            if 6 <= len(sentence.split()) <= 25 and not _words(sentence) & telling:
-                by_package[document.package].append(sentence)
-    fewest = min(len(by_package[package]) for package in PACKAGES)
-    for label, package in enumerate(PACKAGES):
-        for sentence in rng.sample(by_package[package], fewest):
-            yield {"sentence": sentence, "label": label}
-
-
-def statement_examples(documents: list[Document], train: list[Document], rng: random.Random) -> Iterator[dict]:
-    """Columns ``premise, hypothesis, label``, the labels of :data:`STATEMENT_CLASSES` in turn.
-
-    For every label the stated type occurs in the premise, and names come from the whole split. So neither premise nor
-    hypothesis alone gives the label away.
-    """
-    names = [p.name for d in documents for p in d.parameters]
-    label = 0
-    for pair, context, _ in _pairs(documents):
-        types = list(dict.fromkeys(p.stated_type for p in pair))
-        if len(types) < 2:
-            continue
-        stated = types[rng.randrange(len(types))]
-        having, others = ([p for p in pair if (p.stated_type == stated) == same] for same in (True, False))
-        # All three are drawn whatever the label: the draws that follow depend on it.
-        name = (rng.choice(having).name, _absent(context, names, rng), rng.choice(others).name)[label]
-        yield {"premise": context, "hypothesis": f"The type of {name} is {stated}.", "label": label}
-        label = (label + 1) % len(STATEMENT_CLASSES)
-
-
-def answer_examples(documents: list[Document], train: list[Document], rng: random.Random) -> Iterator[dict]:
-    """SQuAD's columns: two questions on the types and defaults of each pair of parameters."""
-    return (row for row, _ in _questions(documents, rng))
-
-
-def answer_or_none_examples(documents: list[Document], train: list[Document], rng: random.Random) -> Iterator[dict]:
-    """SQuAD 2.0's columns: the questions of :func:`answer_examples`, and after every second one a question without answer."""
-    names = [p.name for d in documents for p in d.parameters]
-    for number, (row, pair) in enumerate(_questions(documents, rng)):
-        yield row
-        if number % 2:
-            continue
-        what = row["id"].rpartition("-")[2]
-        silent = [p.name for p in pair if what == "default" and "default" not in p.entry.lower()]
-        if silent and rng.random() < 0.5:
-            name = rng.choice(silent)
-        else:
-            name = _absent(row["context"], names, rng)
-        answers = {"text": [], "answer_start": []}
-        yield {**row, "id": f"{row['id']}-none", "question": _question(what, name, rng), "answers": answers}
-
-
-def _questions(documents: list[Document], rng: random.Random) -> Iterator[tuple[dict, list[Parameter]]]:
-    """Two questions on each pair of parameters, each with its pair."""
-    for number, (pair, context, starts) in enumerate(_pairs(documents)):
-        possible = [(i, what) for i, p in enumerate(pair) for what in ("type", "default") if p.span(what)]
-        for i, what in rng.sample(possible, 2):
-            start, end = (starts[i] + offset for offset in pair[i].span(what))
-            row = {
-                "id": f"{number}-{i}-{what}",
-                "context": context,
-                "question": _question(what, pair[i].name, rng),
-                "answers": {"text": [context[start:end]], "answer_start": [start]},
-            }
-            yield row, pair
-
-
-def _pairs(documents: list[Document]) -> Iterator[tuple[list[Parameter], str, list[int]]]:
-    """Pairs of neighbouring parameters of a docstring, their text, and the position in it where each begins."""
-    for document in documents:
-        named = list({p.name: p for p in document.parameters}.values())
-        for first in range(0, len(named) - 1, 2):
-            pair, context, starts = named[first : first + 2], "", []
-            for parameter in pair:
-                starts.append(len(context))
-                context += f"{parameter.entry} "
-            yield pair, context.rstrip(), starts
-
-
-def _absent(context: str, names: list[str], rng: random.Random) -> str:
-    """A random name that does not occur in the context."""
-    words = set(re.findall(r"\w+", context))
-    while (name := rng.choice(names)) in words:
-        pass
-    return name
-
-
-def _question(what: str, name: str, rng: random.Random) -> str:
-    return rng.choice(("What is the {} of {}?", "Which {} does {} have?")).format(what, name)
+    (folder / "corpus").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "validation"):
+        texts = [d.text for d in documents if d.split == split and len(d.text) >= 40]
+        random.Random(f"corpus {split}").shuffle(texts)
+        with open(folder / "corpus" / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ones_lib.data import docstrings
+from ones_lib.data import names
 
 if TYPE_CHECKING:  # a third of a second to import
     from datasets import Dataset
@@ -46,8 +46,8 @@ class TextTask:
 
 _PAIR, _QUESTION = ("premise", "hypothesis"), ("question", "context")
 TASKS = {
-    "package": TextTask(("sentence",), tuple(docstrings.PACKAGES), "accuracy"),
-    "statement": TextTask(_PAIR, docstrings.STATEMENT_CLASSES, "accuracy"),
+    "language": TextTask(("sentence",), names.LANGUAGES, "accuracy"),
+    "family": TextTask(_PAIR, names.FAMILY_CLASSES, "accuracy"),
     "answer": TextTask(_QUESTION, None, "f1"),
     "answer_or_none": TextTask(_QUESTION, None, "f1", unanswerable=True),
     "sst2": TextTask(("sentence",), ("negative", "positive"), "accuracy", ("nyu-mll/glue", "sst2")),
@@ -79,8 +79,7 @@ def task_rows(task: str, folder: Path | None, max_train: int | None, max_validat
         if rows is not None:
             limit = max_train if split == "train" else max_validation
             rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-            _check_rows(rows, spec, f"{task if folder is None else folder / task}, split {split}")
-            result[split] = rows
+            result[split] = _checked(rows, spec, f"{task if folder is None else folder / task}, split {split}")
     return result
 
 
@@ -144,8 +143,12 @@ def read_hub(name: str, configuration: str | None, split: str) -> Dataset:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_rows(rows: Dataset, spec: TextTask, where: str) -> None:
-    """Raise ValueError for a missing column, a non-text, a label out of range or an answer in the wrong place."""
+def _checked(rows: Dataset, spec: TextTask, where: str) -> Dataset:
+    """The rows with labels as integers (a column with gaps is often stored as 1.0) and answers without white space around them.
+
+    Raises:
+        ValueError: a missing column, a non-text, a label out of range or an answer in the wrong place.
+    """
     missing = [c for c in spec.columns if c not in rows.column_names]
     if missing:
         raise ValueError(
@@ -158,22 +161,38 @@ def _check_rows(rows: Dataset, spec: TextTask, where: str) -> None:
             if not isinstance(value, str):
                 raise ValueError(f"{where}: row {i}: column {column!r}: expected text, found {value!r}")
     if spec.labels is None:
-        for i, row in enumerate(rows):
-            _check_answers(row["answers"], row["context"], spec, f"{where}: row {i}: column 'answers'")
-        return
+        every = zip(rows["answers"], rows["context"], strict=True)
+        answers = [
+            _checked_answers(found, context, spec, f"{where}: row {i}: column 'answers'")
+            for i, (found, context) in enumerate(every)
+        ]
+        return rows.remove_columns("answers").add_column("answers", answers)
     meaning = ", ".join(f"{i} {label}" for i, label in enumerate(spec.labels))
     for i, label in enumerate(rows["label"]):
         if label not in range(len(spec.labels)) or isinstance(label, bool):
             raise ValueError(f"{where}: row {i}: column 'label': expected {meaning}, found {label!r}")
+    labels = [int(label) for label in rows["label"]]
+    return rows.remove_columns("label").add_column("label", labels)
 
 
-def _check_answers(answers: object, context: str, spec: TextTask, where: str) -> None:
+def _checked_answers(answers: object, context: str, spec: TextTask, where: str) -> dict:
     if not isinstance(answers, Mapping) or not {"text", "answer_start"} <= set(answers):
         raise ValueError(f"{where}: expected text and answer_start, found {answers!r}")
     if not answers["text"] and not spec.unanswerable:
         raise ValueError(f"{where}: expected an answer, found none (SQuAD 2.0's form?)")
     if len(answers["text"]) != len(answers["answer_start"]):
         raise ValueError(f"{where}: expected as many texts as answer_start, found {answers}")
+    trimmed = {"text": [], "answer_start": []}
     for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+        if not isinstance(text, str) or isinstance(start, bool) or start not in range(len(context) + 1):
+            raise ValueError(
+                f"{where}: expected text and its first character in the context, found {text!r} at {start!r}"
+            )
+        start = int(start)  # may be stored as 1.0
         if (found := context[start : start + len(text)]) != text:
             raise ValueError(f"{where}: expected {text!r} at {start}, found {found!r}")
+        if not text.strip():
+            raise ValueError(f"{where}: expected an answer, found only white space at {start}")
+        trimmed["text"].append(text.strip())
+        trimmed["answer_start"].append(start + len(text) - len(text.lstrip()))
+    return trimmed

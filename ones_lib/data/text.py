@@ -19,13 +19,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ones_lib.data import docstrings, tokens
+from ones_lib.data import docstrings, names, tokens
 from ones_lib.data.files import made_once, save_tensors
 from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS, TASKS, read_file, read_hub, read_split, task_rows
 from ones_lib.data.tokens import EncodedText
 
 if TYPE_CHECKING:  # a third of a second to import
     from datasets import Dataset
+
+EMBEDDED = {"names": (names, names.write_names), "docstrings": (docstrings, docstrings.write_docstrings)}
+
+
+def embedded_versions(*sources: str) -> dict[str, str] | None:
+    """Versions of the packages that embedded text comes from; None if none of the sources is embedded."""
+    found = [EMBEDDED[source][0].versions() for source in sources if source in EMBEDDED]
+    return {name: version for versions in found for name, version in versions.items()} or None
 
 
 @dataclass
@@ -56,7 +64,7 @@ class Corpus:
 
 
 def text_corpus(
-    name: str = "docstrings",
+    name: str = "names",
     *,
     tokenizer: str = "",
     vocab_size: int = 1500,
@@ -71,7 +79,7 @@ def text_corpus(
     """Read the texts of a corpus, open or train its tokenizer, and pack its tokens; tokenizer and tokens are cached.
 
     Args:
-        name: ``"docstrings"`` (made from installed packages), ``"tasks"`` (the training texts of ``of_tasks``), a file or
+        name: ``"names"`` or ``"docstrings"`` (made from installed packages), ``"tasks"`` (texts of ``of_tasks``), a file or
             a folder of ``<split>.jsonl``, ``.parquet`` or ``.csv`` with a column ``text``, or a hub name (``name`` or
             ``name:configuration``). Without a validation split, every tenth text is held out.
         tokenizer: a hub name or folder; empty: WordPiece, trained on the corpus, with ``vocab_size`` entries.
@@ -90,7 +98,7 @@ def text_corpus(
     _check_sizes(vocab_size=vocab_size, sequence_length=sequence_length, max_corpus=max_corpus)
     if not 0 < mask_rate < 1:
         raise ValueError(f"mask_rate: expected a number between 0 and 1, found {mask_rate}")
-    _check_versions(versions)
+    _check_versions(versions, name, (of_tasks or {}).get("name"))
     texts = _task_texts(of_tasks or {}, cache_dir) if name == "tasks" else _corpus_texts(name, cache_dir)
     texts = {split: part[:max_corpus] for split, part in _with_validation(texts).items()}
     folder = _tokenized(texts, tokenizer, vocab_size, sequence_length, Path(cache_dir))
@@ -103,7 +111,10 @@ def text_corpus(
 
 @dataclass
 class TextTasks:
-    """Tasks to fine-tune on, made by :func:`text_tasks`. A task is read, checked and encoded when first asked for."""
+    """Tasks to fine-tune on, made by :func:`text_tasks`. A task is read, checked and encoded when first asked for.
+
+    Rows with an answer that no window holds whole have no target. Training leaves them out; evaluation counts them as any other.
+    """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
@@ -119,7 +130,7 @@ class TextTasks:
     def rows(self, task: str) -> dict[str, Dataset]:
         """A task's rows by split."""
         if task not in self._rows:
-            allowed = EMBEDDED_TASKS if self.name == "docstrings" else HUB_TASKS
+            allowed = EMBEDDED_TASKS if self.name == "names" else HUB_TASKS
             if task not in allowed:
                 raise ValueError(f"tasks: expected some of {list(allowed)} for data {self.name!r}, found {task!r}")
             self._rows[task] = task_rows(task, self.folder, self.max_train, self.max_validation)
@@ -130,15 +141,26 @@ class TextTasks:
         if (task, split) not in self._encoded:
             rows, spec = self.rows(task)[split], TASKS[task]
             if spec.labels is None:
-                encoded = tokens.encode_questions(rows, self.tokenizer, self.task_length, self.stride)
+                where = f"{task if self.folder is None else self.folder / task}, split {split}"
+                encoded = tokens.encode_questions(rows, self.tokenizer, self.task_length, self.stride, where)
+                if split == "train":  # as they are they would teach that there is no answer
+                    encoded = encoded.without(encoded.lost)
+                    if not len(encoded):
+                        raise ValueError(
+                            f"{where}: task_length={self.task_length}: no window holds a whole answer; expected more tokens"
+                        )
             else:
                 encoded = tokens.encode_classification(rows, spec.texts, self.tokenizer, self.task_length)
             self._encoded[task, split] = encoded
         return self._encoded[task, split]
 
+    def count_lost(self, task: str) -> dict[str, int]:
+        """Number of rows of each split with an answer that no window holds whole; a longer ``task_length`` makes them fewer."""
+        return {split: len(self.encoded(task, split).lost) for split in self.rows(task)}
+
 
 def text_tasks(
-    name: str = "docstrings",
+    name: str = "names",
     *,
     tokenizer: PreTrainedTokenizerBase,
     text_dir: str | Path = "",
@@ -152,7 +174,7 @@ def text_tasks(
     """Open tasks, to be encoded by ``tokenizer``.
 
     Args:
-        name: ``"docstrings"`` (made from installed packages), ``"local"`` (``text_dir/<task>/<split>.jsonl``, ``.parquet``
+        name: ``"names"`` (made from an installed package), ``"local"`` (``text_dir/<task>/<split>.jsonl``, ``.parquet``
             or ``.csv`` with the hub's columns) or ``"hub"``.
         text_dir: the folder, for ``"local"``.
         task_length: the most tokens of an example; a longer context is cut into windows that overlap by ``stride``.
@@ -167,15 +189,15 @@ def text_tasks(
         raise ValueError(
             f"stride: expected an integer from 0 to below task_length / 2 = {task_length // 2}, found {stride}"
         )
-    _check_versions(versions)
-    if name not in ("docstrings", "local", "hub"):
-        raise ValueError(f"data: expected 'docstrings', 'local' or 'hub', found {name!r}")
-    folder = _embedded_folder(cache_dir) if name == "docstrings" else Path(text_dir) if name == "local" else None
+    if name not in ("names", "local", "hub"):
+        raise ValueError(f"data: expected 'names', 'local' or 'hub', found {name!r}")
+    _check_versions(versions, name)
+    folder = _embedded_folder(name, cache_dir) if name == "names" else Path(text_dir) if name == "local" else None
     return TextTasks(name, tokenizer, task_length, stride, folder, max_train, max_validation)
 
 
 def read_texts(corpus: str | Path, split: str, cache_dir: str | Path = "runs/cache") -> list[str]:
-    """Texts of a split of ``"docstrings"``, a folder or a hub data set; of a file, all texts. A ``.txt`` file is one text."""
+    """Texts of a split of embedded text, a folder or a hub data set; of a file, all texts. A ``.txt`` file is one text."""
     path = Path(corpus)
     if path.is_file() and path.suffix == ".txt":
         return [path.read_text(encoding="utf-8")]
@@ -192,9 +214,10 @@ def _check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"{option}: expected an integer of at least 8, found {value}")
 
 
-def _check_versions(versions: Mapping[str, str] | None) -> None:
-    if versions is not None and dict(versions) != docstrings.versions():
-        raise ValueError(f"versions: expected those installed, {docstrings.versions()}, found {dict(versions)}")
+def _check_versions(versions: Mapping[str, str] | None, *sources: str | None) -> None:
+    installed = embedded_versions(*sources)
+    if versions is not None and dict(versions) != installed:
+        raise ValueError(f"versions: expected those installed, {installed}, found {dict(versions)}")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -214,8 +237,8 @@ def _task_texts(of_tasks: Mapping, cache_dir: str | Path) -> dict[str, list[str]
 def _corpus_texts(corpus: str, cache_dir: str | Path) -> dict[str, list[str]]:
     """Texts of a corpus by split, ``train`` and, where there is one, ``validation``."""
     path = Path(corpus)
-    if corpus == "docstrings":
-        folder = _embedded_folder(cache_dir) / "corpus"
+    if corpus in EMBEDDED:
+        folder = _embedded_folder(corpus, cache_dir) / "corpus"
         splits = {split: read_split(folder, split) for split in ("train", "validation")}
     elif path.is_file():
         splits = {"train": read_file(path)}
@@ -226,7 +249,7 @@ def _corpus_texts(corpus: str, cache_dir: str | Path) -> dict[str, list[str]]:
         splits = {split: read_hub(name, configuration or None, split) for split in ("train", "validation")}
     else:
         raise FileNotFoundError(
-            f"corpus: expected 'docstrings', 'tasks', a file, a folder or a hub name, found {corpus!r}"
+            f"corpus: expected 'names', 'docstrings', 'tasks', a file, a folder or a hub name, found {corpus!r}"
         )
     splits = {split: rows for split, rows in splits.items() if rows is not None}
     for rows in splits.values():
@@ -246,11 +269,12 @@ def _with_validation(splits: dict[str, list[str]]) -> dict[str, list[str]]:
 # --- caches ----------------------------------------------------------------------------------------------------------
 
 
-def _embedded_folder(cache_dir: str | Path) -> Path:
-    """The folder with the docstrings as JSON lines, made if missing. Its name changes with their code and versions."""
-    digest = hashlib.sha256(Path(docstrings.__file__).read_bytes())
-    digest.update(json.dumps(docstrings.versions(), sort_keys=True).encode())
-    return made_once(Path(cache_dir) / f"docstrings-{digest.hexdigest()[:16]}", docstrings.write_docstrings)
+def _embedded_folder(name: str, cache_dir: str | Path) -> Path:
+    """The folder with an embedded text as JSON lines, made if missing. Its name changes with their code and versions."""
+    module, write = EMBEDDED[name]
+    digest = hashlib.sha256(Path(module.__file__).read_bytes())
+    digest.update(json.dumps(module.versions(), sort_keys=True).encode())
+    return made_once(Path(cache_dir) / f"{name}-{digest.hexdigest()[:16]}", write)
 
 
 def _tokenized(texts: Mapping[str, list[str]], tokenizer: str, vocab_size: int, length: int, cache_dir: Path) -> Path:

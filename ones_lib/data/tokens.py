@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,18 +36,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         "sep_token": "[SEP]",
         "mask_token": "[MASK]",
     }
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), digits])
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False
+    texts, draft = list(texts), _word_pieces({})
+    # Of equally frequent pairs the trainer merges the one with lower numbers, and it numbers a word's inner letters differently in
+    # every run. As special tokens they have the same numbers in every run. Only the vocabulary is taken from this draft.
+    letters = sorted(c for c in set().union(*map(set, map(draft.normalizer.normalize_str, texts))) if c.isalpha())
+    fixed = [*special.values(), *(f"##{c}" for c in letters)]
+    draft.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed, show_progress=False)
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    # The trainer numbers equally frequent tokens differently in every run. Sorting gives every run the same numbers;
-    # WordPiece splits words by the set of tokens alone.
-    vocabulary = [*special.values(), *sorted(set(tokenizer.get_vocab()) - set(special.values()))]
-    tokenizer.model = models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]")
+    vocabulary = [*special.values(), *sorted(set(draft.get_vocab()) - set(special.values()))]
+    tokenizer = _word_pieces({token: i for i, token in enumerate(vocabulary)})
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -56,6 +54,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **special
     )
+
+
+def _word_pieces(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), digits])
+    return tokenizer
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
@@ -97,6 +103,7 @@ class EncodedText:
         targets: classes [n], or positions of the answer's first and last token [n, 2]; 0, 0 if the window lacks the answer.
         example: number of the row [n]; several windows may belong to one question.
         offsets: for question answering, the characters [n, L, 2] of the context that each token covers; -1 for others.
+        lost: rows with an answer that no window holds whole.
     """
 
     ids: Tensor
@@ -105,9 +112,18 @@ class EncodedText:
     targets: Tensor
     example: Tensor
     offsets: Tensor | None = None
+    lost: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def without(self, rows: Tensor) -> EncodedText:
+        """The examples that are not of ``rows``."""
+        kept = ~torch.isin(self.example, rows)
+        names = ("ids", "types", "lengths", "targets", "example", "offsets")
+        return replace(
+            self, **{name: None if (value := getattr(self, name)) is None else value[kept] for name in names}
+        )
 
 
 def encode_classification(
@@ -131,10 +147,25 @@ def encode_classification(
     )
 
 
-def encode_questions(rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, stride: int) -> EncodedText:
-    """Encode questions with windows of their contexts. The target is the first answer, if the window holds all of it."""
+def encode_questions(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: int, stride: int, where: str = "rows"
+) -> EncodedText:
+    """Encode questions with windows of their contexts. The target is the first answer, if the window holds all of it.
+
+    Raises:
+        ValueError: a question leaves no room for the context. It names the row of ``where``.
+    """
+    questions = [question.strip() for question in rows["question"]]
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    room = length - special - stride - 1
+    for i, ids in enumerate(tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]):
+        if len(ids) > room and len(ids) + special + len(tokenizer.tokenize(rows["context"][i])) > length:
+            raise ValueError(
+                f"{where}: row {i}: column 'question': expected at most {room} tokens (task_length={length} less special tokens, "
+                f"stride={stride} and one token of the context), found {len(ids)}"
+            )
     encoded = tokenizer(
-        [question.strip() for question in rows["question"]],
+        questions,
         list(rows["context"]),
         truncation="only_second",
         max_length=length,
@@ -158,6 +189,8 @@ def encode_questions(rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: 
     )  # the token with the answer's first character
     last = in_context & (offsets[..., 0] < end) & (end <= offsets[..., 1])
     whole = first.any(dim=1) & last.any(dim=1)
+    answered = torch.tensor([bool(answers["text"]) for answers in rows["answers"]])
+    held = torch.zeros(len(rows), dtype=torch.bool).index_fill(0, example[whole], True)
     return EncodedText(
         torch.tensor(encoded["input_ids"]),
         torch.tensor(encoded["token_type_ids"]),
@@ -165,4 +198,5 @@ def encode_questions(rows: Dataset, tokenizer: PreTrainedTokenizerBase, length: 
         torch.stack([first.int().argmax(dim=1), last.int().argmax(dim=1)], dim=1) * whole[:, None],
         example,
         offsets,
+        (answered & ~held).nonzero()[:, 0],
     )

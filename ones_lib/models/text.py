@@ -46,7 +46,6 @@ class WideNetTextConfig(PreTrainedConfig):
             head; 0 is none, as in ALBERT. Initially the bias falls with distance as in ALiBi (Press et al., arXiv
             2108.12409); half of the heads look ahead, half back. Without it, small models are slow to learn that
             neighbours matter.
-        classifier_pooling: input of a sequence classifier's head: ``mean`` of the tokens, or the first one, ``cls``.
     """
 
     model_type = "widenet_text"
@@ -68,7 +67,6 @@ class WideNetTextConfig(PreTrainedConfig):
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
-    classifier_pooling: str = "mean"
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs) -> None:
@@ -76,8 +74,6 @@ class WideNetTextConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size: expected a multiple of num_attention_heads={self.num_attention_heads}, found {self.hidden_size}"
             )
-        if self.classifier_pooling not in ("mean", "cls"):
-            raise ValueError(f"classifier_pooling: expected 'mean' or 'cls', found {self.classifier_pooling!r}")
         super().__post_init__(**kwargs)
 
 
@@ -239,14 +235,25 @@ class WideNetForMaskedLM(WideNetTextPreTrainedModel):
         return MaskedLMOutput(loss=loss, logits=logits)
 
 
+def _text_mean(x: Tensor, number: int, mask: Tensor | None, types: Tensor | None) -> Tensor:
+    """Mean [B, d] of the hidden states [B, L, d] of the first text (``number`` 0) or the second (1); zeros where there is none."""
+    types = x.new_zeros(x.shape[:2]) if types is None else types
+    chosen = (types == number).to(x.dtype) if mask is None else (types == number) * mask.to(x.dtype)  # [B, L]
+    return (x * chosen[:, :, None]).sum(dim=1) / chosen.sum(dim=1, keepdim=True).clamp(min=1)
+
+
 class WideNetForSequenceClassification(WideNetTextPreTrainedModel):
-    """Classifier of a sentence or a pair: ``num_labels`` logits from the pooled hidden states."""
+    """Classifier of a sentence or a pair: ``num_labels`` logits.
+
+    The head reads the mean hidden states u and v of the two texts as (u, v, abs(u - v), u * v), as InferSent's does (Conneau et
+    al., arXiv 1705.02364); of a single text, v is zero. So the head compares the texts, and the layers need not.
+    """
 
     def __init__(self, config: WideNetTextConfig) -> None:
         super().__init__(config)
         self.encoder = WideNetTextModel(config)
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.pooler = nn.Linear(4 * config.hidden_size, 2 * config.hidden_size)
+        self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
         self.post_init()
 
     def forward(
@@ -258,22 +265,25 @@ class WideNetForSequenceClassification(WideNetTextPreTrainedModel):
         **kwargs,
     ) -> SequenceClassifierOutput:
         x = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
-        if self.config.classifier_pooling == "cls":
-            pooled = x[:, 0]
-        else:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            pooled = (x * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        logits = self.classifier(torch.tanh(self.pooler(pooled)))
+        u, v = (_text_mean(x, number, attention_mask, token_type_ids) for number in (0, 1))  # [B, d]
+        logits = self.classifier(F.gelu(self.pooler(torch.cat([u, v, (u - v).abs(), u * v], dim=-1))))
         return SequenceClassifierOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
 
 
 class WideNetForQuestionAnswering(WideNetTextPreTrainedModel):
-    """Extractive question answering: logits [B, L] of the answer's first and last token."""
+    """Extractive question answering: logits [B, L] of the answer's first and last token.
+
+    The head reads a token's hidden state h beside the question's mean q as (h, q, h * q), as BiDAF's attention does (Seo et al.,
+    arXiv 1611.01603). So the head compares token and question, and the layers need not. The first place, "no answer", gets the
+    largest of what the head finds at the tokens of the context: there is no answer where none of them fits.
+    """
 
     def __init__(self, config: WideNetTextConfig) -> None:
         super().__init__(config)
         self.encoder = WideNetTextModel(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.matching = nn.Linear(3 * config.hidden_size, 2 * config.hidden_size)
+        self.qa_outputs = nn.Linear(2 * config.hidden_size, 2)
+        self.no_answer = nn.Linear(2 * config.hidden_size, 2)
         self.post_init()
 
     def forward(
@@ -286,7 +296,13 @@ class WideNetForQuestionAnswering(WideNetTextPreTrainedModel):
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
         x = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
-        start_logits, end_logits = self.qa_outputs(x).unbind(dim=-1)
+        q = _text_mean(x, 0, attention_mask, token_type_ids)[:, None].expand_as(x)
+        matched = F.gelu(self.matching(torch.cat([x, q, x * q], dim=-1)))  # [B, L, 2d]
+        context = torch.ones_like(input_ids) if token_type_ids is None else token_type_ids
+        context = context if attention_mask is None else context * attention_mask
+        best = matched.masked_fill(context[:, :, None] == 0, -1.0).amax(dim=1)  # [B, 2d]; GELU is above -0.2
+        logits = torch.cat([self.no_answer(best)[:, None], self.qa_outputs(matched[:, 1:])], dim=1)
+        start_logits, end_logits = logits.unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = (F.cross_entropy(start_logits, start_positions) + F.cross_entropy(end_logits, end_positions)) / 2

@@ -109,7 +109,7 @@ def _check_bounds(name: str, given: Any, about: Mapping[str, Any]) -> None:
         raise ParameterError(f"{name}: expected at least one, all different, found {given}")
 
 
-_TEXT = ("docstrings", "local", "hub")
+_TEXT = ("names", "local", "hub")
 
 # --- the groups --------------------------------------------------------------------------------------------------------
 
@@ -183,10 +183,10 @@ class Curves(Group):
 class Text(Group):
     """The text study: corpus, MoE, pre-training, distillation, and fine-tuning on tasks."""
 
-    text_data: str = value("'docstrings' (made here), 'local' (text_dir) or 'hub'", of=_TEXT, to="tasks.name")
+    text_data: str = value("'names' (made here), 'local' (text_dir) or 'hub'", of=_TEXT, to="tasks.name")
     text_dir: str = value("folder with <task>/<split>.jsonl, .parquet or .csv", to="tasks.text_dir")
     tasks: list[str] = value("tasks to fine-tune on; empty: the four of text_data", of=tuple(TASKS))
-    corpus: str = value("'docstrings', 'tasks' (the tasks' texts), a file, folder or hub name", to="data.name")
+    corpus: str = value("'names', 'docstrings', 'tasks' (the tasks' texts), a file, folder or hub name", to="data.name")
     tokenizer: str = value("hub name or folder; empty: WordPiece, trained on the corpus", to="data.tokenizer")
     vocab_size: int = value("of the trained tokenizer", least=8, to="data.vocab_size")
     sequence_length: int = value("tokens of a pre-training sequence", least=8, to="data.sequence_length")
@@ -227,6 +227,7 @@ class Text(Group):
     finetune_batch_size: int = value("examples a step", least=1, to="finetuning.batch_size")
     finetune_learning_rate: float = value("after warm-up", above=0, to="finetuning.learning_rate")
     finetune_kd: bool = value("fine-tune distilled models with KD from the fine-tuned teacher")
+    text_calibrated_methods: list[str] = value("gatherings that look at data, beside `methods`", of=integration_methods)
     text_budgets: list[int] = value("steps of KD, beside text_kd_steps", least=0)
     task_budgets: list[int] = value("steps of KD whose students are fine-tuned too; 0: right after gathering", least=0)
 
@@ -245,7 +246,7 @@ class Language(Group):
 
     language_source: str = value("folder or hub name of an MoE; empty: train one of language_moe")
     language_moe: dict = value("model_type and configuration of the MoE to train")
-    language_corpus: str = value("'docstrings', a file, a folder or a hub name", to="data.name")
+    language_corpus: str = value("'docstrings', 'names', a file, a folder or a hub name", to="data.name")
     language_vocab_size: int = value("of the tokenizer trained where there is no source", least=8, to="data.vocab_size")
     language_sequence_length: int = value("tokens", least=8, to="data.sequence_length")
     language_max_corpus: int | None = value("texts; null: all", least=8, to="data.max_corpus")

@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from ones_lib.data.docstrings import versions
 from ones_lib.data.files import file_stamps
 from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS
+from ones_lib.data.text import embedded_versions
 from ones_lib.distillation import Distillation
 from ones_lib.integration import calibrated, integration_methods
 from ones_lib.metrics import LOWER_IS_BETTER
@@ -208,7 +208,7 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
     teaching = Training(**group.part("teaching"), mixed_precision=parameters.mixed_precision, evaluations=5)
     finetuning, tasks = group.part("finetuning"), getattr(group, "tasks", [])
     if domain == "text" and not tasks:
-        tasks = list(EMBEDDED_TASKS if group.text_data == "docstrings" else HUB_TASKS)
+        tasks = list(EMBEDDED_TASKS if group.text_data == "names" else HUB_TASKS)
     calibration = parameters.language_calibration if domain == "language" else parameters.calibration_examples
     return Study(
         domain=domain,
@@ -240,14 +240,12 @@ def _data(root: Path, domain: str, group: Group, tasks: list[str]) -> dict:
     elif data["name"] == "tasks":
         of = {"name": group.text_data, "text_dir": _in_project(root, group.text_dir)}
         data["of_tasks"] = of | {"tasks": list(tasks), "max_train": group.max_train}
-    embedded = "docstrings" in (data["name"], data.get("of_tasks", {}).get("name"))
-    return data | {"versions": versions() if embedded else None}
+    return data | {"versions": embedded_versions(data["name"], data.get("of_tasks", {}).get("name"))}
 
 
 def _task_data(root: Path, group: Group) -> dict:
     data = group.part("tasks")
-    embedded = data["name"] == "docstrings"
-    return data | {"text_dir": _in_project(root, data["text_dir"]), "versions": versions() if embedded else None}
+    return data | {"text_dir": _in_project(root, data["text_dir"]), "versions": embedded_versions(data["name"])}
 
 
 def _language_model(root: Path, group: Group) -> dict:

@@ -21,8 +21,8 @@ from ones_lib.views.figures import style
 
 TASK_NAMES = {
     "masked_lm": "masked LM",
-    "package": "package (sentence)",
-    "statement": "statement (sentence pair)",
+    "language": "language (sentence)",
+    "family": "family (sentence pair)",
     "answer": "answer span",
     "answer_or_none": "answer span or none",
     "sst2": "SST-2",
