@@ -79,8 +79,13 @@ def task_rows(task: str, folder: Path | None, max_train: int | None, max_validat
         if rows is not None:
             limit = max_train if split == "train" else max_validation
             rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-            result[split] = _checked(rows, spec, f"{task if folder is None else folder / task}, split {split}")
+            result[split] = _checked(rows, spec, place_of(task, folder, split))
     return result
+
+
+def place_of(task: str, folder: Path | None, split: str) -> str:
+    """Where rows are, for errors."""
+    return f"{task if folder is None else folder / task}, split {split}"
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -168,11 +173,11 @@ def _checked(rows: Dataset, spec: TextTask, where: str) -> Dataset:
         ]
         return rows.remove_columns("answers").add_column("answers", answers)
     meaning = ", ".join(f"{i} {label}" for i, label in enumerate(spec.labels))
-    for i, label in enumerate(rows["label"]):
+    labels = list(rows["label"])
+    for i, label in enumerate(labels):
         if label not in range(len(spec.labels)) or isinstance(label, bool):
             raise ValueError(f"{where}: row {i}: column 'label': expected {meaning}, found {label!r}")
-    labels = [int(label) for label in rows["label"]]
-    return rows.remove_columns("label").add_column("label", labels)
+    return rows.remove_columns("label").add_column("label", [int(label) for label in labels])
 
 
 def _checked_answers(answers: object, context: str, spec: TextTask, where: str) -> dict:

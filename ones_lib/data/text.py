@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ones_lib.data import docstrings, names, tokens
 from ones_lib.data.files import made_once, save_tensors
-from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS, TASKS, read_file, read_hub, read_split, task_rows
+from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS, TASKS, place_of, read_file, read_hub, read_split, task_rows
 from ones_lib.data.tokens import EncodedText
 
 if TYPE_CHECKING:  # a third of a second to import
@@ -141,7 +141,7 @@ class TextTasks:
         if (task, split) not in self._encoded:
             rows, spec = self.rows(task)[split], TASKS[task]
             if spec.labels is None:
-                where = f"{task if self.folder is None else self.folder / task}, split {split}"
+                where = place_of(task, self.folder, split)
                 encoded = tokens.encode_questions(rows, self.tokenizer, self.task_length, self.stride, where)
                 if split == "train":  # as they are they would teach that there is no answer
                     encoded = encoded.without(encoded.lost)

@@ -179,17 +179,18 @@ def encode_questions(
     in_context = torch.tensor([[s == 1 for s in encoded.sequence_ids(i)] for i in range(len(example))])
     offsets = torch.tensor(encoded["offset_mapping"])  # [n, L, 2]
     offsets[~in_context] = -1
-    spans = [
-        (a["answer_start"][0], a["answer_start"][0] + len(a["text"][0])) if a["text"] else (-1, -1)
-        for a in rows["answers"]
-    ]
-    start, end = torch.tensor(spans)[example, :, None].unbind(dim=1)  # [n, 1] characters
+    spans = torch.tensor(
+        [
+            (a["answer_start"][0], a["answer_start"][0] + len(a["text"][0])) if a["text"] else (-1, -1)
+            for a in rows["answers"]
+        ]
+    )
+    start, end = spans[example, :, None].unbind(dim=1)  # [n, 1] characters
     first = (
         in_context & (offsets[..., 0] <= start) & (start < offsets[..., 1])
     )  # the token with the answer's first character
     last = in_context & (offsets[..., 0] < end) & (end <= offsets[..., 1])
     whole = first.any(dim=1) & last.any(dim=1)
-    answered = torch.tensor([bool(answers["text"]) for answers in rows["answers"]])
     held = torch.zeros(len(rows), dtype=torch.bool).index_fill(0, example[whole], True)
     return EncodedText(
         torch.tensor(encoded["input_ids"]),
@@ -198,5 +199,5 @@ def encode_questions(
         torch.stack([first.int().argmax(dim=1), last.int().argmax(dim=1)], dim=1) * whole[:, None],
         example,
         offsets,
-        (answered & ~held).nonzero()[:, 0],
+        ((spans[:, 0] >= 0) & ~held).nonzero()[:, 0],
     )
