@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from ones_lib.data import Share, evaluation_keys, image_data, training_keys
 from ones_lib.data.glyphs import LOOK_ALIKE, choose_characters, make_glyphs
-from ones_lib.data.images import TensorImages, shift
+from ones_lib.data.held import TensorImages, shift
 
 
 def glyphs(tmp_path, **kwargs):
@@ -119,7 +119,7 @@ def test_processes_share_out_each_batch():
 
 def test_folder_labels_are_the_folders(tmp_path):
     make_folder(tmp_path)
-    data = image_data("folder", data_dir=tmp_path, image_size=16)
+    data = image_data("folder", data_dir=tmp_path, image_size=16, cache_dir=tmp_path / "cache")
     assert data.classes == ["ant", "bee", "cat"]
     images, labels = load(data.val, evaluation_keys(9, 9)[0])
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -127,8 +127,9 @@ def test_folder_labels_are_the_folders(tmp_path):
     assert red.tolist() == [60.0 * c for c in labels.tolist()]
 
 
-def test_folder_subsets_and_workers(tmp_path):
+def test_folder_subsets_and_workers(tmp_path, monkeypatch):
     make_folder(tmp_path)
+    monkeypatch.setattr("ones_lib.data.images.LARGEST_HELD", 100)  # so that pictures are read one by one
     data = image_data("folder", data_dir=tmp_path, image_size=8, num_classes=2, train_per_class=1)
     assert (len(data.train), len(data.val), data.classes) == (2, 6, ["ant", "bee"])
     keys = [torch.tensor([[0, 5], [1, 6]]), torch.tensor([[1, 7], [0, 8]])]
@@ -137,12 +138,16 @@ def test_folder_subsets_and_workers(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_corrupt_image_is_named(tmp_path):
+def test_corrupt_image_is_named(tmp_path, monkeypatch):
     make_folder(tmp_path)
     bad = tmp_path / "train" / "bee" / "1.png"
     bad.write_bytes(bad.read_bytes()[:40])
+    message = r"train/bee/1\.png: expected a readable image"
+    with pytest.raises(ValueError, match=message):  # when the pictures are decoded
+        image_data("folder", data_dir=tmp_path, image_size=16, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr("ones_lib.data.images.LARGEST_HELD", 100)
     data = image_data("folder", data_dir=tmp_path, image_size=16)
-    with pytest.raises(ValueError, match=r"train/bee/1\.png: expected a readable image"):
+    with pytest.raises(ValueError, match=message):  # when it is its turn
         load(data.train, evaluation_keys(9, 9)[0])
 
 
@@ -154,7 +159,9 @@ def test_hub_data_set_in_a_local_folder(tmp_path):
         rows = {"image": [Image.new("RGB", (9, 9), (i, 0, 0)) for i in range(4)], "label": [1, 0, 1, 0]}
         (tmp_path / "hub").mkdir(exist_ok=True)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "hub" / f"{split}-0.parquet")
-    data = image_data(str(tmp_path / "hub"), data_dir=str(tmp_path / "cache"), image_size=8)
+    data = image_data(
+        str(tmp_path / "hub"), data_dir=str(tmp_path / "cache"), image_size=8, cache_dir=tmp_path / "held"
+    )
     assert data.classes == ["no", "yes"]
     assert load(data.train, evaluation_keys(4, 4)[0])[1].tolist() == [1, 0, 1, 0]
 
@@ -181,7 +188,7 @@ def missing_class(root):
 def test_bad_folders_are_refused(tmp_path, prepare, error, message):
     prepare(tmp_path)
     with pytest.raises(error, match=message):
-        image_data("folder", data_dir=tmp_path, image_size=16)
+        image_data("folder", data_dir=tmp_path, image_size=16, cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

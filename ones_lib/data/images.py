@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
@@ -22,10 +21,14 @@ from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
 from ones_lib.data import glyphs
-from ones_lib.data.files import made_once, save_tensors
+from ones_lib.data.files import file_stamps, made_once, save_tensors
+from ones_lib.data.held import HeldImages, TensorImages
 
+LARGEST_HELD = 2**31  # bytes of decoded pictures kept in memory
 INCEPTION_MEAN_STD = 0.5  # pixels are scaled to [-1, 1], as in the authors' input pipeline
 
 
@@ -101,13 +104,14 @@ def image_data(
             f"num_classes: expected at most {len(classes)}, the classes of {data_dir or name}, found {num_classes}"
         )
     classes = classes[:num_classes]
+    crop_pct = 1.0 if image_size < 64 else 0.9  # small pictures have no border to spare
     augmented, plain = (
         create_transform(
             (3, image_size, image_size),
             is_training=is_training,
             color_jitter=color_jitter or None,
             scale=(min_crop, 1.0),
-            crop_pct=1.0 if image_size < 64 else 0.9,  # small pictures have no border to spare
+            crop_pct=crop_pct,
             interpolation="bicubic",
             mean=(INCEPTION_MEAN_STD,) * 3,
             std=(INCEPTION_MEAN_STD,) * 3,
@@ -116,43 +120,17 @@ def image_data(
     )
     train = ReaderImages(splits["train"], len(classes), train_per_class, augmented, plain)
     val = ReaderImages(splits["val"], len(classes), val_per_class, plain, plain)
+    if held := _held(train, val, Path(cache_dir)):
+        arguments = {"crop_pct": crop_pct, "min_crop": min_crop, "color_jitter": color_jitter}
+        train, val = (
+            HeldImages(held[split], images.labels, image_size, **arguments)
+            for split, images in (("train", train), ("val", val))
+        )
     report = (
         f"{data_dir or name}: {len(classes)} classes, {len(train):,} images for training, {len(val):,} for validation,"
         f" {image_size} px"
     )
     return ImageData(name, classes, 3, image_size, train, val, report)
-
-
-class TensorImages(Dataset):
-    """Images in memory, uint8 [n, C, H, W], augmented by shifts of at most one pixel; indexed by a batch of keys."""
-
-    def __init__(self, images: Tensor, labels: Tensor, mean: float, std: float) -> None:
-        self.images, self.labels, self.mean, self.std = images, labels, mean, std
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [B, 2] -> standardised images [B, C, H, W] and labels [B]."""
-        index, seed = keys.unbind(dim=1)
-        images = self.images[index].float().sub_(self.mean).div_(self.std)
-        if (seed >= 0).any():
-            images = shift(images, torch.where(seed < 0, 4, seed % 9))  # 4 is no shift
-        return images, self.labels[index]
-
-    @staticmethod
-    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return batch
-
-
-def shift(images: Tensor, which: Tensor) -> Tensor:
-    """Shift images [B, C, H, W] down by ``which // 3 - 1`` and right by ``which % 3 - 1`` pixels; the border repeats."""
-    batch, channels, height, width = images.shape
-    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-    rows = torch.arange(height) + 2 - (which // 3)[:, None]  # [B, H]
-    columns = torch.arange(width) + 2 - (which % 3)[:, None]  # [B, W]
-    pixels = (rows[:, :, None] * (width + 2) + columns[:, None, :]).view(batch, 1, -1)
-    return padded.flatten(2).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
 
 
 class ReaderImages(Dataset):
@@ -184,17 +162,25 @@ class ReaderImages(Dataset):
     def __getitem__(self, key: Tensor) -> tuple[Tensor, Tensor]:
         """Key (index, seed) -> image [3, H, W] in [-1, 1] and its label."""
         index, seed = (int(value) for value in key)
-        source = int(self.indices[index])
-        stream, _ = self.reader[source]
-        try:
-            with stream, Image.open(stream) as picture:
-                picture = picture.convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{self._where(source)}: expected a readable image, found: {error}") from error
+        picture = self.picture(index)
         if seed < 0:
             return self.eval_transform(picture), self.labels[index]
         with _seeded(seed):
             return self.train_transform(picture), self.labels[index]
+
+    def picture(self, index: int) -> Image.Image:
+        """The decoded picture, in RGB."""
+        source = int(self.indices[index])
+        stream, _ = self.reader[source]
+        try:
+            with stream, Image.open(stream) as picture:
+                return picture.convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{self._where(source)}: expected a readable image, found: {error}") from error
+
+    def stamps(self) -> list:
+        """What changes when a picture of the split does."""
+        return [self.indices.tolist(), _stamps(self.reader)]
 
     def _where(self, source: int) -> str:
         try:
@@ -216,6 +202,33 @@ def _seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def _held(train: ReaderImages, val: ReaderImages, cache_dir: Path) -> dict[str, Tensor] | None:
+    """The pictures of both splits by name, uint8 [n, 3, H, W], decoded if the cache lacks them.
+
+    None if they do not all have the size of the first one, or would need more than :data:`LARGEST_HELD` bytes.
+    """
+    width, height = train.picture(0).size
+    if 3 * height * width * (len(train) + len(val)) > LARGEST_HELD:
+        return None
+    digest = hashlib.sha256(json.dumps([train.stamps(), val.stamps()]).encode())
+
+    def make(folder: Path) -> None:
+        decoded = {name: torch.empty(len(s), 3, height, width, dtype=torch.uint8) for name, s in splits.items()}
+        with tqdm(total=len(train) + len(val), desc="decoding images, once", unit="image", mininterval=2) as bar:
+            for name, images in splits.items():
+                for i in range(len(images)):
+                    picture = images.picture(i)
+                    if picture.size != (width, height):
+                        return  # the folder stays empty
+                    decoded[name][i] = pil_to_tensor(picture)
+                    bar.update()
+        save_tensors(folder / "images.safetensors", decoded)
+
+    splits = {"train": train, "val": val}
+    file = made_once(cache_dir / f"images-{digest.hexdigest()[:16]}", make) / "images.safetensors"
+    return load_file(file) if file.exists() else None
 
 
 # --- glyphs ----------------------------------------------------------------------------------------------------------
@@ -283,7 +296,7 @@ class _FolderReader:
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
         extensions = get_img_extensions(as_set=True)
-        self.samples = []
+        self.folder, self.samples = folder, []
         for label, name in enumerate(classes):
             paths = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in extensions)
             if not paths:
@@ -299,6 +312,15 @@ class _FolderReader:
 
     def iter_targets(self):
         return (label for _, label in self.samples)
+
+
+def _stamps(reader) -> list:
+    """Name or place, size and modification time of a reader's files."""
+    if not isinstance(reader, _FolderReader):
+        return file_stamps(Path(file["filename"]) for file in reader.dataset.cache_files)
+    places = (path.relative_to(reader.folder).as_posix() for path, _ in reader.samples)
+    stamps = file_stamps(path for path, _ in reader.samples)
+    return [[place, *rest] for place, (_, *rest) in zip(places, stamps, strict=True)]
 
 
 def _hub_readers(name: str, cache_dir: str | None) -> tuple[dict, list[str]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ones_lib.data import ImageData, Share, evaluation_keys, training_keys
+from ones_lib.data.held import TensorImages
 from ones_lib.data.images import worker_count
 from ones_lib.data.keys import WHOLE
 from ones_lib.study.processes import merged, own_share
@@ -54,7 +55,7 @@ class ImageClassification:
         if training.mixup:
             mixup = Mixup(training.mixup, label_smoothing=training.label_smoothing, num_classes=self.data.num_classes)
         keys = training_keys(len(self.data.train), training.batch_size, seed, start, training.steps, share)
-        for images, labels in self._loader(self.data.train, keys):
+        for images, labels in self._loader(self.data.train, keys, device):
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             mixed, targets = (images, None) if mixup is None else mixup(images, labels)
             yield ImageBatch(mixed, labels, targets)
@@ -78,12 +79,14 @@ class ImageClassification:
         model.eval()
         parts, keys = [], evaluation_keys(len(self.data.val), batch_size=250)
         with torch.inference_mode():
-            for images, labels in self._loader(self.data.val, own_share(keys)):
-                parts.append(torch.stack([model(images.to(device)).argmax(dim=-1).cpu(), labels]))
+            for images, labels in self._loader(self.data.val, own_share(keys), device):
+                parts.append(torch.stack([model(images.to(device)).argmax(dim=-1).cpu(), labels.cpu()]))
         predicted, label = torch.cat(merged(parts, len(keys)), dim=1)
         return {"accuracy": (predicted == label).float(), "predicted": predicted, "label": label}
 
-    def _loader(self, split, keys) -> DataLoader:
+    def _loader(self, split, keys, device: torch.device) -> DataLoader:
+        if isinstance(split, TensorImages):
+            split.to(device)
         own = torch.Generator()  # else the loader's start would draw from the generator that seeds the step
         return DataLoader(
             split, batch_sampler=keys, collate_fn=split.collate, num_workers=worker_count(split), generator=own
