@@ -40,6 +40,7 @@ class Distillation:
             student, the teacher's routers take a gradient step that lowers the teacher's task loss plus its KL to the
             student. The step is ``router_rate`` times as long as the routers' weights. The idea is the paper's; loss and
             step size are ours.
+        guard: whether a student that gets worse than its start goes back, see :class:`ones_lib.study.teaching.Guard`.
     """
 
     temperature: float = 2.0
@@ -48,6 +49,7 @@ class Distillation:
     depth_weights: Sequence[float] | None = None
     augmentations: int = 0
     router_rate: float = 0.0
+    guard: bool = True
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

@@ -1,5 +1,6 @@
 """The training loop: resume, divergence, recipes; and the study's records around it."""
 
+import copy
 import json
 import os
 import socket
@@ -12,10 +13,10 @@ import torch
 from safetensors import safe_open
 
 from ones_lib import Distillation
-from ones_lib.data import images
+from ones_lib.data import evaluation_keys, images
 from ones_lib.data.files import load_tensors, model_tensors, save_tensors
 from ones_lib.data.images import image_data
-from ones_lib.distillation import HiddenStates, hidden_error
+from ones_lib.distillation import HiddenStates, hidden_error, soft_kl
 from ones_lib.models.images import WideNet
 from ones_lib.models.upcycling import Upcycled
 from ones_lib.study import entries, parallel
@@ -24,6 +25,7 @@ from ones_lib.study.records import Records, compare, config_hash
 from ones_lib.study.running import carry_out, steps_of
 from ones_lib.study.study import Study
 from ones_lib.study.tables import ablation_table, layer_error, results_table, retention_table
+from ones_lib.study.teaching import Guard
 from ones_lib.study.training import Diverged, Training, fit
 from ones_lib.views.explorer import moe_records
 
@@ -80,7 +82,12 @@ class Stop(Exception):
 EXPERT_AWARE = Distillation(hidden_weight=0.5, augmentations=1, router_rate=0.01)
 
 
-@pytest.mark.parametrize("loss", [None, Distillation(), EXPERT_AWARE], ids=["alone", "kd", "expert-aware"])
+UNGUARDED = Distillation(guard=False)
+
+
+@pytest.mark.parametrize(
+    "loss", [None, Distillation(), UNGUARDED, EXPERT_AWARE], ids=["alone", "kd", "unguarded", "expert-aware"]
+)
 def test_resume_gives_the_weights_of_an_uninterrupted_run(task, tmp_path, loss):
     """With mixup, dropout, router noise, EMA, optimizer state and a router that learns, stopped between two checkpoints."""
 
@@ -187,6 +194,60 @@ def test_distillation_pulls_the_student_to_its_teacher(task):
         small_model(num_experts=1), task, recipe, seed=0, teacher=teacher, distillation=Distillation(1.0, 1.0)
     )
     assert (task.predict(student, torch.device("cpu"))["predicted"] == 2).all()
+
+
+def divergence(student, teacher, data):
+    """Mean KL of the student to its teacher, on validation images."""
+    images, _ = data.val.__getitems__(evaluation_keys(len(data.val), len(data.val))[0])
+    with torch.inference_mode():
+        return soft_kl(student.eval()(images), teacher.eval()(images), 1.0).item()
+
+
+def test_a_good_start_is_not_undone(task):
+    """A student that starts as its teacher, distilled at a rate that would wreck it."""
+    recipe = replace(RECIPE, steps=30, learning_rate=0.05, mixup=0.0, ema_decay=0.0, label_smoothing=0.0)
+    teacher = small_model(num_experts=1, seed=5)
+    teacher, _ = fit(teacher, task, replace(recipe, steps=100, learning_rate=0.01), seed=0)
+    found, students = {}, {guard: copy.deepcopy(teacher) for guard in (True, False)}
+    for guard, student in students.items():
+        kd = {"teacher": teacher, "distillation": Distillation(1.0, 1.0, guard=guard)}
+        found[guard] = divergence(fit(student, task, recipe, seed=0, **kd)[0], teacher, task.data)
+    assert found[True] < 0.1 * found[False]
+
+
+def test_a_student_that_only_gets_better_is_trained_as_without_a_guard(task):
+    teacher = small_model(seed=5)
+    with torch.no_grad():  # a teacher that every step comes closer to
+        teacher.head.bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
+    found = []
+    for distillation in (Distillation(1.0, 1.0), Distillation(1.0, 1.0, guard=False)):
+        kd = {"teacher": teacher, "distillation": distillation}
+        found.append(weights(fit(small_model(num_experts=1), task, RECIPE, seed=0, **kd)[0]))
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
+def test_the_guard_goes_back_at_half_the_rate_and_ends_when_it_is_not_needed():
+    start, student = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    guard = Guard(copy.deepcopy(start))
+
+    def step(*parts, warm=True):
+        for difference, count in parts:
+            guard.compare(torch.tensor(difference), count)
+        guard.update(student, lambda sums: sums, warm)
+
+    step((0.5, 1), (-0.1, 9), warm=False)  # the mean over all ten predictions is below 0
+    assert guard.factor == 1
+    assert not torch.equal(student.weight, start.weight)
+    step((3.0, 1), warm=False)
+    assert guard.factor == 0.5
+    assert torch.equal(student.weight, start.weight)
+    assert torch.equal(student.bias, start.bias)
+    for _ in range(7):  # 0.5 * 1.1**7 = 0.97
+        step((-1.0, 1))
+    assert guard.start is not None
+    step((-1.0, 1))
+    assert guard.start is None
+    assert guard.factor == 1
 
 
 def test_training_learns(task):

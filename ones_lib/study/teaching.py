@@ -1,8 +1,9 @@
-"""The teacher's side of a training step: its forward passes, and a cache of their logits."""
+"""KD's part of a training step: the teacher's forward passes, a cache of their logits, and a guard over the student's start."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -26,6 +27,7 @@ class Teaching:
 
     Args:
         cache: the teacher's cached logits, if any. Not used if the loss needs more than logits or moves the routers.
+        guard: told how the student compares with its start, if there is one.
     """
 
     def __init__(
@@ -34,9 +36,10 @@ class Teaching:
         teacher: nn.Module,
         task: Task,
         distillation: Distillation,
-        cache: TeacherLogits | None,
+        cache: TeacherLogits | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        self.teacher, self.task, self.distillation = teacher, task, distillation
+        self.teacher, self.task, self.distillation, self.guard = teacher, task, distillation, guard
         self.cache = None if distillation.hidden_weight or distillation.router_rate else cache
         self.watched = [HiddenStates(m) for m in (student, teacher)] if distillation.hidden_weight else []
         if distillation.augmentations or distillation.router_rate:
@@ -50,6 +53,11 @@ class Teaching:
         with torch.no_grad():
             passes, hidden = self._teach(logits.detach(), batch)
         loss = self.distillation.loss(task_loss, logits, *passes)
+        if self.guard is not None and self.guard.start is not None:
+            with torch.no_grad(), self.guard.same_draws():
+                before = self.task.forward(self.guard.start, batch)
+                before = self.distillation.loss(self.task.loss(before, batch), before, *passes)
+                self.guard.compare(loss - before, self.task.count(batch))
         return loss + self.distillation.hidden_loss(self.watched[0].last, hidden) if self.watched else loss
 
     def _teach(self, student_logits: Tensor, batch) -> tuple[list[Tensor], list[Tensor]]:
@@ -78,6 +86,71 @@ class Teaching:
     def close(self) -> None:
         for states in self.watched:
             states.close()
+
+
+class Guard:
+    """Keeps KD from undoing a good start. A student that gets worse than its start goes back to it, at half the learning rate.
+
+    Student and start are compared on the same batches, by the running mean of the difference of their KD losses. The rate's
+    factor grows again, step by step, up to 1; once it is 1 and the schedule's warm-up is over, the guard ends. A student that
+    is never worse than its start is trained as without a guard.
+
+    Args:
+        start: the student as it starts; frozen. None once the guard has ended: until then a step has one more forward pass.
+    """
+
+    CUT, GROWTH, MEMORY = 0.5, 1.1, 0.7  # of the factor, and the decay of the running mean
+
+    def __init__(self, start: nn.Module) -> None:
+        self.start: nn.Module | None = start.train().requires_grad_(False)
+        self.factor, self.excess = 1.0, 0.0
+        self._parts: list[Tensor] = []
+        self._draws: list[Tensor] = []
+
+    def note_draws(self) -> None:
+        """To be called right before the student's forward pass."""
+        self._draws = [module.get_rng_state() for module in _generators()]
+
+    @contextmanager
+    def same_draws(self) -> Iterator[None]:
+        """Context in which random draws, such as dropout's, are those of the student's forward pass."""
+        now = [module.get_rng_state() for module in _generators()]
+        for module, state in zip(_generators(), self._draws, strict=True):
+            module.set_rng_state(state)
+        yield
+        for module, state in zip(_generators(), now, strict=True):
+            module.set_rng_state(state)
+
+    def compare(self, difference: Tensor, count: int) -> None:
+        """Take in one part of a step's batch: the student's loss minus its start's, mean over ``count`` predictions."""
+        self._parts.append(torch.stack([difference * count, torch.full_like(difference, count)]))
+
+    def update(self, student: nn.Module, mean: Callable[[Tensor], Tensor], warm: bool) -> None:
+        """End a step. ``mean`` averages over processes; ``warm``: the schedule's warm-up is over."""
+        total, count = mean(sum(self._parts)).tolist()
+        self._parts.clear()
+        self.excess = self.MEMORY * self.excess + (1 - self.MEMORY) * total / count
+        if self.excess > 0:
+            self.factor, self.excess = self.CUT * self.factor, 0.0
+            with torch.no_grad():
+                for weight, first in zip(student.parameters(), self.start.parameters(), strict=True):
+                    weight.copy_(first)
+            return
+        self.factor = min(1.0, self.GROWTH * self.factor)
+        if warm and self.factor == 1:
+            self.start = None
+
+    def state(self) -> dict[str, float | bool]:
+        return {"factor": self.factor, "excess": self.excess, "ended": self.start is None}
+
+    def restore(self, state: dict) -> None:
+        self.factor, self.excess = state["factor"], state["excess"]
+        self.start = None if state["ended"] else self.start
+
+
+def _generators() -> list:
+    """The modules that hold a random generator: of the CPU, and of the accelerator if there is one."""
+    return [torch, torch.get_device_module()] if torch.accelerator.is_available() else [torch]
 
 
 class TeacherLogits:

@@ -10,12 +10,14 @@ an expert's capacity is counted per process.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -33,7 +35,7 @@ from ones_lib.data.files import model_tensors, opened, save_tensors
 from ones_lib.data.keys import WHOLE, Share
 from ones_lib.distillation import Distillation
 from ones_lib.study.processes import is_main, rank, shard_like, shard_model, whole_tensors, world_size
-from ones_lib.study.teaching import TeacherLogits, Teaching
+from ones_lib.study.teaching import Guard, TeacherLogits, Teaching
 
 #: Called every few steps with (step, steps, loss, accuracy).
 Progress = Callable[[int, int, float, float], None]
@@ -164,9 +166,10 @@ def fit(
     """
     if (teacher is None) != (distillation is None):
         raise ValueError("teacher, distillation: expected both or neither")
+    guarded = copy.deepcopy(model) if distillation is not None and distillation.guard else None
     run = _Run(model, task, training, seed, device_batch, shard)
     if teacher is not None:
-        run.add_teacher(teacher, distillation, teacher_logits)
+        run.add_teacher(teacher, distillation, teacher_logits, guarded)
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)
     run.prepare()
@@ -204,18 +207,22 @@ class _Run:
         self.optimizer = create_optimizer_v2(
             model, training.optimizer, lr=training.learning_rate, weight_decay=training.weight_decay, **fused
         )
-        warmup = round(training.warmup * training.steps)
-        self.scheduler = CosineLRScheduler(self.optimizer, training.steps, warmup_t=warmup, t_in_epochs=False)
+        self.warmup = round(training.warmup * training.steps)
+        self.scheduler = CosineLRScheduler(self.optimizer, training.steps, warmup_t=self.warmup, t_in_epochs=False)
         self.ema = ModelEmaV3(model, decay=training.ema_decay) if training.ema_decay else None
         self.best = model if self.ema is None else self.ema.module  # evaluated and returned
         self.teaching: Teaching | None = None
+        self.guard: Guard | None = None
         count = training.evaluations
         self.evaluation_steps = {round(training.steps * (i + 1) / count) for i in range(count)}
         self.saved = {"model": model} | ({} if self.ema is None else {"ema": self.ema.module})  # in checkpoints
         self.step, self.rows = 0, []
         self.recent: list[Tensor] = []  # loss and accuracy of each step since the last report, [2]
 
-    def add_teacher(self, teacher: nn.Module, distillation: Distillation, folder: Path | None) -> None:
+    def add_teacher(
+        self, teacher: nn.Module, distillation: Distillation, folder: Path | None, start: nn.Module | None
+    ) -> None:
+        """``start``: a copy of the student, for the guard; None for no guard."""
         teacher.to(self.device).eval().requires_grad_(False)
         if distillation.router_rate:
             self.saved["teacher"] = teacher  # its routers are trained
@@ -225,7 +232,12 @@ class _Run:
             shard_model(teacher)
         elif folder is not None:
             cache = TeacherLogits(folder, teacher, self.training.steps * self.share.parts)
-        self.teaching = Teaching(self.model, teacher, self.task, distillation, cache)
+        if start is not None:
+            start.to(self.device)
+            if self.shard:
+                shard_model(start)
+            self.guard = Guard(start)
+        self.teaching = Teaching(self.model, teacher, self.task, distillation, cache, self.guard)
 
     def prepare(self) -> None:
         self.wrapped = self.model if self.shard else self.accelerator.prepare(self.model)
@@ -244,6 +256,10 @@ class _Run:
         if self.share.world_size > 1:
             set_seed((step_seed + 1 + self.share.rank) % 2**32)
         self.scheduler.step_update(self.step)
+        guarded = self.guard is not None and self.guard.start is not None
+        if guarded:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= self.guard.factor
         scores = 0
         for number, (part, weight) in enumerate(zip(parts, self._weights(parts), strict=True), 1):
             local = number < self.share.parts  # only with the last part do processes average their gradients
@@ -252,12 +268,17 @@ class _Run:
         self.accelerator.clip_grad_norm_(self.parameters, self.training.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if guarded:
+            mean = partial(self.accelerator.reduce, reduction="mean")
+            self.guard.update(self.model, mean, warm=self.step >= self.warmup)
         if self.ema is not None:
             self.ema.update(self.model)
         self.recent.append(scores)
 
     def _backward(self, batch, weight: Tensor | float) -> Tensor:
         """Add the gradients of a part's weighted loss; returns weighted loss and accuracy, [2]."""
+        if self.guard is not None:
+            self.guard.note_draws()
         with self.accelerator.autocast():
             logits = self.task.forward(self.wrapped, batch)
             loss = self.task.loss(logits, batch)
@@ -297,25 +318,35 @@ class _Run:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint: weights, optimizer state, step and history."""
-        tensors = {f"{m}.{name}": t for m, module in self.saved.items() for name, t in model_tensors(module).items()}
+        saved = self._saved()
+        tensors = {f"{m}.{name}": t for m, module in saved.items() for name, t in model_tensors(module).items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
         tensors = whole_tensors(tensors)
+        guard = {} if self.guard is None else {"guard": json.dumps(self.guard.state())}
         if is_main():
-            save_tensors(path, tensors, {"step": str(self.step), "history": json.dumps(self.rows)})
+            save_tensors(path, tensors, {"step": str(self.step), "history": json.dumps(self.rows), **guard})
+
+    def _saved(self) -> dict[str, nn.Module]:
+        """The modules of a checkpoint: the guard's start too, until the guard ends."""
+        return (
+            self.saved if self.guard is None or self.guard.start is None else {**self.saved, "start": self.guard.start}
+        )
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint."""
         state: dict[int, dict[str, Tensor]] = {}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         with opened(path) as file, torch.no_grad():
-            for prefix, module in self.saved.items():
+            metadata = file.metadata()
+            if self.guard is not None:
+                self.guard.restore(json.loads(metadata["guard"]))
+            for prefix, module in self._saved().items():
                 for name, tensor in model_tensors(module).items():
                     tensor.copy_(shard_like(file.get_tensor(f"{prefix}.{name}"), tensor))
             for key in (key for key in file.keys() if key.startswith("optimizer.")):  # noqa: SIM118 (no dict)
                 _, index, name = key.split(".")
                 state.setdefault(int(index), {})[name] = shard_like(file.get_tensor(key), parameters[int(index)])
-            metadata = file.metadata()
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step, self.rows = int(metadata["step"]), json.loads(metadata["history"])
 
