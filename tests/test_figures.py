@@ -50,6 +50,24 @@ def test_curves_draw_the_tables_values():
     assert "undefined" not in texts(fig)
 
 
+def benefit_rows():
+    axes = [(m, e, s, seed) for m in ("average", "fit") for e in (4, 16) for s in (900, 1400) for seed in (0, 1)]
+    table = pd.DataFrame(axes, columns=["model", "num_experts", "teacher_steps", "seed"])
+    table["benefit"] = table["teacher_steps"] / 100 + table["seed"]
+    return table.assign(data="glyphs", kept=table["benefit"] / 2 - (table["num_experts"] == 16))
+
+
+def test_what_is_kept_is_drawn_against_the_benefit():
+    fig = figures.kept_by_benefit(benefit_rows())
+    assert [ax.get_title() for ax in fig.axes] == ["averaging", "layer-wise fit"]
+    for ax in fig.axes:
+        lines = {line.get_label(): line for line in ax.get_lines()}
+        np.testing.assert_allclose(lines["16 experts"].get_xdata(), [9.5, 14.5])
+        np.testing.assert_allclose(lines["16 experts"].get_ydata(), [3.75, 6.25])
+        np.testing.assert_allclose(lines["4 experts"].get_ydata(), [4.75, 7.25])
+    assert "MoEs trained for 900 and 1,400 steps" in texts(fig)
+
+
 @pytest.mark.parametrize(
     "draw", [lambda r: figures.retention_curves(r, "budget", "KD steps"), figures.retention_by_model]
 )

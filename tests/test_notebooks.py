@@ -62,6 +62,7 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
         "imagenet_retention",
         "retention_budget",
         "retention_experts",
+        "retention_benefit",
         "nlp_learning_curves",
         "nlp_scores",
         "nlp_retention",

@@ -7,6 +7,7 @@ import socket
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -24,7 +25,14 @@ from ones_lib.study.image_task import ImageClassification
 from ones_lib.study.records import Records, compare, config_hash
 from ones_lib.study.running import carry_out, steps_of
 from ones_lib.study.study import Study
-from ones_lib.study.tables import ablation_table, layer_error, results_table, retention_table
+from ones_lib.study.tables import (
+    ablation_table,
+    benefit_table,
+    layer_error,
+    results_table,
+    retention_table,
+    what_decides,
+)
 from ones_lib.study.teaching import Guard
 from ones_lib.study.training import Diverged, Training, fit
 from ones_lib.views.explorer import moe_records
@@ -366,6 +374,30 @@ def test_curves_refer_to_the_teacher_with_the_same_number_of_experts(study):
     budgets = entries.by_budget(study, ["average"], [2, 3])
     assert {entry.axes.get("budget") for entry in budgets} == {None, 2, 3}
     assert sum(steps_of(entry.config) for entry in budgets) == 2 * (6 + 9 + 6 + 2 + 3)
+
+
+def test_benefit_and_number_of_experts_are_told_apart(study):
+    rows = entries.by_benefit(study, ["average"], [2, 3], [4, 6], budget=3)
+    study.run([entry.config for entry in rows])
+    results = results_table(rows, study.records)
+    benefits = benefit_table(results)
+    assert len(benefits) == 2 * 2 * 2  # experts, steps, seeds
+    row = benefits.query("num_experts == 3 and teacher_steps == 4 and seed == 1").iloc[0]
+    by_model = results[(results["seed"] == 1) & (results["num_experts"].isna() | (results["num_experts"] == 3))]
+    by_model = by_model[by_model["teacher_steps"].isna() | (by_model["teacher_steps"] == 4)].set_index("model")["value"]
+    assert row["benefit"] == pytest.approx(by_model["moe"] - by_model["dense"])
+    assert row["kept"] == pytest.approx(by_model["average"] - by_model["dense"])
+
+
+def test_what_decides_recovers_a_known_law():
+    grid = [(count, benefit, seed) for count in (4, 8, 16) for benefit in (5.0, 12.0) for seed in (0, 1)]
+    table = pd.DataFrame(grid, columns=["num_experts", "benefit", "seed"]).assign(model="fit")
+    slope = 0.7 + 0.1 * table["seed"]  # 0.7 points a point of benefit in one seed, 0.8 in the other
+    table["kept"] = 3 + slope * table["benefit"] - 1.5 * np.log2(table["num_experts"])
+    found = what_decides(table).loc["fit"]
+    assert found["per point of benefit", "mean"] == pytest.approx(0.75)
+    assert found["per point of benefit", "std"] == pytest.approx(0.1 / 2**0.5)
+    assert found["per doubling of experts", "mean"] == pytest.approx(-1.5)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):

@@ -108,7 +108,8 @@ def try_step(config: Config, cache_dir: Path) -> Trial:
     """Read a batch of each split, build the models of a training, count a pass, and make a step."""
     data, task = data_of(config, cache_dir), task_of(config, cache_dir)
     if config["domain"] == "image":  # text is read as a whole when it is opened
-        next(iter(task._loader(task.data.val, evaluation_keys(len(task.data.val), EXAMPLES)[:1])))
+        keys = evaluation_keys(len(task.data.val), EXAMPLES)[:1]
+        next(iter(task._loader(task.data.val, keys, default_device())))
     _check_memory(config)
     model, teacher, distillation = build_model(config, data), None, None
     if "distillation" in config:

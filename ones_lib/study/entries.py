@@ -74,6 +74,23 @@ def by_experts(study: Study, methods: Iterable[str], counts: Iterable[int], budg
     return result
 
 
+def by_benefit(
+    study: Study, methods: Iterable[str], counts: Iterable[int], steps: Iterable[int], budget: int
+) -> list[Entry]:
+    """As :func:`by_experts`, with teachers that were trained for several numbers of steps (column ``teacher_steps``): MoEs of
+    equal benefit and different numbers of experts, and the other way round."""
+    methods, counts, steps, result = list(methods), list(counts), list(steps), []
+    for seed in study.seeds:
+        result.append(reference(study, "dense", seed))
+        for count in counts:
+            for length in steps:
+                axes = {"num_experts": count, "teacher_steps": length}
+                teacher = study.moe(seed, length, num_experts=count)
+                result.append(Entry("moe", "trained", teacher, axes))
+                result += [student(study, method, seed, budget, axes, teacher=teacher) for method in methods]
+    return result
+
+
 def by_variant(study: Study, variants: Iterable[tuple[str, Mapping]], budgets: Iterable[int]) -> list[Entry]:
     """Students by variants of methods (columns ``scale, rank``) and budgets of KD (``budget``; 0: right after gathering).
 

@@ -174,9 +174,11 @@ class Curves(Group):
     """Retention against the distillation budget and the number of experts (images)."""
 
     budgets: list[int] = value("steps of KD, beside kd_steps", least=0)
-    expert_counts: list[int] = value("numbers of experts", least=2)
+    expert_counts: list[int] = value("numbers of experts; empty: no comparison", least=2)
     expert_budget: int = value("steps of KD in the comparison by number of experts", least=0)
     expert_methods: list[str] = value("gatherings and controls in that comparison", of=integration_methods)
+    benefit_steps: list[int] = value("the teachers' steps, beside teacher_steps, at each number of experts", least=1)
+    benefit_methods: list[str] = value("gatherings of their students", of=integration_methods)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,10 +79,11 @@ class Study:
 
     # --- configs -----------------------------------------------------------------------------------------------------
 
-    def moe(self, seed: int, **model) -> Config:
-        """The MoE teacher. ``model`` overrides arguments of the model, such as ``num_experts``."""
+    def moe(self, seed: int, steps: int | None = None, **model) -> Config:
+        """The MoE teacher. ``model`` overrides arguments of the model, such as ``num_experts``; ``steps`` the recipe's."""
         arguments = {**self.model, **model}
-        training = None if "checkpoint" in arguments else asdict(self.teaching)
+        training = asdict(self.teaching if steps is None else replace(self.teaching, steps=steps))
+        training = None if "checkpoint" in arguments else training
         return {"kind": "moe", **self._common(seed), "model": arguments, "training": training}
 
     def upcycled(self, seed: int, steps: int, **upcycling) -> Config:

@@ -97,6 +97,35 @@ def error_correlations(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def benefit_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The MoE's benefit and the student's part of it, in points above the dense baseline of the same seed.
+
+    Columns ``data, num_experts, teacher_steps, model, seed, benefit, kept``; ``table`` is a :func:`results_table` of
+    :func:`ones_lib.study.entries.by_benefit`.
+    """
+    dense = table[table["model"] == "dense"].set_index("seed")["value"]
+    above = table.assign(above=table["value"] - table["seed"].map(dense))
+    axes = ["data", "num_experts", "teacher_steps", "seed"]
+    benefit = above[above["model"] == "moe"].set_index(axes)["above"].rename("benefit")
+    students = above[above["stage"] == "distilled"].rename(columns={"above": "kept"}).join(benefit, on=axes)
+    return students[[*axes[:3], "model", "seed", "benefit", "kept", "record"]].reset_index(drop=True)
+
+
+def what_decides(benefits: pd.DataFrame) -> pd.DataFrame:
+    """What a student keeps, explained by the MoE's benefit and its number of experts E.
+
+    For each method and seed the least-squares plane ``kept = a + b * benefit + c * log2(E)`` over the teachers of a
+    :func:`benefit_table`; mean and SD over seeds of b (points kept for each point of benefit, at equal E) and of c (points
+    for each doubling of E, at equal benefit).
+    """
+    rows = []
+    for (model, seed), part in benefits.groupby(["model", "seed"], sort=False):
+        columns = [np.ones(len(part)), part["benefit"], np.log2(part["num_experts"])]
+        _, b, c = np.linalg.lstsq(np.stack(columns, axis=1), part["kept"], rcond=None)[0]
+        rows.append({"model": model, "seed": seed, "per point of benefit": b, "per doubling of experts": c})
+    return pd.DataFrame(rows).drop(columns="seed").groupby("model", sort=False).agg(["mean", "std"])
+
+
 def layer_error(student: Record, study: Study) -> float:
     """Mean over layers of the relative output error (:func:`ones_lib.spectra.output_error`) of a student's feed-forward layers
     against its teacher's MoE layers, on tokens that no gathering was calibrated on."""

@@ -41,7 +41,8 @@ class Teaching:
     ) -> None:
         self.teacher, self.task, self.distillation, self.guard = teacher, task, distillation, guard
         self.cache = None if distillation.hidden_weight or distillation.router_rate else cache
-        self.watched = [HiddenStates(m) for m in (student, teacher)] if distillation.hidden_weight else []
+        watched = [student, teacher] if guard is None else [student, teacher, guard.start]
+        self.watched = [HiddenStates(model) for model in watched] if distillation.hidden_weight else []
         if distillation.augmentations or distillation.router_rate:
             routers(teacher)  # raises before training if there are none
         if distillation.router_rate:
@@ -52,13 +53,20 @@ class Teaching:
         """The student's whole loss; ``logits`` are from its latest forward pass, on the same batch."""
         with torch.no_grad():
             passes, hidden = self._teach(logits.detach(), batch)
-        loss = self.distillation.loss(task_loss, logits, *passes)
+        loss = self._whole(task_loss, logits, passes, 0, hidden)
         if self.guard is not None and self.guard.start is not None:
             with torch.no_grad(), self.guard.same_draws():
                 before = self.task.forward(self.guard.start, batch)
-                before = self.distillation.loss(self.task.loss(before, batch), before, *passes)
+                before = self._whole(self.task.loss(before, batch), before, passes, 2, hidden)
                 self.guard.compare(loss - before, self.task.count(batch))
-        return loss + self.distillation.hidden_loss(self.watched[0].last, hidden) if self.watched else loss
+        return loss
+
+    def _whole(
+        self, task_loss: Tensor, logits: Tensor, passes: list[Tensor], watched: int, hidden: list[Tensor]
+    ) -> Tensor:
+        """The loss of the model whose hidden states ``watched[watched]`` has."""
+        loss = self.distillation.loss(task_loss, logits, *passes)
+        return loss + self.distillation.hidden_loss(self.watched[watched].last, hidden) if self.watched else loss
 
     def _teach(self, student_logits: Tensor, batch) -> tuple[list[Tensor], list[Tensor]]:
         """The teacher's logits, one tensor per pass, and its hidden states."""

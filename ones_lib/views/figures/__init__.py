@@ -14,6 +14,7 @@ from ones_lib.views.figures.layer import (
 )
 from ones_lib.views.figures.published import errors_by_layer, perplexity_by_tokens, spectra_by_layer
 from ones_lib.views.figures.results import (
+    kept_by_benefit,
     learning_curves,
     retention_by_model,
     retention_curves,

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -170,6 +171,31 @@ def retention_curves(retention: pd.DataFrame, axis: str, axis_label: str, log: b
     axes[0].set_ylabel("benefit retention (%)")
     style.legend(fig)
     _explain_retention(fig, rows, "bands")
+    return fig
+
+
+def kept_by_benefit(benefits: pd.DataFrame) -> Figure:
+    """What students keep against the benefit of their MoE, both in points above the dense baseline; a panel each method.
+
+    ``benefits`` is a :func:`ones_lib.study.tables.benefit_table`. A line joins the MoEs with one number of experts, which were
+    trained for different numbers of steps.
+    """
+    methods, counts = style.in_order(benefits["model"]), sorted(benefits["num_experts"].unique())
+    colours = dict(zip(counts, sns.color_palette("viridis", len(counts) + 1), strict=False))  # its last is too bright
+    fig, axes = style.panel_grid(len(methods), len(methods), 2.6, sharex=True, sharey=True)
+    for ax, method in zip(axes, methods, strict=True):
+        for count, part in benefits[benefits["model"] == method].groupby("num_experts"):
+            mean = part.groupby("teacher_steps")[["benefit", "kept"]].mean().sort_values("benefit")
+            ax.plot(part["benefit"], part["kept"], ".", color=colours[count], markersize=3)
+            ax.plot(mean["benefit"], mean["kept"], "o-", color=colours[count], label=f"{count:.0f} experts")
+        ax.axhline(0, linestyle="--", **style.GREY)
+        ax.axline((0, 0), slope=1, **style.GREY | {"color": "black"})
+        ax.set(xlabel="MoE above dense (points)", title=style.look(method).name)
+    axes[0].set_ylabel("student above dense (points)")
+    style.legend(fig)
+    steps = " and ".join(f"{steps:,.0f}" for steps in sorted(benefits["teacher_steps"].unique()))
+    text = f"dots: {style.seeds(benefits)}, circles: their mean; MoEs trained for {steps} steps; diagonal: all is kept"
+    style.caption(fig, text)
     return fig
 
 
