@@ -317,6 +317,7 @@ def ablation_rows():
                 for seed in (0, 1):
                     row = {"data": data, "method": method, "scale": scale, "rank": rank, "budget": budget, "seed": seed}
                     row |= {"accuracy": 10.0 * i + seed + budget, "layer_error": 4.0 - i}
+                    row |= {"seconds": 2.0 * i + budget}
                     row |= {"retention": -0.5 * i + seed, "loss": 5 - i + seed if data == "names" else math.nan}
                     rows.append(row)
     return pd.DataFrame(rows)
@@ -348,6 +349,14 @@ def test_budgets_draw_the_means_of_methods_at_their_defaults():
     np.testing.assert_allclose(lines["Top-KG"].get_ydata(), [50, 50])
     assert lines["zero FFN"].get_linestyle() == "--"
     assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["0", "10"]
+
+
+def test_times_are_those_of_gathering_and_kd():
+    lines = {line.get_label(): line for line in figures.gathering_times(ablation_rows()).axes[0].get_lines()}
+    assert "SVD-KG" not in lines
+    np.testing.assert_allclose(lines["joint fit"].get_xdata(), [4, 14])
+    np.testing.assert_allclose(lines["zero FFN"].get_xdata(), [1, 10])  # nothing stands before the first second
+    np.testing.assert_allclose(lines["joint fit"].get_ydata(), [-100, -100])
 
 
 def test_errors_stand_against_what_the_student_is_worth():

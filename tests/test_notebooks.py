@@ -77,6 +77,7 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
         "gathering_output_error",
         "gathering_ablation",
         "gathering_budgets",
+        "gathering_times",
         "gathering_errors",
         "other_teachers",
         "other_distillations",
@@ -91,7 +92,19 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
             assert (folder / f"{name}.{ending}").stat().st_size > 0, (name, ending)
     ablation = pd.read_csv(folder / "gathering_ablation.csv")
     assert list(ablation.columns) == [
-        *("data", "method", "scale", "rank", "budget", "seed", "accuracy", "retention", "layer_error", "loss")
+        *(
+            "data",
+            "method",
+            "scale",
+            "rank",
+            "budget",
+            "seed",
+            "accuracy",
+            "retention",
+            "layer_error",
+            "loss",
+            "seconds",
+        )
     ]
     # Four plain ones, whitened SVD-KG, SVD-KG at another scale, both at another rank; images and text, of which the variants
     # are not distilled.

@@ -51,10 +51,11 @@ def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
 
 def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
     """One row a student of :func:`ones_lib.study.entries.by_variant`: ``data, method, scale, rank, budget, seed, accuracy,
-    retention, layer_error, loss, record``.
+    retention, layer_error, loss, seconds, record``.
 
     ``accuracy`` is in per cent, of text that of masked tokens; ``loss`` in nats, of text alone. Retention is of accuracy, of
     text of the loss. ``layer_error`` is :func:`layer_error` right after gathering, also in the rows of the distilled.
+    ``seconds`` are those of the gathering, its pass over the data included, and of KD.
     """
     entries, axes = list(entries), ["model", "scale", "rank", "seed"]
     table = results_table(entries, study.records)
@@ -63,6 +64,7 @@ def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
     result = table[table["metric"] == table["metric"].iloc[0]].drop(columns=["metric", "value"])
     for metric in ("accuracy", "loss"):
         result[metric] = result["record"].map(values[metric]) if metric in values else np.nan
+    result["seconds"] = [_seconds_taken(study.records, name) for name in result["record"]]
     rows = [
         {**entry.axes, "model": entry.model, "seed": entry.config["seed"], "layer_error": layer_error(record, study)}
         for entry in tqdm([e for e in entries if e.axes.get("budget") == 0], "layers", unit="student")
@@ -70,8 +72,16 @@ def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
     ]
     result = result.merge(pd.DataFrame(rows)[[*axes, "layer_error"]], how="left", on=axes)
     result = result.rename(columns={"model": "method"}).astype({"budget": int})
-    columns = ["data", "method", *axes[1:3], "budget", "seed", "accuracy", "retention", "layer_error", "loss", "record"]
-    return result[columns]
+    values = ["accuracy", "retention", "layer_error", "loss", "seconds", "record"]
+    return result[["data", "method", *axes[1:3], "budget", "seed", *values]]
+
+
+def _seconds_taken(records: Records, name: str) -> float:
+    """Seconds of a student's gathering and KD."""
+    record = Record(records.root / name)
+    start = records.find(record.config["start"]) if "start" in record.config else record
+    distilled = record.history["seconds"].iloc[-1] if record.config["training"] else 0.0
+    return start.result["gathering_seconds"] + distilled
 
 
 def error_correlations(table: pd.DataFrame) -> pd.DataFrame:

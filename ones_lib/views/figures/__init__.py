@@ -4,7 +4,13 @@
 Every function draws what its table holds and computes nothing else, so a figure can be drawn again from the CSV beside it.
 """
 
-from ones_lib.views.figures.ablation import gathering_budgets, gathering_errors, gathering_starts, variant_labels
+from ones_lib.views.figures.ablation import (
+    gathering_budgets,
+    gathering_errors,
+    gathering_starts,
+    gathering_times,
+    variant_labels,
+)
 from ones_lib.views.figures.layer import (
     energy_by_expert,
     expert_spectra,

@@ -76,27 +76,58 @@ def gathering_budgets(table: pd.DataFrame) -> Figure:
 
     ``table`` is a :func:`ones_lib.study.tables.ablation_table`; only methods measured at every budget are drawn.
     """
-    plain = table[(table["scale"].isna() | (table["scale"] == 1)) & table["rank"].isna()]
-    sets = list(plain.groupby("data", sort=False))
+    sets = _plain_methods(table)
     fig, axes = style.panel_grid(len(sets), len(sets), 3.3)
-    for ax, (data, part) in zip(axes, sets, strict=True):
+    for ax, (data, part) in zip(axes, sets.items(), strict=True):
         budgets = sorted(part["budget"].unique())
-        part = part.assign(place=part["budget"].map(budgets.index), percent=100 * part["retention"])
-        part = part[part.groupby("method")["budget"].transform("nunique") == len(budgets)]
-        part = part.sort_values("method", key=lambda m: m.map(style.in_order(m).index), kind="stable")
-        style.lines_by_model(ax, part.dropna(subset="percent"), "place", "percent", column="method")
-        retention_levels(ax.axhline)
+        part = part.assign(place=part["budget"].map(budgets.index)).dropna(subset="percent")
+        style.lines_by_model(ax, part, "place", "percent", column="method")
         ax.set_xticks(range(len(budgets)), [f"{b:g}" for b in budgets])
-        ax.set_yscale("symlog", linthresh=100, linscale=2)
-        ax.set_yticks([t for t in (-5000, -2000, -1000, -500, -200, -100, -50, 0, 50, 100) if t >= ax.get_ylim()[0]])
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_locator(NullLocator())
+        _retention_scale(ax)
         ax.set(xlabel="KD steps", title=data)
-        ax.set_ylim(top=120)
     axes[0].set_ylabel("benefit retention (%)")
     style.legend(fig)
     style.caption(fig, f"0: dense, 100: MoE; lines: mean over {_seed_counts(table)} seeds; bands: lowest to highest")
     return fig
+
+
+def gathering_times(table: pd.DataFrame) -> Figure:
+    """:func:`gathering_budgets` against the time of gathering and KD together, means over seeds. The first mark of a line is the
+    student right after gathering; what takes less than a second stands at the left edge."""
+    sets = _plain_methods(table)
+    fig, axes = style.panel_grid(len(sets), len(sets), 3.3)
+    for ax, (data, part) in zip(axes, sets.items(), strict=True):
+        for method, rows in part.groupby("method", sort=False):
+            mean = rows.groupby("budget")[["seconds", "percent"]].mean()
+            ax.plot(mean["seconds"].clip(lower=1), mean["percent"], **style.line_style(method))
+        ax.set_xscale("log")
+        style.plain_log(ax, "x")
+        _retention_scale(ax)
+        ax.set(xlabel="gathering and KD (s)", title=data)
+    axes[0].set_ylabel("benefit retention (%)")
+    style.legend(fig)
+    style.caption(fig, f"0: dense, 100: MoE; marks: mean over {_seed_counts(table)} seeds, by KD budget")
+    return fig
+
+
+def _plain_methods(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of the methods at their default scale and rank, measured at every budget, by data set; with a column
+    ``percent``, the retention."""
+    plain = table[(table["scale"].isna() | (table["scale"] == 1)) & table["rank"].isna()]
+    plain = plain.assign(percent=100 * plain["retention"])
+    plain = plain.sort_values("method", key=lambda m: m.map(style.in_order(m).index), kind="stable")
+    sets = dict(list(plain.groupby("data", sort=False)))
+    return {d: s[s.groupby("method")["budget"].transform("nunique") == s["budget"].nunique()] for d, s in sets.items()}
+
+
+def _retention_scale(ax: Axes) -> None:
+    """A vertical axis that is linear between -100% and 100% and logarithmic below."""
+    retention_levels(ax.axhline)
+    ax.set_yscale("symlog", linthresh=100, linscale=2)
+    ax.set_yticks([t for t in (-5000, -2000, -1000, -500, -200, -100, -50, 0, 50, 100) if t >= ax.get_ylim()[0]])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_ylim(top=120)
 
 
 def gathering_errors(table: pd.DataFrame, correlations: pd.DataFrame) -> Figure:
