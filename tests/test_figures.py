@@ -356,7 +356,7 @@ def test_times_are_those_of_gathering_and_kd():
     assert "SVD-KG" not in lines
     np.testing.assert_allclose(lines["joint fit"].get_xdata(), [4, 14])
     np.testing.assert_allclose(lines["zero FFN"].get_xdata(), [1, 10])  # nothing stands before the first second
-    np.testing.assert_allclose(lines["joint fit"].get_ydata(), [-100, -100])
+    np.testing.assert_allclose(lines["joint fit"].get_ydata(), [-50, -50])
 
 
 def test_errors_stand_against_what_the_student_is_worth():
