@@ -108,6 +108,7 @@ class Guard:
     """
 
     CUT, GROWTH, MEMORY = 0.5, 1.1, 0.7  # of the factor, and the decay of the running mean
+    ROUNDING = 1e-6  # a smaller difference of two losses means nothing
 
     def __init__(self, start: nn.Module) -> None:
         self.start: nn.Module | None = start.train().requires_grad_(False)
@@ -117,7 +118,8 @@ class Guard:
 
     def note_draws(self) -> None:
         """To be called right before the student's forward pass."""
-        self._draws = [module.get_rng_state() for module in _generators()]
+        if self.start is not None:
+            self._draws = [module.get_rng_state() for module in _generators()]
 
     @contextmanager
     def same_draws(self) -> Iterator[None]:
@@ -138,7 +140,7 @@ class Guard:
         total, count = mean(sum(self._parts)).tolist()
         self._parts.clear()
         self.excess = self.MEMORY * self.excess + (1 - self.MEMORY) * total / count
-        if self.excess > 0:
+        if self.excess > self.ROUNDING:
             self.factor, self.excess = self.CUT * self.factor, 0.0
             with torch.no_grad():
                 for weight, first in zip(student.parameters(), self.start.parameters(), strict=True):
