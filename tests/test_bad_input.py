@@ -569,3 +569,14 @@ def test_bad_input_is_told(name, here, capsys):
     assert not (here / "model" / "ran").exists()
     assert not list(here.rglob("*.tmp*"))
     assert all(path.exists() for path in before)  # nothing is lost
+
+
+def test_data_of_a_domain_that_is_not_asked_for_are_not_looked_for(here):
+    """The profile of real data needs a folder of pictures for the images, and none of texts."""
+    for split in ("train", "val"):
+        (here / "pictures" / split / "cat").mkdir(parents=True)
+    overrides = {"data_dir": "pictures"}
+    groups = groups_of(here / "notebooks" / "07_gathering_ablation.ipynb")
+    check(read_parameters("real", overrides, groups))
+    with pytest.raises(FileNotFoundError, match="text_dir"):
+        check(read_parameters("real", overrides | {"ablation_domains": ["image", "text"]}, groups))

@@ -19,6 +19,8 @@ from ones_lib.study.records import project_root
 from ones_lib.study.study import Study, make_study
 from ones_lib.study.text_tasks import pretraining_model
 
+_CHOICES = {"ablation": "ablation_domains", "spectra": "domains"}  # of the domains that a notebook has groups of
+
 
 def check(parameters: Parameters) -> None:
     """Raise ValueError, OSError or TypeError that names the parameter, for values that are right by themselves but do not go
@@ -30,8 +32,9 @@ def check(parameters: Parameters) -> None:
             raise NotADirectoryError(f"{name}: expected a folder, found a file in its path: {folder}")
     if "spectra" in groups and parameters.source:
         open_experts(parameters.source)
+    chosen = [getattr(parameters, name) for group, name in _CHOICES.items() if group in groups]
     for domain in ("image", "text", "language"):
-        if domain in groups:
+        if domain in groups and all(domain in domains for domains in chosen):
             study = make_study(domain, parameters)
             if domain == "image":
                 _check_images(study, parameters)
