@@ -93,13 +93,13 @@ def gathering_budgets(table: pd.DataFrame) -> Figure:
 
 def gathering_times(table: pd.DataFrame) -> Figure:
     """:func:`gathering_budgets` against the time of gathering and KD together, means over seeds. The first mark of a line is the
-    student right after gathering; what takes less than a second stands at the left edge."""
+    student right after gathering; what takes less than a tenth of a second stands at the left edge."""
     sets = _plain_methods(table)
     fig, axes = style.panel_grid(len(sets), len(sets), 3.3)
     for ax, (data, part) in zip(axes, sets.items(), strict=True):
         for method, rows in part.groupby("method", sort=False):
             mean = rows.groupby("budget")[["seconds", "percent"]].mean()
-            ax.plot(mean["seconds"].clip(lower=1), mean["percent"], **style.line_style(method))
+            ax.plot(mean["seconds"].clip(lower=0.1), mean["percent"], **style.line_style(method))
         ax.set_xscale("log")
         style.plain_log(ax, "x")
         _retention_scale(ax)
