@@ -14,7 +14,7 @@ usage: ./run_all.sh [--profile NAME] [--only NN ...] [-p NAME VALUE]... [--force
 Makes an environment if the active one lacks something, executes the notebooks with papermill, and writes
 figures/ (the smoke and paper profiles write below runs/). Finished work is found again and not done twice.
 
-  --profile NAME     parameter file notebooks/profiles/NAME.yaml: smoke (about two minutes), demo (40 minutes; the
+  --profile NAME     parameter file notebooks/profiles/NAME.yaml: smoke (about two minutes), demo (45 minutes; the
                      default) or paper (the papers' models: needs the data and GPUs); or the path of a file of your own
   --only NN ...      only these notebooks, by number or name: --only 01 02
   -p NAME VALUE      set any parameter of the profile; may be repeated: -p num_experts 8 -p seeds '[0, 1]'
