@@ -460,6 +460,16 @@ def test_ablation_table(study):
     assert start["layer_error"].nunique() == 4
 
 
+def test_ablation_table_without_ranks(study):
+    rows = entries.by_variant(study, [("average", {})], [0, 2])
+    study.run([entry.config for entry in rows])
+    table = ablation_table(rows, study)
+    assert table["rank"].isna().all()
+    seconds = table.groupby("budget")["seconds"].mean()
+    assert 0 < seconds[0] < seconds[2]
+    assert table["layer_error"].notna().all()
+
+
 def test_upcycled_teachers_and_their_students(study):
     study.model |= {"top_k": 1, "renormalize": True}
 

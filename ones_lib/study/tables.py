@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
         for metric, value in record.result["metrics"].items():
             rows.append(
                 {
-                    "data": entry.config["data"]["name"],
+                    "data": _name_of(entry.config["data"]),
                     **entry.axes,
                     "model": entry.model,
                     "stage": entry.stage,
@@ -49,13 +49,19 @@ def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
     return _with_retention(pd.DataFrame(rows))
 
 
+def _name_of(data: Mapping) -> str:
+    """Short name of a data set; a folder's own."""
+    return Path(data["data_dir"]).name if data["name"] == "folder" else data["name"]
+
+
 def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
     """One row a student of :func:`ones_lib.study.entries.by_variant`: ``data, method, scale, rank, budget, seed, accuracy,
     retention, layer_error, loss, seconds, record``.
 
     ``accuracy`` is in per cent, of text that of masked tokens; ``loss`` in nats, of text alone. Retention is of accuracy, of
     text of the loss. ``layer_error`` is :func:`layer_error` right after gathering, also in the rows of the distilled.
-    ``seconds`` are those of the gathering, its pass over the data included, and of KD.
+    ``seconds`` are those of the gathering, its pass over the data included, and of KD at the fastest student's time for a
+    step: a step costs all students the same, but runs may have shared the machine.
     """
     entries, axes = list(entries), ["model", "scale", "rank", "seed"]
     table = results_table(entries, study.records)
@@ -64,24 +70,28 @@ def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
     result = table[table["metric"] == table["metric"].iloc[0]].drop(columns=["metric", "value"])
     for metric in ("accuracy", "loss"):
         result[metric] = result["record"].map(values[metric]) if metric in values else np.nan
-    result["seconds"] = [_seconds_taken(study.records, name) for name in result["record"]]
+    seconds = pd.DataFrame([_seconds_taken(study.records, name) for name in result["record"]], index=result.index)
+    step = (seconds["kd"] / result["budget"].where(result["budget"] > 0)).min()
+    result["seconds"] = seconds["gathering"] + (0 if pd.isna(step) else step * result["budget"])
     rows = [
         {**entry.axes, "model": entry.model, "seed": entry.config["seed"], "layer_error": layer_error(record, study)}
         for entry in tqdm([e for e in entries if e.axes.get("budget") == 0], "layers", unit="student")
         if (record := study.records.find(entry.config))
     ]
-    result = result.merge(pd.DataFrame(rows)[[*axes, "layer_error"]], how="left", on=axes)
+    numbers = {"rank": float}  # else a table without any rank has a column of None
+    errors = pd.DataFrame(rows)[[*axes, "layer_error"]].astype(numbers)
+    result = result.astype(numbers).merge(errors, how="left", on=axes)
     result = result.rename(columns={"model": "method"}).astype({"budget": int})
     values = ["accuracy", "retention", "layer_error", "loss", "seconds", "record"]
     return result[["data", "method", *axes[1:3], "budget", "seed", *values]]
 
 
-def _seconds_taken(records: Records, name: str) -> float:
-    """Seconds of a student's gathering and KD."""
+def _seconds_taken(records: Records, name: str) -> dict[str, float]:
+    """Seconds of a student's gathering and of its KD."""
     record = Record(records.root / name)
     start = records.find(record.config["start"]) if "start" in record.config else record
     distilled = record.history["seconds"].iloc[-1] if record.config["training"] else 0.0
-    return start.result["gathering_seconds"] + distilled
+    return {"gathering": start.result["gathering_seconds"], "kd": distilled}
 
 
 def error_correlations(table: pd.DataFrame) -> pd.DataFrame:
