@@ -377,7 +377,7 @@ def test_curves_refer_to_the_teacher_with_the_same_number_of_experts(study):
 
 
 def test_benefit_and_number_of_experts_are_told_apart(study):
-    rows = entries.by_benefit(study, ["average"], [2, 3], [4, 6], budget=3)
+    rows = entries.by_experts(study, ["average"], [2, 3], budget=3, steps=[4, 6])
     study.run([entry.config for entry in rows])
     results = results_table(rows, study.records)
     benefits = benefit_table(results)

@@ -133,6 +133,7 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_stamps(files: Iterable[Path]) -> list[list]:
-    """Name, size and modification time of each file: they differ if a file was changed."""
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def file_stamps(files: Iterable[Path], folder: Path | None = None) -> list[list]:
+    """Name (its place in ``folder``, if given), size and modification time of each file: they differ if a file was changed."""
+    looks = ((file.name if folder is None else file.relative_to(folder).as_posix(), file.stat()) for file in files)
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in looks]

@@ -86,13 +86,14 @@ class HeldImages(TensorImages):
         pictures = self.images[index].float()
         height, width = pictures.shape[2:]
         plain = (seed < 0)[:, None]
+        augmenting = not plain.all()
         box, bounds = (side.to(seed.device) for side in central_crop(height, width, self.image_size, self.crop_pct))
-        if not plain.all():
+        if augmenting:
             draws = uniforms(seed, 4 * ATTEMPTS + 8)
             crops = random_crops(draws[:, : 4 * ATTEMPTS], height, width, self.min_crop)
             box, bounds = torch.where(plain, box, crops), torch.where(plain, bounds, crops)
         pictures = resized(pictures, box.expand(len(keys), 4), bounds.expand(len(keys), 4), self.image_size)
-        if not plain.all():
+        if augmenting:
             draws = draws[:, 4 * ATTEMPTS :]
             flipped = (draws[:, :1] < 0.5) & ~plain
             pictures = torch.where(flipped[..., None, None], pictures.flip(-1), pictures)
@@ -180,7 +181,8 @@ def jittered(pictures: Tensor, draws: Tensor, strength: float) -> Tensor:
 
     ``draws`` are [B, 7 or more]: the factors are of the second to fourth, the order of the next three.
     """
-    factors = (max(0.0, 1 - strength) + (1 + strength - max(0.0, 1 - strength)) * draws[:, 1:4])[..., None, None, None]
+    low, high = max(0.0, 1 - strength), 1 + strength
+    factors = (low + (high - low) * draws[:, 1:4])[..., None, None, None]
     order = draws[:, 4:7].argsort(dim=1)[..., None, None, None]
     luma = torch.tensor([0.299, 0.587, 0.114], device=pictures.device)[:, None, None]
     for turn in range(3):

@@ -318,9 +318,7 @@ def _stamps(reader) -> list:
     """Name or place, size and modification time of a reader's files."""
     if not isinstance(reader, _FolderReader):
         return file_stamps(Path(file["filename"]) for file in reader.dataset.cache_files)
-    places = (path.relative_to(reader.folder).as_posix() for path, _ in reader.samples)
-    stamps = file_stamps(path for path, _ in reader.samples)
-    return [[place, *rest] for place, (_, *rest) in zip(places, stamps, strict=True)]
+    return file_stamps((path for path, _ in reader.samples), reader.folder)
 
 
 def _hub_readers(name: str, cache_dir: str | None) -> tuple[dict, list[str]]:

@@ -63,31 +63,22 @@ def by_budget(study: Study, methods: Iterable[str], budgets: Iterable[int]) -> l
     return result
 
 
-def by_experts(study: Study, methods: Iterable[str], counts: Iterable[int], budget: int) -> list[Entry]:
-    """Teachers with each number of experts (column ``num_experts``) and their students after ``budget`` steps of KD."""
-    result, counts = _baselines(study), list(counts)
+def by_experts(
+    study: Study, methods: Iterable[str], counts: Iterable[int], budget: int, steps: Iterable[int] = ()
+) -> list[Entry]:
+    """Teachers with each number of experts (column ``num_experts``) and their students after ``budget`` steps of KD.
+
+    With ``steps``, each teacher for each of these numbers of steps (column ``teacher_steps``): there are MoEs of equal benefit
+    and different numbers of experts, and the other way round.
+    """
+    result, methods = _baselines(study), list(methods)
+    lengths = [(length, {"teacher_steps": length}) for length in steps] or [(None, {})]
+    cells = [(count, *length) for count in counts for length in lengths]
     for seed in study.seeds:
-        for count in counts:
-            axes, teacher = {"num_experts": count}, study.moe(seed, num_experts=count)
+        for count, length, axis in cells:
+            axes, teacher = {"num_experts": count, **axis}, study.moe(seed, length, num_experts=count)
             result.append(Entry("moe", "trained", teacher, axes))
             result += [student(study, method, seed, budget, axes, teacher=teacher) for method in methods]
-    return result
-
-
-def by_benefit(
-    study: Study, methods: Iterable[str], counts: Iterable[int], steps: Iterable[int], budget: int
-) -> list[Entry]:
-    """As :func:`by_experts`, with teachers that were trained for several numbers of steps (column ``teacher_steps``): MoEs of
-    equal benefit and different numbers of experts, and the other way round."""
-    methods, counts, steps, result = list(methods), list(counts), list(steps), []
-    for seed in study.seeds:
-        result.append(reference(study, "dense", seed))
-        for count in counts:
-            for length in steps:
-                axes = {"num_experts": count, "teacher_steps": length}
-                teacher = study.moe(seed, length, num_experts=count)
-                result.append(Entry("moe", "trained", teacher, axes))
-                result += [student(study, method, seed, budget, axes, teacher=teacher) for method in methods]
     return result
 
 

@@ -82,8 +82,8 @@ class Study:
     def moe(self, seed: int, steps: int | None = None, **model) -> Config:
         """The MoE teacher. ``model`` overrides arguments of the model, such as ``num_experts``; ``steps`` the recipe's."""
         arguments = {**self.model, **model}
-        training = asdict(self.teaching if steps is None else replace(self.teaching, steps=steps))
-        training = None if "checkpoint" in arguments else training
+        recipe = self.teaching if steps is None else replace(self.teaching, steps=steps)
+        training = None if "checkpoint" in arguments else asdict(recipe)
         return {"kind": "moe", **self._common(seed), "model": arguments, "training": training}
 
     def upcycled(self, seed: int, steps: int, **upcycling) -> Config:

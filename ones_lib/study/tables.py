@@ -121,7 +121,7 @@ def benefit_table(table: pd.DataFrame) -> pd.DataFrame:
     """The MoE's benefit and the student's part of it, in points above the dense baseline of the same seed.
 
     Columns ``data, num_experts, teacher_steps, model, seed, benefit, kept``; ``table`` is a :func:`results_table` of
-    :func:`ones_lib.study.entries.by_benefit`.
+    :func:`ones_lib.study.entries.by_experts` with several numbers of steps.
     """
     dense = table[table["model"] == "dense"].set_index("seed")["value"]
     above = table.assign(above=table["value"] - table["seed"].map(dense))

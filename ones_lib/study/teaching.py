@@ -39,7 +39,7 @@ class Teaching:
         cache: TeacherLogits | None = None,
         guard: Guard | None = None,
     ) -> None:
-        self.teacher, self.task, self.distillation, self.guard = teacher, task, distillation, guard
+        self.teacher, self.task, self.distillation, self._guard = teacher, task, distillation, guard
         self.cache = None if distillation.hidden_weight or distillation.router_rate else cache
         watched = [student, teacher] if guard is None else [student, teacher, guard.start]
         self.watched = [HiddenStates(model) for model in watched] if distillation.hidden_weight else []
@@ -49,12 +49,17 @@ class Teaching:
             for router in routers(teacher):
                 router.top_k = router.weight.shape[0]
 
+    @property
+    def guard(self) -> Guard | None:
+        """The guard, until it ends."""
+        return None if self._guard is None or self._guard.start is None else self._guard
+
     def loss(self, task_loss: Tensor, logits: Tensor, batch) -> Tensor:
         """The student's whole loss; ``logits`` are from its latest forward pass, on the same batch."""
         with torch.no_grad():
             passes, hidden = self._teach(logits.detach(), batch)
         loss = self._whole(task_loss, logits, passes, 0, hidden)
-        if self.guard is not None and self.guard.start is not None:
+        if self.guard is not None:
             with torch.no_grad(), self.guard.same_draws():
                 before = self.task.forward(self.guard.start, batch)
                 before = self._whole(self.task.loss(before, batch), before, passes, 2, hidden)
@@ -118,8 +123,7 @@ class Guard:
 
     def note_draws(self) -> None:
         """To be called right before the student's forward pass."""
-        if self.start is not None:
-            self._draws = [module.get_rng_state() for module in _generators()]
+        self._draws = [module.get_rng_state() for module in _generators()]
 
     @contextmanager
     def same_draws(self) -> Iterator[None]:
@@ -150,12 +154,15 @@ class Guard:
         if warm and self.factor == 1:
             self.start = None
 
-    def state(self) -> dict[str, float | bool]:
-        return {"factor": self.factor, "excess": self.excess, "ended": self.start is None}
+    def state(self) -> dict[str, float]:
+        return {"factor": self.factor, "excess": self.excess}
 
-    def restore(self, state: dict) -> None:
-        self.factor, self.excess = state["factor"], state["excess"]
-        self.start = None if state["ended"] else self.start
+    def restore(self, state: dict[str, float] | None) -> None:
+        """Go on from :meth:`state`, or None: the guard had ended."""
+        if state is None:
+            self.start = None
+        else:
+            self.factor, self.excess = state["factor"], state["excess"]
 
 
 def _generators() -> list:

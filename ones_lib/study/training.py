@@ -212,7 +212,6 @@ class _Run:
         self.ema = ModelEmaV3(model, decay=training.ema_decay) if training.ema_decay else None
         self.best = model if self.ema is None else self.ema.module  # evaluated and returned
         self.teaching: Teaching | None = None
-        self.guard: Guard | None = None
         count = training.evaluations
         self.evaluation_steps = {round(training.steps * (i + 1) / count) for i in range(count)}
         self.saved = {"model": model} | ({} if self.ema is None else {"ema": self.ema.module})  # in checkpoints
@@ -232,12 +231,18 @@ class _Run:
             shard_model(teacher)
         elif folder is not None:
             cache = TeacherLogits(folder, teacher, self.training.steps * self.share.parts)
+        guard = None
         if start is not None:
             start.to(self.device)
             if self.shard:
                 shard_model(start)
-            self.guard = Guard(start)
-        self.teaching = Teaching(self.model, teacher, self.task, distillation, cache, self.guard)
+            guard = Guard(start)
+        self.teaching = Teaching(self.model, teacher, self.task, distillation, cache, guard)
+
+    @property
+    def guard(self) -> Guard | None:
+        """The guard over the student's start, until it ends."""
+        return None if self.teaching is None else self.teaching.guard
 
     def prepare(self) -> None:
         self.wrapped = self.model if self.shard else self.accelerator.prepare(self.model)
@@ -256,10 +261,10 @@ class _Run:
         if self.share.world_size > 1:
             set_seed((step_seed + 1 + self.share.rank) % 2**32)
         self.scheduler.step_update(self.step)
-        guarded = self.guard is not None and self.guard.start is not None
-        if guarded:
+        guard = self.guard
+        if guard is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] *= self.guard.factor
+                group["lr"] *= guard.factor
         scores = 0
         for number, (part, weight) in enumerate(zip(parts, self._weights(parts), strict=True), 1):
             local = number < self.share.parts  # only with the last part do processes average their gradients
@@ -268,9 +273,9 @@ class _Run:
         self.accelerator.clip_grad_norm_(self.parameters, self.training.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if guarded:
+        if guard is not None:
             mean = partial(self.accelerator.reduce, reduction="mean")
-            self.guard.update(self.model, mean, warm=self.step >= self.warmup)
+            guard.update(self.model, mean, warm=self.step >= self.warmup)
         if self.ema is not None:
             self.ema.update(self.model)
         self.recent.append(scores)
@@ -329,9 +334,7 @@ class _Run:
 
     def _saved(self) -> dict[str, nn.Module]:
         """The modules of a checkpoint: the guard's start too, until the guard ends."""
-        return (
-            self.saved if self.guard is None or self.guard.start is None else {**self.saved, "start": self.guard.start}
-        )
+        return self.saved if self.guard is None else {**self.saved, "start": self.guard.start}
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint."""
@@ -340,7 +343,7 @@ class _Run:
         with opened(path) as file, torch.no_grad():
             metadata = file.metadata()
             if self.guard is not None:
-                self.guard.restore(json.loads(metadata["guard"]))
+                self.guard.restore(json.loads(metadata.get("guard", "null")))
             for prefix, module in self._saved().items():
                 for name, tensor in model_tensors(module).items():
                     tensor.copy_(shard_like(file.get_tensor(f"{prefix}.{name}"), tensor))

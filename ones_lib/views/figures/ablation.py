@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -76,37 +78,45 @@ def gathering_budgets(table: pd.DataFrame) -> Figure:
 
     ``table`` is a :func:`ones_lib.study.tables.ablation_table`; only methods measured at every budget are drawn.
     """
-    sets = _plain_methods(table)
-    fig, axes = style.panel_grid(len(sets), len(sets), 3.3)
-    for ax, (data, part) in zip(axes, sets.items(), strict=True):
+
+    def draw(ax: Axes, part: pd.DataFrame) -> None:
         budgets = sorted(part["budget"].unique())
         part = part.assign(place=part["budget"].map(budgets.index)).dropna(subset="percent")
         style.lines_by_model(ax, part, "place", "percent", column="method")
         ax.set_xticks(range(len(budgets)), [f"{b:g}" for b in budgets])
-        _retention_scale(ax)
-        ax.set(xlabel="KD steps", title=data)
-    axes[0].set_ylabel("benefit retention (%)")
-    style.legend(fig)
-    style.caption(fig, f"0: dense, 100: MoE; lines: mean over {_seed_counts(table)} seeds; bands: lowest to highest")
-    return fig
+
+    lines = f"lines: mean over {_seed_counts(table)} seeds; bands: lowest to highest"
+    return _retention_panels(table, draw, "KD steps", lines)
 
 
 def gathering_times(table: pd.DataFrame) -> Figure:
     """:func:`gathering_budgets` against the time of gathering and KD together, means over seeds. The first mark of a line is the
     student right after gathering; what takes less than a tenth of a second stands at the left edge."""
-    sets = _plain_methods(table)
-    fig, axes = style.panel_grid(len(sets), len(sets), 3.3)
-    for ax, (data, part) in zip(axes, sets.items(), strict=True):
+
+    def draw(ax: Axes, part: pd.DataFrame) -> None:
         for method, rows in part.groupby("method", sort=False):
             mean = rows.groupby("budget")[["seconds", "percent"]].mean()
             ax.plot(mean["seconds"].clip(lower=0.1), mean["percent"], **style.line_style(method))
         ax.set_xscale("log")
         style.plain_log(ax, "x")
+
+    marks = f"marks: mean over {_seed_counts(table)} seeds, by KD budget"
+    return _retention_panels(table, draw, "gathering and KD (s)", marks)
+
+
+def _retention_panels(
+    table: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], axis_label: str, marks: str
+) -> Figure:
+    """A panel each data set, in which ``draw`` draws the retention of its :func:`_plain_methods`; ``marks`` says what is drawn."""
+    sets = _plain_methods(table)
+    fig, axes = style.panel_grid(len(sets), len(sets), 3.3)
+    for ax, (data, part) in zip(axes, sets.items(), strict=True):
+        draw(ax, part)
         _retention_scale(ax)
-        ax.set(xlabel="gathering and KD (s)", title=data)
+        ax.set(xlabel=axis_label, title=data)
     axes[0].set_ylabel("benefit retention (%)")
     style.legend(fig)
-    style.caption(fig, f"0: dense, 100: MoE; marks: mean over {_seed_counts(table)} seeds, by KD budget")
+    style.caption(fig, f"0: dense, 100: MoE; {marks}")
     return fig
 
 
