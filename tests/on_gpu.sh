@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 if ! "$python" -c "import accelerate, babel, filelock, pandas, psutil, pytest, scipy, timm, tokenizers, transformers, yaml" 2>/dev/null; then
-    "$python" -m pip install --quiet accelerate babel filelock matplotlib pandas psutil pytest scipy seaborn timm tokenizers transformers pyyaml
+    "$python" -m pip install --quiet accelerate "babel==2.18.*" filelock matplotlib pandas psutil pytest scipy seaborn timm tokenizers transformers pyyaml
 fi
 "$python" -m pytest -q tests/test_device.py
 "$python" tests/on_gpu.py "$out" --data-dir "$data" --profile "${3:-gpu}"

@@ -45,12 +45,13 @@ def courses(tmp_path_factory, text_cache):
 def test_the_course_is_that_of_one_process(courses, way):
     """Loss curve, weights and predictions, in two processes, with accumulated gradients, with both, shards and a restart."""
     for name in ("moe", "dense", "student", "masked_lm", "answers", "causal"):
-        expected, found = (pd.read_csv(courses / which / f"{name}.csv") for which in ("one", way))
-        np.testing.assert_allclose(found, expected, atol=3e-5, rtol=0, err_msg=name)
         # A part of a batch has a balance loss of its own; accumulation takes their mean.
-        tolerance = 3e-4 if way != "two" and name in ("moe", "masked_lm", "answers") else 1e-5
-        # By rounding, a router may send a few tokens to another expert, which changes their predictions.
-        for kind, exceptions in (("", 0.0), (".predictions", 0.03)):
+        routed_parts = way != "two" and name in ("moe", "masked_lm", "answers")
+        tolerance = 3e-4 if routed_parts else 1e-5
+        # By rounding, a router may send a few tokens to another expert: other losses, predictions, gradients of embeddings.
+        expected, found = (pd.read_csv(courses / which / f"{name}.csv") for which in ("one", way))
+        np.testing.assert_allclose(found, expected, atol=1e-3 if routed_parts else 3e-5, rtol=0, err_msg=name)
+        for kind, exceptions in (("", 0.01 if routed_parts else 0.0), (".predictions", 0.03)):
             expected, found = (load_file(courses / which / f"{name}{kind}.safetensors") for which in ("one", way))
             assert list(found) == list(expected)
             for key, tensor in expected.items():
