@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.moe import MoEFeedForward
+from ones_lib.moe import MoEFeedForward, Router
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -24,6 +24,7 @@ class LayerActivations:
         outputs: the layer's outputs [N, d] in evaluation: without noise, capacity limit and dropout.
         activation: the experts' activation function.
         weights: of each token in least squares [N]; None for equal weights.
+        probabilities: the router's, of all experts, before the top k [N, E]; None where they are not known.
     """
 
     inputs: Tensor
@@ -31,10 +32,12 @@ class LayerActivations:
     outputs: Tensor
     activation: Activation
     weights: Tensor | None = None
+    probabilities: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.inputs)
         shapes = {"gates": (count, self.gates.shape[-1]), "outputs": self.inputs.shape, "weights": (count,)}
+        shapes["probabilities"] = self.gates.shape
         for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tensor is not None and tensor.shape != shape:
@@ -106,7 +109,10 @@ def collect_activations(
         def hook(layer: MoEFeedForward, inputs: tuple, output: Tensor) -> None:
             x, mask = inputs if len(inputs) > 1 else (*inputs, None)
             kept = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
-            draws[name].add(depth[name], x[kept], layer.token_gates(x, mask)[kept], output[kept])
+            tensors = [x[kept], layer.token_gates(x, mask)[kept], output[kept]]
+            if isinstance(layer.router, Router):
+                tensors.append(layer.router(x[kept]).probabilities)
+            draws[name].add(depth[name], *tensors)
             depth[name] += 1
 
         return hook
@@ -141,16 +147,16 @@ class _Draw:
 
     def __init__(self, size: int) -> None:
         self.size, self.generator = size, torch.Generator().manual_seed(0)
-        # Batches of [random numbers [n], depths [n], inputs [n, d], gates [n, E], outputs [n, d]].
+        # Batches of [random numbers [n], depths [n], inputs [n, d], gates [n, E], outputs [n, d], perhaps probabilities [n, E]].
         self.kept: list[list[Tensor]] = []
         self.squares: dict[int, list[float]] = {}  # by depth: sum of the squared outputs, number of tokens
 
-    def add(self, depth: int, inputs: Tensor, gates: Tensor, outputs: Tensor) -> None:
+    def add(self, depth: int, inputs: Tensor, gates: Tensor, outputs: Tensor, *probabilities: Tensor) -> None:
         total = self.squares.setdefault(depth, [0.0, 0])
         total[0] += outputs.double().square().sum().item()
         total[1] += len(outputs)
         numbers = torch.rand(len(inputs), generator=self.generator, dtype=torch.float64)
-        self.kept.append([numbers, torch.full((len(inputs),), depth), inputs, gates, outputs])
+        self.kept.append([numbers, torch.full((len(inputs),), depth), inputs, gates, outputs, *probabilities])
         if sum(len(numbers) for numbers, *_ in self.kept) > 2 * self.size:
             self._drop()
 
@@ -164,8 +170,8 @@ class _Draw:
         if not any(len(numbers) for numbers, *_ in self.kept):
             raise ValueError("batches: expected at least one token at every MoE layer, found none")
         self._drop()
-        ((_, depths, inputs, gates, outputs),) = self.kept
+        ((_, depths, inputs, gates, outputs, *probabilities),) = self.kept
         means = torch.tensor([square / max(count, 1) for square, count in self.squares.values()], dtype=torch.float64)
         weights = torch.where(means > 0, 1 / means, 0.0)[depths]
         weights = weights / weights.mean() if weights.sum() > 0 else torch.ones_like(weights)
-        return LayerActivations(inputs, gates, outputs, activation, weights.to(inputs))
+        return LayerActivations(inputs, gates, outputs, activation, weights.to(inputs), *probabilities)

@@ -15,6 +15,7 @@ from ones_lib.gathering.registry import needs_calibration, uses_calibration
 from ones_lib.moe import MoEFeedForward
 
 CALIBRATED = ["matched_average", "frequency_average", "contribution_topk", "whitened_svd", "readout", "fit"]
+CALIBRATED += ["expert_selection"]
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
