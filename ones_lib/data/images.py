@@ -36,7 +36,8 @@ INCEPTION_MEAN_STD = 0.5  # pixels are scaled to [-1, 1], as in the authors' inp
 class ImageData:
     """An image data set. Both splits are indexed by keys (index, seed), see :mod:`ones_lib.data.keys`.
 
-    ``report`` gives the numbers of classes and images, for people to read.
+    ``preparation`` says how a validation picture is prepared, in timm's terms: ``mean`` and ``std`` of each channel (pixels
+    from 0 to 1), ``crop_pct``, ``interpolation``. ``report`` gives the numbers of classes and images, for people to read.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ImageData:
     image_size: int
     train: Dataset
     val: Dataset
+    preparation: dict
     report: str
 
     @property
@@ -104,17 +106,16 @@ def image_data(
             f"num_classes: expected at most {len(classes)}, the classes of {data_dir or name}, found {num_classes}"
         )
     classes = classes[:num_classes]
+    center = (INCEPTION_MEAN_STD,) * 3
     crop_pct = 1.0 if image_size < 64 else 0.9  # small pictures have no border to spare
+    preparation = {"mean": center, "std": center, "crop_pct": crop_pct, "interpolation": "bicubic"}
     augmented, plain = (
         create_transform(
             (3, image_size, image_size),
             is_training=is_training,
             color_jitter=color_jitter or None,
             scale=(min_crop, 1.0),
-            crop_pct=crop_pct,
-            interpolation="bicubic",
-            mean=(INCEPTION_MEAN_STD,) * 3,
-            std=(INCEPTION_MEAN_STD,) * 3,
+            **preparation,
         )
         for is_training in (True, False)
     )
@@ -130,7 +131,7 @@ def image_data(
         f"{data_dir or name}: {len(classes)} classes, {len(train):,} images for training, {len(val):,} for validation,"
         f" {image_size} px"
     )
-    return ImageData(name, classes, 3, image_size, train, val, report)
+    return ImageData(name, classes, 3, image_size, train, val, preparation, report)
 
 
 class ReaderImages(Dataset):
@@ -252,7 +253,8 @@ def _glyphs(options: dict, cache_dir: Path) -> ImageData:
         f"Glyphs: {len(characters)} characters in {len(glyphs.FONTS)} fonts, {len(train):,} images for training,"
         f" {len(val):,} for validation, {options['image_size']} px"
     )
-    return ImageData("glyphs", characters, 1, options["image_size"], train, val, report)
+    preparation = {"mean": (mean / 255,), "std": (std / 255,), "crop_pct": 1.0, "interpolation": "bicubic"}
+    return ImageData("glyphs", characters, 1, options["image_size"], train, val, preparation, report)
 
 
 # --- folders and the hub ---------------------------------------------------------------------------------------------

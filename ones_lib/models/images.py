@@ -7,6 +7,8 @@ OneS (arXiv 2201.10890); ``tiny`` is ours.
 
 from __future__ import annotations
 
+import math
+
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -52,6 +54,7 @@ class WideNet(MoEModel, VisionTransformer):
             return MoEFeedForward(in_features, **moe, **rest)
 
         super().__init__(**kwargs, mlp_layer=expert_layer)
+        self._timm_arguments = kwargs
         self._arguments = {**moe, "share_depth": share_depth, "slots_per_expert": slots_per_expert, **kwargs}
         if share_depth:
             for block in self.blocks[1:]:
@@ -61,6 +64,28 @@ class WideNet(MoEModel, VisionTransformer):
         """A freshly initialised dense model (one expert, no router) of this architecture, ``d_ff`` wide if given."""
         arguments = {**self._arguments, "num_experts": 1}
         return WideNet(**(arguments if d_ff is None else {**arguments, "d_ff": d_ff}))
+
+    def unrolled(self) -> tuple[dict, dict[str, Tensor]]:
+        """Arguments and weights that make timm's own ``VisionTransformer`` this dense model.
+
+        What depths share, each has by a name of its own; the tensors are this model's, not copies.
+
+        Raises:
+            ValueError: this model is an MoE.
+        """
+        layer = self.blocks[0].mlp
+        if layer.num_experts > 1:
+            raise ValueError(f"model: expected a dense WideNet, found one with {layer.num_experts} experts")
+        _, d_ff, width = layer.up.shape
+        ratio = d_ff / width
+        if int(width * ratio) < d_ff:  # timm rounds down
+            ratio = math.nextafter(ratio, math.inf)
+        names = {"up": "fc1.weight", "up_bias": "fc1.bias", "down": "fc2.weight", "down_bias": "fc2.bias"}
+        weights = {}
+        for name, tensor in self.state_dict().items():
+            block, mlp, part = name.partition(".mlp.")
+            weights[f"{block}{mlp}{names[part]}" if mlp else name] = tensor[0] if mlp else tensor
+        return {**self._timm_arguments, "mlp_ratio": ratio}, weights
 
     def hidden_state_readers(self) -> list[nn.Module]:
         return [*(block.norm1 for block in self.blocks[1:]), self.norm]

@@ -105,6 +105,12 @@ def label(config: Config) -> str:
     return f"{config.get('method', config['kind'])}, seed {config['seed']}"
 
 
+def data_name(data: Mapping) -> str:
+    """Short name of a config's data; a folder's own."""
+    name = data["data_dir"] if data["name"] == "folder" else data["name"]
+    return Path(name).name if data["name"] == "folder" or Path(name).is_absolute() else name
+
+
 def needed(config: Config) -> list[Config]:
     """The configs whose models this one starts or learns from; those that need none come first."""
     direct = [config[role] for role in ("start", "teacher") if role in config]

@@ -19,6 +19,7 @@ from ones_lib.data.text import embedded_versions
 from ones_lib.distillation import Distillation
 from ones_lib.integration import calibrated, integration_methods
 from ones_lib.metrics import LOWER_IS_BETTER
+from ones_lib.study.export import export
 from ones_lib.study.parallel import run_all, write_plan
 from ones_lib.study.parameters import Group, Parameters
 from ones_lib.study.records import Record, Records, config_hash, project_root
@@ -184,6 +185,10 @@ class Study:
     def load_model(self, record: Record) -> nn.Module:
         """The trained model of a record, in eval mode."""
         return load_record(record, self.cache_dir)[0]
+
+    def export(self, record: Record, folder: str | Path) -> Path:
+        """A record's dense model as a folder to take away, see :func:`ones_lib.study.export.export`."""
+        return export(record, folder, self.cache_dir)
 
     def histories(self, groups: Mapping[str, Iterable[Config]], metric: str = "accuracy") -> pd.DataFrame:
         """A validation metric over training: ``model, seed, step, value``, in per cent but for losses; ``groups`` by model."""

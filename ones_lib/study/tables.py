@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ones_lib.metrics import LOWER_IS_BETTER, benefit_retention, main_metric, ra
 from ones_lib.spectra import output_error
 from ones_lib.study.entries import Entry
 from ones_lib.study.records import Record, Records
-from ones_lib.study.running import record_activations
+from ones_lib.study.running import data_name, record_activations
 from ones_lib.study.study import Study
 
 AVERAGE = "average"  # the task and the metric that stand for the mean of all tasks' main metrics
@@ -36,7 +36,7 @@ def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
         for metric, value in record.result["metrics"].items():
             rows.append(
                 {
-                    "data": _name_of(entry.config["data"]),
+                    "data": data_name(entry.config["data"]),
                     **entry.axes,
                     "model": entry.model,
                     "stage": entry.stage,
@@ -47,11 +47,6 @@ def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
                 }
             )
     return _with_retention(pd.DataFrame(rows))
-
-
-def _name_of(data: Mapping) -> str:
-    """Short name of a data set; a folder's own."""
-    return Path(data["data_dir"]).name if data["name"] == "folder" else data["name"]
 
 
 def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:

@@ -1,0 +1,351 @@
+"""A student to take away: a record's dense model as a folder that timm or transformers loads, with a model card.
+
+An image model becomes timm's own ``VisionTransformer``, a causal model is a plain class of transformers: both load without
+this library. The text models load by transformers' Auto classes after ``import ones_lib``.
+
+``python -m ones_lib.study.export RECORD FOLDER`` does the same from the shell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import timm
+from huggingface_hub import ModelCardData
+from tokenizers import decoders, processors
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ones_lib.data.files import left_behind, this_process
+from ones_lib.data.images import ImageData
+from ones_lib.data.rows import TASKS
+from ones_lib.data.text import Corpus
+from ones_lib.models.causal import without_bars
+from ones_lib.models.images import WideNet
+from ones_lib.models.upcycling import Upcycled
+from ones_lib.study.records import Record, Records, project_root
+from ones_lib.study.running import Config, data_name, data_of, label, load_record
+
+DENSE = ("student", "dense", "dense_kd")  # kinds of records
+TIMM_NAME = "vit_base_patch16_224"  # any plain vision transformer of timm's registry: every argument is given
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How an exported model is used, for its card: the library, the hub's name of the task, Python lines, a note on them."""
+
+    library: str
+    task: str
+    lines: str
+    note: str
+
+
+def export(record: Record, folder: str | Path, cache_dir: str | Path = "runs/cache") -> Path:
+    """Write a record's trained dense model, with a model card, to a folder that appears when it is whole; its path.
+
+    - Images: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens it, without this library. Weights that depths
+      share are copied to each.
+    - Text: the Auto class of its task, such as ``AutoModelForMaskedLM``, opens it after ``import ones_lib``.
+    - Causal models: ``AutoModelForCausalLM.from_pretrained(FOLDER)`` opens it, without this library.
+
+    The weights are the record's, in float32, so the predictions are the record's too, to rounding on another machine.
+
+    Args:
+        folder: one that does not exist, or is empty.
+        cache_dir: where the record's data are kept; they give class names, tokenizer, and the data's size for the card.
+
+    Raises:
+        FileExistsError: the folder is there and not empty.
+        ValueError: the record is of an MoE or of no model, an image model is no WideNet, or a file of the record is damaged.
+        FileNotFoundError: the record is not finished, or its data are gone.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"folder: expected one that is not there or empty, found {folder}")
+    config = record.config
+    kind = _pretrained(config)["kind"]
+    if kind not in DENSE:
+        raise ValueError(
+            f"record: expected a dense model's ({', '.join(DENSE)}), found of kind {kind!r}: {record.folder}"
+        )
+    model, data = load_record(record, Path(cache_dir))[0], data_of(config, Path(cache_dir))
+    write = {"image": _write_image, "text": _write_text, "language": _write_language}[config["domain"]]
+    with _whole(folder) as beside, without_bars():
+        card = model_card(record, data, write(model, data, config, beside), _size(beside))
+        (beside / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def _pretrained(config: Config) -> Config:
+    """The config itself, or of a fine-tuned model that of the model it started from."""
+    return _pretrained(config["start"]) if config["kind"] == "finetuned" else config
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """Gives a hidden folder beside ``folder`` that becomes it at the end, or is removed on errors."""
+    prefix = f".{folder.name}."
+    for left in left_behind(folder.parent, prefix):
+        shutil.rmtree(left)
+    beside = folder.with_name(f"{prefix}{this_process()}")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if folder.exists():
+            folder.rmdir()
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+def _write_image(model: nn.Module, data: ImageData, config: Config, folder: Path) -> Usage:
+    model = model.model if isinstance(model, Upcycled) else model
+    if not isinstance(model, WideNet):
+        raise ValueError(f"record: expected a WideNet, found {type(model).__name__}, which timm alone does not know")
+    arguments, weights = model.unrolled()
+    size = (data.in_chans, data.image_size, data.image_size)
+    known = {"num_classes": data.num_classes, "input_size": size, "fixed_input_size": True, **data.preparation}
+    layers = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    plain = timm.create_model(TIMM_NAME, pretrained_cfg={"architecture": TIMM_NAME, **known, **layers}, **arguments)
+    plain.load_state_dict(weights)
+    timm.models.save_for_hf(
+        plain, folder, model_config={"label_names": data.classes}, model_args=arguments, safe_serialization=True
+    )
+    lines = """import timm
+model = timm.create_model("local-dir:PATH", pretrained=True).eval()  # or hf-hub:OWNER/NAME
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+logits = model(transform(picture)[None])  # classes: model.pretrained_cfg["label_names"]"""
+    mode = "L (grey)" if data.in_chans == 1 else "RGB"
+    note = f"`picture` is a PIL picture of mode {mode}. timm alone loads the model."
+    return Usage("timm", "image-classification", lines, note)
+
+
+def _write_text(model: nn.Module, data: Corpus, config: Config, folder: Path) -> Usage:
+    model.save_pretrained(folder)
+    _tokenizer(data, model.config.max_position_embeddings).save_pretrained(folder)
+    if config["kind"] != "finetuned":
+        auto, task, texts = "MaskedLM", "fill-mask", ("text",)
+    elif TASKS[config["task"]].labels is None:
+        auto, task, texts = "QuestionAnswering", "question-answering", TASKS[config["task"]].texts
+    else:
+        auto, task, texts = "SequenceClassification", "text-classification", TASKS[config["task"]].texts
+    lines = f"""import ones_lib  # registers the model's class
+from transformers import AutoModelFor{auto}, AutoTokenizer
+model, tokenizer = (auto.from_pretrained("PATH") for auto in (AutoModelFor{auto}, AutoTokenizer))
+output = model(**tokenizer({", ".join(texts)}, return_tensors="pt"))"""
+    return Usage("transformers", task, lines, "The model's class is in the Python package `ones-lib`.")
+
+
+def _write_language(model: nn.Module, data: Corpus, config: Config, folder: Path) -> Usage:
+    model.model.save_pretrained(folder)
+    given = config["data"].get("tokenizer")  # the checkpoint's own
+    tokenizer = data.tokenizer if given else _causal(_tokenizer(data, data.train.shape[1]))
+    tokenizer.save_pretrained(folder)
+    lines = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (auto.from_pretrained("PATH") for auto in (AutoModelForCausalLM, AutoTokenizer))
+ids = model.generate(**tokenizer("A text", return_tensors="pt"), max_new_tokens=20)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))"""
+    return Usage("transformers", "text-generation", lines, "transformers alone loads the model.")
+
+
+def _tokenizer(data: Corpus, length: int) -> PreTrainedTokenizerBase:
+    """A copy of the corpus's tokenizer that cuts texts to ``length`` tokens where asked to, and joins word pieces again."""
+    tokenizer = copy.deepcopy(data.tokenizer)
+    tokenizer.model_max_length = length
+    if tokenizer.backend_tokenizer.decoder is None:
+        tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _causal(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with [CLS] and [SEP] as a causal model's, which begins a text and leaves its end open."""
+    first, backend = tokenizer.cls_token, tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A", pair=f"{first} $A $B", special_tokens=[(first, tokenizer.cls_token_id)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=tokenizer.model_max_length,
+        padding_side="left",
+        bos_token=first,
+        eos_token=tokenizer.sep_token,
+        pad_token=tokenizer.pad_token,
+        unk_token=tokenizer.unk_token,
+    )
+
+
+# --- card --------------------------------------------------------------------------------------------------------------
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the weights in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def model_card(record: Record, data: ImageData | Corpus, usage: Usage, size: int) -> str:
+    """README.md of an exported model, with the metadata of the Hugging Face hub. ``size`` is that of its weights, bytes."""
+    config, result, records = record.config, record.result, Records(record.folder.parent)
+    made = _pretrained(config)["kind"] == "student"
+    distilled = any("distillation" in c for c in (config, _pretrained(config)))
+    tags = ["ones", *(["knowledge-gathering"] if made else []), *(["knowledge-distillation"] if distilled else [])]
+    teacher = records.find(config["teacher"]) if "teacher" in config else None
+    of_teacher = f" Its teacher's: {_scores(teacher)}." if teacher else ""
+    source, name = config["data"].get("data_dir") or config["data"]["name"], data_name(config["data"])
+    facts = [
+        *_origin(config, records),
+        f"Data: {data.report.replace(source, name, 1)}.",
+        f"Validation: {_scores(record)}.{of_teacher}",
+        f"{result['parameters']:,} parameters, where weights that depths share count once; {size:,} bytes of weights.",
+        f"Record `{records.folder(config).name}` of {result['finished']}, {_versions(result)}, code {result['code']}.",
+    ]
+    metadata = ModelCardData(
+        library_name=usage.library,
+        pipeline_tag=usage.task,
+        tags=[*tags, "dense"],
+        base_model=_hub_name(_pretrained(config).get("teacher", {}).get("model", {})),
+        datasets=[name.partition(":")[0]] if name.count("/") == 1 and not Path(name).exists() else None,
+    )
+    return f"""---
+{metadata.to_yaml()}
+---
+# A dense model of {name} ({label(config)})
+
+{"A dense student, made of a mixture of experts (MoE)" if made else "A dense baseline, not made of an MoE"}, after \
+"One Student Knows All Experts Know: From Sparse to Dense" (Xue et al., arXiv 2201.10890).
+
+```python
+{usage.lines}
+```
+
+{usage.note}
+
+{"".join(f"- {fact}{chr(10)}" for fact in facts)}
+Exported with ones_lib {version("ones-lib")}, {usage.library} {version(usage.library)}.
+"""
+
+
+def _origin(config: Config, records: Records) -> list[str]:
+    """How a model came about, a sentence for each step, the first one first."""
+    facts = _origin(config["start"], records) if "start" in config else []
+    if config["kind"] == "student" and not facts:
+        options, seen = config["options"], config.get("calibration_examples")
+        how = f"`{config['method']}`{f' with {_listed(options)}' if options else ''}"
+        how += f", on {seen:,} training examples" if seen else ""
+        facts.append(
+            f"Made from {_teacher(config['teacher'], records)} by {how}: it replaced the experts, all else is copied."
+        )
+    if config["training"]:
+        facts.append(f"{_training(config)}, {_teaching(config, records)}.")
+    return facts
+
+
+def _training(config: Config) -> str:
+    """The training of a config's model in words."""
+    verb = {"student": "Trained", "finetuned": "Fine-tuned"}.get(config["kind"], "Trained from scratch")
+    task = f" on `{config['task']}` ({config['task_data']['name']})" if "task" in config else ""
+    recipe = "{steps:,} steps of {batch_size} examples, {optimizer}, learning rate {learning_rate}"
+    return f"{verb}{task} for {recipe.format(**config['training'])}"
+
+
+def _teaching(config: Config, records: Records) -> str:
+    """The distillation in a config's training in words."""
+    if "distillation" not in config:
+        return "without a teacher"
+    teacher = "that MoE" if config["kind"] == "student" else _teacher(config["teacher"], records)
+    loss = {name: value for name, value in config["distillation"].items() if value}
+    return f"with distillation from {teacher}: {_listed(loss)}"
+
+
+def _teacher(config: Config, records: Records) -> str:
+    """A teacher in words, with its record's name."""
+    name = f"`{records.folder(config).name}`"
+    if config["kind"] == "finetuned":
+        return f"{_teacher(config['start'], records)}, fine-tuned on `{config['task']}` ({name})"
+    made = config.get("upcycling") or config["model"]
+    if "checkpoint" in made:
+        return f"the MoE {_hub_name(made) or Path(made['checkpoint']).name} ({name})"
+    experts = f" of {made['num_experts']} experts" if "num_experts" in made else ""
+    trained = f", trained for {config['training']['steps']:,} steps" if config["training"] else ""
+    return f"an MoE{experts}{', upcycled from a dense model' if 'upcycling' in config else ''}{trained} ({name})"
+
+
+def _hub_name(model: Mapping) -> str | None:
+    """The name on the hub of the checkpoint that a model is; None of a folder's, or of a new model."""
+    source = model.get("checkpoint")
+    return None if source is None or model.get("files") or Path(source).exists() else source
+
+
+def _listed(values: Mapping) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in values.items())
+
+
+def _scores(record: Record) -> str:
+    return _listed({name: f"{value:.4g}" for name, value in record.result["metrics"].items()})
+
+
+def _versions(result: Mapping) -> str:
+    return ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "timm", "transformers"))
+
+
+# --- command -----------------------------------------------------------------------------------------------------------
+
+
+def find_record(name: str, root: Path) -> Record:
+    """The record in the folder ``name``, or the one in ``root`` whose name, or its hash, starts so.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or more than one.
+    """
+    if Path(name).is_dir():
+        return Record(Path(name).resolve())
+    found = [r for r in Records(root).all("*") if any(part.startswith(name) for part in (r.folder.name, _hash(r)))]
+    if not found:
+        raise FileNotFoundError(f"record: expected a record's folder, or the start of a name in {root}, found {name!r}")
+    if len(found) > 1:
+        names = ", ".join(r.folder.name for r in found[:5])
+        raise ValueError(f"record: expected the start of one name in {root}, found {name!r} of {len(found)}: {names}")
+    return found[0]
+
+
+def _hash(record: Record) -> str:
+    return record.folder.name.rpartition("-")[2]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export as the command line says; the exit status."""
+    runs = project_root() / "runs"
+    parser = argparse.ArgumentParser(
+        prog="python -m ones_lib.study.export",
+        description="Write a record's dense model to a folder that timm or transformers loads, with a model card.",
+    )
+    parser.add_argument("record", help="folder of a record, or the start of its name or hash, such as student-1f3a")
+    parser.add_argument("folder", type=Path, help="folder to make")
+    parser.add_argument(
+        "--records", type=Path, default=runs / "records", help="where names are looked for (runs/records)"
+    )
+    parser.add_argument("--cache-dir", type=Path, default=runs / "cache", help="where drawn data are kept (runs/cache)")
+    options = parser.parse_args(arguments)
+    try:
+        folder = export(find_record(options.record, options.records), options.folder, options.cache_dir)
+    except (OSError, ValueError) as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
