@@ -127,9 +127,11 @@ def logits(model, ids=TOKENS):
 
 
 def files(folder):
-    return {
-        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json")
-    }
+    """What transformers loads."""
+    paths = [
+        p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json") and p.name != "conversion.json"
+    ]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def close(one, two, atol=1e-5):
@@ -663,10 +665,20 @@ def test_a_hub_name_is_taken_from_the_cache(tmp_path, monkeypatch):
 def test_the_command_line(tmp_path, capsys):
     moe("mixtral").save_pretrained(tmp_path / "moe")
     source, destination = str(tmp_path / "moe"), str(tmp_path / "dense")
-    main([source, destination, "--method", "svd", "--option", "rank=3", "--option", "scale=0.5"])
+    main([source, destination, "--method", "svd", "--d-ff", "expert", "--option", "rank=3", "--option", "scale=0.5"])
     convert(source, tmp_path / "other", "svd", rank=3, scale=0.5)
     assert files(tmp_path / "dense") == files(tmp_path / "other")
+    main([source, str(tmp_path / "default")])
+    convert(source, tmp_path / "active", "topk", d_ff=48)  # two experts of 24 a token
+    assert files(tmp_path / "default") == files(tmp_path / "active")
     assert "model.layers.2.block_sparse_moe" in capsys.readouterr().out
+    for width, message in (
+        ("wide", "expected a number, 'active' or 'expert', found 'wide'"),
+        ("0", "d_ff: expected an"),
+    ):
+        with pytest.raises(SystemExit):
+            main([source, str(tmp_path / "no"), "--d-ff", width])
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main([source, destination])
     assert stop.value.code == 1

@@ -12,7 +12,8 @@ from conftest import random_bank
 from PIL import Image
 from safetensors.torch import save_file
 
-from ones_lib import spectra
+from ones_lib import gather, spectra
+from ones_lib.checkpoints.activations import split_tokens
 from ones_lib.gathering import registry as gathering
 from ones_lib.study.records import Records
 from ones_lib.views import explorer, figures
@@ -75,7 +76,7 @@ def test_numbers_are_those_of_the_library(explored):
     energy = 100 * table[table["rank"] == 3]["energy"]
     text = re.sub(r"<[^>]*>", " ", explored.numbers.value)
     assert f"energy kept at rank 3, %  {energy.mean():.1f} ({energy.min():.1f} to {energy.max():.1f})" in text
-    seen = explored.activations[explored.layer.value]
+    _, seen = split_tokens(explored.activations[explored.layer.value])
     error = spectra.output_error(explored.factored.gather("topk", 3), seen)
     assert f"Top-KG: output error  {error['error']:.3f}" in text
 
@@ -167,11 +168,88 @@ def test_a_large_layers_errors_are_those_looked_at(tiny_record, tmp_path, monkey
     assert seen == {("svd", 2), ("svd", 5), ("average", 5)}
 
 
+def errors_shown(explored):
+    """Of each gathering in the view of the output error, for the methods that see data."""
+    table = explored.tables["output_error"]
+    return {m: part for m, part in table[table["method"].isin(["readout", "fit"])].groupby("method")}
+
+
+def test_a_readout_stands_beside_the_papers_methods_at_the_chosen_width(explored):
+    given, held_out = split_tokens(explored.activations[explored.layer.value])
+    assert explored.width.options == (12, 24, 36, 48)
+    before = picture("output_error", explored)
+    for width in (12, 36):
+        explored.width.value = width
+        shown = errors_shown(explored)
+        assert set(shown) == {"readout"}  # a fit takes long, so it is made when it is chosen
+        ffn = gather(explored.factored.bank, "readout", given, d_ff=width)
+        assert shown["readout"]["error"].unique() == pytest.approx([spectra.output_error(ffn, held_out)["error"]])
+        assert (shown["readout"]["d_ff"] == width).all()
+    methods = set(explored.tables["output_error"]["method"])
+    assert {"sum", "average", "topk", "svd", "readout"} <= methods
+    assert not np.array_equal(picture("output_error", explored), before)
+    explored.width.value = 12
+    assert np.array_equal(picture("output_error", explored), before)
+
+
+def test_a_fit_is_made_when_it_is_chosen_and_once(explored, monkeypatch):
+    calls = []
+    real = explorer.gather
+    monkeypatch.setattr(
+        explorer,
+        "gather",
+        lambda bank, method, *args, **options: calls.append((method, options)) or real(bank, method, *args, **options),
+    )
+    explored.method.value = "fit"
+    assert status(explored).startswith("ready")
+    shown = errors_shown(explored)
+    assert set(shown) == {"readout", "fit"}
+    assert "layer-wise fit, 12 hidden units: output error" in explored.numbers.value
+    assert f"{shown['fit']['error'].iloc[0]:.3f}" in explored.numbers.value
+    explored.rank.value += 1
+    explored.matrix.value = "down"
+    explored.method.value = "svd"
+    assert set(errors_shown(explored)) == {"readout", "fit"}  # it stays in the picture
+    explored.method.value = "fit"
+    assert calls == [("fit", {"d_ff": 12, "steps": explorer.FIT_STEPS})]
+    explored.width.value = 24
+    assert set(errors_shown(explored)["fit"]["d_ff"]) == {24}
+    assert [options["d_ff"] for method, options in calls if method == "fit"] == [12, 24]
+
+
+def test_without_activations_no_readout_is_offered(explored, weights_file):
+    explored.method.value, explored.width.value = "readout", 24
+    explored.path.value = str(weights_file[0])
+    assert not {"readout", "fit"} & {value for _, value in explored.method.options}
+    assert explored.method.value == "svd"
+    assert explored.width.disabled
+    explored.source.value = "tiny"
+    assert {"readout", "fit"} <= {value for _, value in explored.method.options}
+    assert not explored.width.disabled
+    assert explored.width.value == 12
+
+
+def test_a_large_layer_has_readouts_of_one_width_at_a_time(tiny_record, tmp_path, monkeypatch):
+    monkeypatch.setattr(explorer, "SMALL", 1)
+    record, cache_dir = tiny_record
+    explored = Explorer({"tiny": record}, cache_dir, tmp_path)
+    assert not errors_shown(explored)
+    explored.method.value = "readout"
+    explored.rank.value = 5
+    assert errors_shown(explored)["readout"]["rank"].to_list() == [2, 5]
+    explored.width.value = 48
+    assert errors_shown(explored)["readout"][["rank", "d_ff"]].to_numpy().tolist() == [[5, 48]]
+    explored.method.value = "svd"
+    explored.width.value = 24
+    assert not errors_shown(explored)
+    assert status(explored).startswith("ready")
+
+
 def test_saved_figures_have_all_endings_and_the_tables_shown(explored, tmp_path):
     explored.rank.value = 3
     explored.save.click()
     (folder,) = (tmp_path / "saved").iterdir()
-    assert folder.name == "tiny_blocks.0.mlp_up_svd_K3"
+    assert folder.name == "tiny_blocks.0.mlp_up_svd_K3_d12"
     assert {p.name for p in folder.iterdir()} == {f"{v}.{e}" for v in VIEWS for e in ("png", "pdf", "csv", "json")}
     table = pd.read_csv(folder / "overlap.csv")
     pd.testing.assert_frame_equal(table, explored.tables["overlap"].reset_index(drop=True), atol=1e-6)
@@ -179,7 +257,7 @@ def test_saved_figures_have_all_endings_and_the_tables_shown(explored, tmp_path)
 
 
 def test_every_control_says_what_it_is(explored):
-    controls = ("source", "path", "layer", "matrix", "experts", "method", "rank")
+    controls = ("source", "path", "layer", "matrix", "experts", "method", "rank", "width")
     for name in controls:
         control = getattr(explored, name)
         assert control.description, name

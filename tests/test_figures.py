@@ -439,46 +439,37 @@ def test_ways_of_dispatch_are_drawn_over_this_librarys():
     np.testing.assert_allclose(drawn["plain loop"][2][0].get_segments()[0][:, 0], [1, 8])
 
 
-def language_rows():
-    """Losses of one student whose name is its own, at 0 and 10 steps, and of the MoE and the baselines, 2 seeds."""
-    rows = []
-    for seed in (0, 1):
-        rows += [
-            {"model": m, "budget": np.nan, "seed": seed, "value": v + seed / 10}
-            for m, v in {"moe": 1.0, "dense": 2.0, "dense_long": 1.5, "dense_kd": 1.2}.items()
-        ]
-        rows += [
-            {"model": "mine", "budget": b, "seed": seed, "value": v + seed / 10} for b, v in {0: 6.0, 10: 1.8}.items()
-        ]
-    return pd.DataFrame(rows).assign(metric="loss", stage="distilled")
+def published_rows():
+    """A student at 0 and 10 steps, an MoE and a baseline, of two MoEs, 2 seeds: ratios of perplexities, seconds."""
+    ratios = {("moe", np.nan): 1.0, ("dense", np.nan): 1.3, ("mine", 0): 2.0, ("mine", 10): 1.1}
+    rows = [
+        {
+            "teacher": teacher,
+            "model": m,
+            "budget": b,
+            "seed": seed,
+            "ratio": (r + seed / 10) * more,
+            "seconds": b + 3 + seed,
+        }
+        for more, teacher in enumerate(("A", "B"), start=1)
+        for seed in (0, 1)
+        for (m, b), r in ratios.items()
+    ]
+    return pd.DataFrame(rows)
 
 
-def test_perplexity_is_drawn_against_tokens():
-    fig = figures.perplexity_by_tokens(language_rows(), tokens_per_step=512)
-    whole, distilled = fig.axes
-    assert [t.get_text() for t in whole.get_xticklabels()] == ["0", "5,120"]
-    assert [t.get_text() for t in distilled.get_xticklabels()] == ["5,120"]
-    lines = {line.get_label(): line.get_ydata() for line in whole.lines}
-    np.testing.assert_allclose(lines["mine"], [np.mean(np.exp([6.0, 6.1])), np.mean(np.exp([1.8, 1.9]))])
-    np.testing.assert_allclose(lines["MoE (teacher)"], np.mean(np.exp([1.0, 1.1])))
-    assert max(distilled.get_ylim()) < 20  # what is right after gathering does not press the rest together
-
-
-def test_errors_by_layer_are_means_over_seeds():
-    table = pd.DataFrame(
-        {"model": "mine", "seed": [0, 0, 1, 1], "layer": [1, 2, 1, 2], "output_error": [0.2, 0.4, 0.4, 0.8]}
-    )
-    (ax,) = figures.errors_by_layer(table).axes
-    np.testing.assert_allclose(ax.lines[0].get_ydata(), [0.3, 0.6])
-
-
-def test_spectra_by_layer_are_means_over_experts():
-    table = spectra_table(seeds=[0]).query("data == 'glyphs'").assign(layer="layer 1")
-    fig = figures.spectra_by_layer(pd.concat([table, table.assign(layer="layer 2", singular_value=1.0)]))
-    top = fig.axes[0]
-    means = table[table["matrix"] == table["matrix"].iloc[0]].groupby("rank")["singular_value"].mean()
-    np.testing.assert_allclose(top.lines[0].get_ydata(), means)
-    np.testing.assert_allclose(top.lines[1].get_ydata(), 1.0)
+def test_perplexity_is_drawn_against_tokens_and_against_time():
+    fig = figures.perplexity_by_tokens(published_rows(), {0: "none", 10: "5k"})
+    assert [ax.get_title() for ax in fig.axes] == ["A", "B"]
+    for more, ax in enumerate(fig.axes, start=1):
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["none", "5k"]
+        lines = {line.get_label(): line.get_ydata() for line in ax.lines}
+        np.testing.assert_allclose(lines["mine"], [2.05 * more, 1.15 * more])
+        np.testing.assert_allclose(lines["MoE (teacher)"], 1.05 * more)
+        np.testing.assert_allclose(lines["dense"], 1.35 * more)
+    fig = figures.perplexity_by_time(published_rows())
+    lines = {line.get_label(): line.get_xydata() for line in fig.axes[0].lines}
+    np.testing.assert_allclose(lines["mine"], [[3.5, 2.05], [13.5, 1.15]])
 
 
 def test_figures_are_a_papers_columns_wide_and_readable_in_print():
@@ -497,8 +488,8 @@ def test_figures_are_a_papers_columns_wide_and_readable_in_print():
         figures.expert_similarity(similarity),
         figures.retention_by_model(retention_rows().query("budget == 100")),
         figures.retention_curves(retention_rows(), "budget", "KD steps"),
-        figures.perplexity_by_tokens(language_rows(), 512),
-        figures.spectra_by_layer(spectra_table(seeds=[0]).query("data == 'glyphs'")),
+        figures.perplexity_by_tokens(published_rows(), {0: "none", 10: "5k"}),
+        figures.perplexity_by_time(published_rows()),
     ]
     for fig in drawn:
         assert fig.get_size_inches()[0] in (figures.ONE_COLUMN, figures.TWO_COLUMNS)

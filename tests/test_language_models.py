@@ -1,5 +1,6 @@
 """Causal language models in the study: the task against transformers' own loss, and students made by conversion."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from ones_lib.study.entries import by_name
 from ones_lib.study.language_task import LanguageModelling, language_model
 from ones_lib.study.records import Records
 from ones_lib.study.study import Study
-from ones_lib.study.tables import conversion_table
+from ones_lib.study.tables import published_table
 from ones_lib.study.training import Training
 
 MOE = {"model_type": "mixtral", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
@@ -63,7 +64,7 @@ def test_the_balance_loss_reaches_the_routers_in_training_alone(text_cache):
     assert all(layer.mlp.gate.weight.grad.abs().sum() > 0 for layer in model.model.model.layers)
     model.eval()(ids)
     assert model.balance_loss() == 0
-    dense = language_model({**MOE, "num_experts": 1}, data, seed=0)
+    dense = language_model(MOE, data, seed=0, dense=True)
     assert isinstance(dense.model, MistralForCausalLM)
     assert dense.model.config.intermediate_size == 8
     dense.train()(ids)
@@ -71,25 +72,55 @@ def test_the_balance_loss_reaches_the_routers_in_training_alone(text_cache):
 
 
 def test_students_are_made_by_way_of_files(study):
-    students = {"mine": ("average", {}), "wide": ("topk", {"d_ff": 20}), "zero_ffn": ("zero_ffn", {})}
-    entries = by_name(study, students, [0, 3])
+    students = {"mine": ("average", {}), "wide": ("topk", {"d_ff": 20})}
+    students |= {"zero_ffn": ("zero_ffn", {}), "shared_kd": ("shared_kd", {})}
+    entries = by_name(study, students, {0: None, 3: 0.002}, teacher="M")
     study.run([entry.config for entry in entries])
+    rates = {e.config["training"]["learning_rate"] for e in entries if e.axes.get("budget") == 3}
+    assert rates == {0.002}
     moe = study.load_model(study.records.find(study.moe(0)))
     assert isinstance(moe.model, MixtralForCausalLM)
     made = {e.model: study.load_model(study.records.find(e.config)).model for e in entries if e.axes.get("budget") == 0}
-    assert {name: m.config.intermediate_size for name, m in made.items()} == {"mine": 8, "wide": 20, "zero_ffn": 8}
+    widths = {name: m.config.intermediate_size for name, m in made.items()}
+    assert widths == {"mine": 8, "wide": 20, "zero_ffn": 8, "shared_kd": 8}
     for i, bank in enumerate(open_experts(moe.model).values()):
         mlp = made["mine"].model.layers[i].mlp
         torch.testing.assert_close(mlp.down_proj.weight, gather(bank, "average").down)
         assert (made["zero_ffn"].model.layers[i].mlp.down_proj.weight == 0).all()
         assert (made["zero_ffn"].model.layers[i].mlp.up_proj.weight != 0).any()
+        assert (made["shared_kd"].model.layers[i].mlp.down_proj.weight != 0).any()
     for name in ("mine", "wide"):
         torch.testing.assert_close(made[name].model.embed_tokens.weight, moe.model.model.embed_tokens.weight)
-    table = conversion_table(entries, study.records)
-    assert table.groupby("model", sort=False)["layer"].apply(list).to_dict() == {name: [1, 2] for name in students}
-    assert table["output_error"].between(0.01, 5).all()
+    table = published_table(entries, study.records)
+    assert table["teacher"].eq("M").all()
+    loss = {(row.model, row.budget): row.value for row in table.itertuples()}
+    assert table["perplexity"].tolist() == pytest.approx(table["value"].map(math.exp).tolist())
+    assert (table["ratio"] * math.exp(next(v for (m, _), v in loss.items() if m == "moe"))).tolist() == pytest.approx(
+        table["perplexity"].tolist()
+    )
+    assert (table.dropna(subset="budget").groupby("model")["seconds"].diff().dropna() > 0).all()  # KD takes time
     with pytest.raises(ValueError, match=r"method: expected one of .*zero_ffn.*, found 'one_expert'"):
         study.run([study.student("one_expert", 0, 0)])
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "glm4_moe"])
+def test_students_of_active_width_have_the_form_of_the_dense_baseline(kind, study, tmp_path):
+    """Shared experts and dense first layers included; reconstructed on so many tokens of the corpus."""
+    shared = {"moe_intermediate_size": 8, "intermediate_size": 40, "n_routed_experts": 3, "n_shared_experts": 1}
+    shared |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8}
+    model = {**MOE, "model_type": kind, "dense_width": "active"} | (shared if kind == "glm4_moe" else {})
+    records = Records(tmp_path / "records")
+    study = replace(study, model=model, records=records)
+    options = {"reconstruct": 640, "student_inputs": True}
+    configs = [study.moe(0), study.dense(0), study.student("readout", 0, 0), study.student("readout", 0, 3, **options)]
+    _, dense, start, student = study.run(configs)
+    shapes = [{n: t.shape for n, t in study.load_model(r).state_dict().items()} for r in (dense, start, student)]
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert {m.up_proj.weight.shape[0] for m in study.load_model(student).modules() if hasattr(m, "up_proj")} == (
+        {16} if kind == "mixtral" else {40}
+    )
+    gathered = study.records.find(study.student("readout", 0, 0, **options))
+    assert all(layer["reconstruction_error"] < 1 for layer in gathered.result["layers"])
 
 
 def test_a_published_model_is_read_where_it_lies(study, tmp_path):

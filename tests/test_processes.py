@@ -23,7 +23,7 @@ from ones_lib.study.processes import _blocks, shard_model
 from ones_lib.study.records import Records
 from ones_lib.study.running import Execution
 from ones_lib.study.study import Study
-from ones_lib.study.training import Training, _share, fit
+from ones_lib.study.training import Training, fit, share_of
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_course_is_that_of_one_process(courses, way):
 def test_a_batch_has_to_be_shared_out_evenly(monkeypatch):
     monkeypatch.setattr("ones_lib.study.training.world_size", lambda: 3)
     with pytest.raises(ValueError, match="batch_size: expected a multiple of 3 processes, found 16"):
-        _share(16, 0)
+        share_of(16, 0)
 
 
 def test_shares_cover_a_batch_once():
@@ -75,7 +75,7 @@ def test_shares_cover_a_batch_once():
 
 @pytest.mark.parametrize(("device_batch", "parts"), [(0, 1), (48, 1), (99, 1), (47, 2), (16, 3), (5, 12), (1, 48)])
 def test_parts_are_as_few_as_there_can_be(device_batch, parts):
-    assert _share(48, device_batch).parts == parts
+    assert share_of(48, device_batch).parts == parts
 
 
 def test_balance_loss_of_parts_is_that_of_the_whole(monkeypatch):

@@ -54,3 +54,11 @@ def stored_activations(folder: Path, block: str, activation: Activation) -> Laye
     passes = [load_file(path) for path in sorted((folder / block).iterdir())]
     tensors = (torch.cat([found[name] for found in passes]).float() for name in ("inputs", "gates", "outputs"))
     return LayerActivations(*tensors, activation)
+
+
+def split_tokens(activations: LayerActivations) -> tuple[LayerActivations, LayerActivations]:
+    """A random three quarters of the tokens, and the rest."""
+    count = len(activations.inputs)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    parts = order.split(max(1, 3 * count // 4))[:2]
+    return tuple(activations.map(lambda t, part=part: t[part]) for part in parts)

@@ -40,6 +40,8 @@ class Architecture:
         names: of the matrices of a feed-forward network.
         rename: name in the MoE, and in the twin, of the module that holds the feed-forward network.
         approximation: another entry, for a twin that is not exact.
+        normed: whether a block norms its FFN's output before it adds it.
+        sigmoid: whether the router's probabilities are sigmoids of its logits; else their softmax.
         refuse: reason why a config cannot be converted, or an empty string.
     """
 
@@ -57,6 +59,8 @@ class Architecture:
     )
     rename: tuple[str, str] = ("", "")
     approximation: Architecture | None = None
+    normed: bool = False
+    sigmoid: bool = False
     refuse: Callable[[Config], str] = lambda config: ""
 
 
@@ -105,11 +109,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen3_moe": Architecture("qwen3", "moe_intermediate_size", _if_normalised, _qwen3_layers),
     "olmoe": Architecture("olmoe", "intermediate_size", _if_normalised, _one_expert, one_expert=("gate.weight",)),
-    "flex_olmo": Architecture("olmo2", "intermediate_size", _if_normalised),
+    "flex_olmo": Architecture("olmo2", "intermediate_size", _if_normalised, normed=True),
     # Transformers never normalises its gates, whatever norm_topk_prob says.
     "deepseek_v2": Architecture("deepseek_v2", "moe_intermediate_size", **_DEEPSEEK | {"gates": lambda config: None}),
-    "deepseek_v3": Architecture("deepseek_v3", "moe_intermediate_size", **_DEEPSEEK),
-    "glm4_moe": Architecture("glm4_moe", "moe_intermediate_size", **_DEEPSEEK),
+    "deepseek_v3": Architecture("deepseek_v3", "moe_intermediate_size", **_DEEPSEEK, sigmoid=True),
+    "glm4_moe": Architecture("glm4_moe", "moe_intermediate_size", **_DEEPSEEK, sigmoid=True),
     "granitemoe": Architecture(
         "granite",
         "intermediate_size",

@@ -22,7 +22,7 @@ def model_card(plan: TwinPlan, arguments: Mapping, layers: pd.DataFrame, perplex
     name, kind = arguments["source"], plan.source_config.model_type
     options = ({} if arguments["d_ff"] is None else {"d_ff": arguments["d_ff"]}) | arguments["options"]
     given = "".join(f", {option} = {value}" for option, value in options.items())
-    facts = [*_widths(plan, layers), *_approximations(plan, arguments), *_measured(layers, perplexities)]
+    facts = [*_widths(plan, layers), *_approximations(plan, arguments), *_measured(arguments, layers, perplexities)]
     return f"""---
 library_name: transformers
 base_model: {name}
@@ -72,12 +72,21 @@ def _approximations(plan: TwinPlan, arguments: Mapping) -> list[str]:
     return facts
 
 
-def _measured(layers: pd.DataFrame, perplexities: Mapping[str, float]) -> list[str]:
+def _measured(arguments: Mapping, layers: pd.DataFrame, perplexities: Mapping[str, float]) -> list[str]:
     facts, errors = [], layers["output_error"]
     if errors.notna().any():
         facts.append(
-            f"Relative error of the routed experts' output on held-out tokens, by layer: {errors.min():.3f} to"
+            f"Relative error of the routed experts' output after gathering, on held-out tokens, by layer: {errors.min():.3f} to"
             f" {errors.max():.3f}, see conversion.csv. How much each expert is used: router_statistics.csv."
+        )
+    if "reconstruct" in arguments:
+        found = layers["reconstruction_error"]
+        targets = (
+            "the MoE's residual stream, on the student's own inputs" if arguments["student_inputs"] else "their outputs"
+        )
+        facts.append(
+            f"Then every network was regressed onto the MoE layers on {arguments['reconstruct_tokens']:,} tokens, with {targets}"
+            f" as target: relative error {found.min():.3f} to {found.max():.3f}, see reconstruction.csv."
         )
     if perplexities:
         facts.append(f"Perplexity: MoE {perplexities['MoE']:.4g}, this model {perplexities['dense']:.4g}.")

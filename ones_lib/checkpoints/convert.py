@@ -19,10 +19,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from ones_lib.checkpoints.architectures import ARCHITECTURES, architecture_of
+from ones_lib.checkpoints.architectures import ARCHITECTURES, Architecture, architecture_of
 from ones_lib.checkpoints.plan import TwinPlan
 from ones_lib.checkpoints.shards import Shards
-from ones_lib.checkpoints.text import text_blocks
+from ones_lib.checkpoints.text import text_blocks, thinned
 from ones_lib.checkpoints.work import COPIED, Work
 from ones_lib.gathering.registry import check_options, needs_calibration
 from ones_lib.gathering.scale import ROUTER_SCALES
@@ -32,12 +32,15 @@ def convert(
     source: str | Path,
     destination: str | Path,
     method: str = "svd",
-    d_ff: int | None = None,
+    d_ff: int | str | None = None,
     *,
     calibration: str | Path | Tensor | None = None,
     calibration_tokens: int = 4096,
     approximate: bool = False,
     check: str | Path | Tensor | None = None,
+    reconstruct: str | Path | Tensor | None = None,
+    reconstruct_tokens: int = 2**20,
+    student_inputs: bool = False,
     **options,
 ) -> pd.DataFrame:
     """Make an MoE checkpoint dense: gather the experts of every layer, copy the rest, and write a folder that
@@ -55,20 +58,26 @@ def convert(
         source: a folder, or a name on the Hugging Face hub, of an MoE in safetensors files.
         destination: a folder that does not exist, or is empty.
         method: one of :func:`ones_lib.gathering_methods`.
-        d_ff: hidden units to gather the routed experts to, see :func:`ones_lib.gather`. None: one expert's.
+        d_ff: hidden units to gather the routed experts to, see :func:`ones_lib.gather`. ``"active"``: those that a token
+            passes through, the router's k times an expert's. None: one expert's.
         calibration: a text (see :func:`ones_lib.checkpoints.text.text_blocks`) or token ids [n, L]. The MoE is run on
-            it once, for methods that use data, router statistics and output errors. None: none of these, and sums of
-            gates are measured on random tokens where they are not known.
+            it once, for methods that use data, router statistics and output errors. None: that of ``reconstruct``; else
+            none of these, and sums of gates are measured on random tokens where they are not known.
         calibration_tokens: number of tokens of it.
         approximate: where the exact twin is not a plain dense class (Qwen2-MoE), make one that is, but is not exact.
         check: a text or token ids to measure the perplexity of MoE and twin on.
+        reconstruct: a text or token ids [n, L] to regress every gathered network, shared experts included, onto its MoE layer
+            on, see :mod:`ones_lib.checkpoints.reconstruction`. None: no regression.
+        reconstruct_tokens: number of tokens of the text.
+        student_inputs: regress on what the twin's earlier layers make of the text, so that a layer makes up for their errors.
         options: of the method.
 
     Returns:
         One row an MoE layer: ``layer, experts, d_ff, shared, width, gate_sum, gates, output_error, seconds``.
         ``width`` is the width of the twin's layer, ``gates`` the source of ``gate_sum``, and ``output_error`` the
-        relative error of the routed part on tokens that the method did not see. ``conversion.csv`` in the destination
-        holds the same.
+        relative error of the routed part, right after gathering, on tokens that the method did not see. After a
+        reconstruction, ``reconstruction_error`` is the relative error of its targets on held-out tokens.
+        ``conversion.csv`` in the destination holds the same, ``reconstruction.csv`` the error by tokens seen.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError, TypeError, ConnectionError, OSError: before long work starts,
@@ -78,29 +87,39 @@ def convert(
     destination = Path(destination).expanduser().resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"destination: expected a folder that is not there or empty, found {destination}")
+    if calibration is None:
+        calibration = thinned(reconstruct, calibration_tokens) if torch.is_tensor(reconstruct) else reconstruct
     if calibration is None and needs_calibration(method, options.get("scale", 1.0)):
         raise ValueError(f"calibration: expected a text, which method {method!r} needs, found None")
 
-    folder = _local_folder(source)
-    config = _read_config(folder)
+    folder = local_folder(source)
+    config = read_config(folder)
     architecture = architecture_of(config, folder, approximate)
     if architecture.gpt_oss:
         _check_weights_alone(method, options, config.model_type)
+    if reconstruct is not None or student_inputs:
+        _check_reconstruction(reconstruct, student_inputs, architecture, config)
     plan = TwinPlan(Shards(folder), config, architecture, method, d_ff, options.get("k"))
     if isinstance(calibration, (str, Path)):
         calibration = text_blocks(calibration, folder, calibration_tokens, "train")
+    if isinstance(reconstruct, (str, Path)):
+        reconstruct = text_blocks(reconstruct, folder, reconstruct_tokens, "train")
     if isinstance(check, (str, Path)):
         check = text_blocks(check, folder)
 
-    hub = not Path(source).expanduser().is_dir()
-    arguments = {"source": str(source), "revision": folder.name} if hub else {"source": folder.name}
-    arguments |= {"method": method, "d_ff": d_ff, "options": options, "calibration": _described(calibration)}
+    arguments = named(source, folder)
+    arguments |= {"method": method, "d_ff": plan.d_ff, "options": options, "calibration": described(calibration)}
     arguments |= {"calibration_tokens": calibration_tokens, "approximate": approximate}
+    if reconstruct is not None:
+        tokens = {"reconstruct": described(reconstruct), "reconstruct_tokens": reconstruct.numel()}
+        arguments |= tokens | {"student_inputs": student_inputs}
     work = Work(destination, plan, arguments)
-    with _only_one(destination):
+    with only_one(destination):
         work.begin()
         try:
             work.run_moe(calibration)
+            if reconstruct is not None:
+                work.reconstruct(reconstruct)
             work.write_shards()
             work.write_config()
             return work.finish({} if check is None else work.perplexities(check))
@@ -128,24 +147,41 @@ def _check_weights_alone(method: str, options: Mapping, kind: str) -> None:
         )
 
 
-def _local_folder(source: str | Path) -> Path:
-    """The checkpoint's folder. A hub name's is in the hub's cache; missing files are downloaded."""
+def _check_reconstruction(
+    tokens: str | Path | Tensor | None, student_inputs: bool, architecture: Architecture, config: PreTrainedConfig
+) -> None:
+    """Raise ValueError if a checkpoint's layers can't be reconstructed."""
+    if tokens is None:
+        raise ValueError("student_inputs: expected a text to reconstruct on (reconstruct), found None")
+    if architecture.gpt_oss or config.is_encoder_decoder:
+        raise ValueError(
+            f"reconstruct: expected a causal model whose experts compute down(act(gate) * up), found {config.model_type!r}"
+        )
+    if student_inputs and architecture.normed:
+        raise ValueError(
+            f"student_inputs: expected blocks that add their FFN's output as it is, found {config.model_type!r}, which norms it"
+        )
+
+
+def local_folder(source: str | Path, name: str = "source") -> Path:
+    """The checkpoint's folder. A hub name's is in the hub's cache; missing files are downloaded. Errors call it ``name``."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
-        raise FileNotFoundError(f"source: expected a folder or a hub name like owner/name, found {str(source)!r}")
+        raise FileNotFoundError(f"{name}: expected a folder or a hub name like owner/name, found {str(source)!r}")
     patterns = ["model*.safetensors", *(f"*{ending}" for ending in COPIED)]
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConnectionError(
-            f"source: expected a folder or a model on the Hugging Face hub, found no folder {str(source)!r}, and the hub"
+            f"{name}: expected a folder or a model on the Hugging Face hub, found no folder {str(source)!r}, and the hub"
             f" failed: {error}"
         ) from error
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of the MoE in a folder; ValueError: its type is none that transformers has."""
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder}: expected config.json, found {sorted(p.name for p in folder.iterdir())[:8]}")
@@ -161,16 +197,23 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _described(ids: Tensor | None) -> str | None:
+def named(source: str | Path, folder: Path) -> dict[str, str]:
+    """What a checkpoint is called in the records of what is made of it: ``source``, and a hub name's ``revision``."""
+    hub = not Path(source).expanduser().is_dir()
+    return {"source": str(source), "revision": folder.name} if hub else {"source": folder.name}
+
+
+def described(ids: Tensor | None) -> str | None:
+    """A hash of token ids, for such a record."""
     return None if ids is None else f"token ids, sha256 {hashlib.sha256(ids.long().numpy().tobytes()).hexdigest()}"
 
 
 @contextmanager
-def _only_one(destination: Path) -> Iterator[None]:
-    """Refuse a second conversion to the same place: it would start the first one's work over."""
+def only_one(destination: Path) -> Iterator[None]:
+    """Refuse a second conversion or distillation to the same place: it would start the first one's work over."""
     name = hashlib.sha256(str(destination).encode()).hexdigest()[:16]
     try:
         with FileLock(Path(gettempdir()) / f"ones-convert-{name}.lock", timeout=0):
             yield
     except Timeout as error:
-        raise FileExistsError(f"destination: another conversion to {destination} is under way") from error
+        raise FileExistsError(f"{destination}: another conversion or distillation to it is under way") from error

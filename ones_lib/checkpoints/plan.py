@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ones_lib.checkpoints.architectures import Architecture, twin_config
+from ones_lib.checkpoints.architectures import Architecture, architecture_of, twin_config
 from ones_lib.checkpoints.experts import ExpertBanks
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.ffn import FeedForwardWeights, count_non_finite
 from ones_lib.gathering.registry import check_width
 from ones_lib.models.causal import language_class, model_class
 
+ACTIVE = "active"  # the width that a token passes through
 _ROUTER = ("gate.", "router.", "moe_statics.")
 
 
@@ -48,17 +49,19 @@ def block_of(name: str) -> str:
 class TwinPlan:
     """The dense twin of a checkpoint: its ``config`` and its ``blocks``.
 
+    ``d_ff`` is the width to gather to: a number, or None for one expert's.
+
     Raises:
         ValueError: ``d_ff`` is not a width of the method, or the checkpoint's tensors do not make the twin.
     """
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Shards | Shapes,
         config: PreTrainedConfig,
         architecture: Architecture,
         method: str,
-        d_ff: int | None,
+        d_ff: int | str | None,
         k: int | None,
     ) -> None:
         self.shards, self.source_config, self.architecture = shards, config, architecture
@@ -66,8 +69,12 @@ class TwinPlan:
         self.blocks = self._find_blocks()
         experts = self.experts(next(block for block in self.blocks if block.sparse))
         self.num_experts, self.expert_width, self.d_model = len(experts), experts[0].d_ff, experts[0].d_model
+        if isinstance(d_ff, str):
+            if d_ff != ACTIVE:
+                raise ValueError(f"d_ff: expected a number, {ACTIVE!r} or None, found {d_ff!r}")
+            d_ff = self.experts_a_token * self.expert_width
         check_width(d_ff, method, self.num_experts, self.expert_width)
-        self.routed_width = self.num_experts * k if k else d_ff or self.expert_width
+        self.d_ff, self.routed_width = d_ff, self.num_experts * k if k else d_ff or self.expert_width
         self.width = max(self.routed_width * b.sparse + self._width(b.parts) for b in self.blocks)
         self.config = twin_config(config, architecture, self.width)
         self.config.architectures = [language_class(self.config).__name__]
@@ -118,6 +125,19 @@ class TwinPlan:
     def _width(self, parts: Mapping[str, str]) -> int:
         return self.shards.shapes[parts["up"]][0] if "up" in parts else 0
 
+    @property
+    def experts_a_token(self) -> int:
+        """k, the number of experts that a token is sent to."""
+        return getattr(self.source_config, "num_experts_per_tok", None) or 1
+
+    def router(self, block: Block) -> tuple[Tensor, Tensor | None]:
+        """Weight [E, d] and bias [E] of a sparse block's router."""
+        names = [n for n in self.shards.shapes if n.startswith(tuple(f"{block.ffn}.{part}" for part in _ROUTER))]
+        sizes = {1: [self.num_experts], 2: [self.num_experts, self.d_model]}
+        weight = next(n for n in names if self.shards.shapes[n] == sizes[2])
+        bias = weight.removesuffix("weight") + "bias"
+        return self.read(weight), self.read(bias) if bias in names else None
+
     def experts(self, block: Block) -> list[FeedForwardWeights]:
         """The routed experts of a sparse block."""
         return self.banks.experts(f"{block.ffn}.experts")
@@ -161,7 +181,7 @@ class TwinPlan:
         """Raise ValueError unless the tensors to be written are the twin's, with their shapes; set ``bytes``, their size."""
         with torch.device("meta"):
             twin = model_class(self.config).from_config(self.config)
-        self.bytes = sum(t.numel() * self.config.dtype.itemsize for t in twin.parameters())
+        self.bytes = sum(t.numel() * (self.config.dtype or torch.float32).itemsize for t in twin.parameters())
         expected = {name: list(tensor.shape) for name, tensor in twin.state_dict().items()}
         tied = set(twin.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
         made = {name: self.shards.shapes[name] for block in self.blocks for name in block.copies}
@@ -183,6 +203,26 @@ class TwinPlan:
         shapes = {"up": [h, d], "gate": [h, d], "down": [d, h], "up_bias": [h], "gate_bias": [h], "down_bias": [d]}
         parts = [*(self.architecture.names if block.sparse else []), *block.parts]
         return {self._name(block.ffn, part): shapes[part] for part in parts}
+
+
+class Shapes:
+    """What a model's checkpoint would hold, without the tensors; for a plan."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        with torch.device("meta"):
+            model = model_class(config).from_config(config)
+        self.path = config.model_type
+        self.shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the device ``meta``."""
+        return torch.empty(self.shapes[name], device="meta")
+
+
+def dense_config(config: PreTrainedConfig, d_ff: int | str | None) -> PreTrainedConfig:
+    """The config of an MoE's dense twin with its routed experts gathered to ``d_ff``, as in :class:`TwinPlan`."""
+    architecture = architecture_of(config, config.model_type)
+    return TwinPlan(Shapes(config), config, architecture, "topk", d_ff, None).config
 
 
 def _natural(text: str) -> list:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +20,13 @@ def block_length(config: PreTrainedConfig) -> int:
     return min(BLOCK, getattr(config, "max_position_embeddings", None) or BLOCK)
 
 
-def text_blocks(text: str | Path, folder: str | Path, tokens: int | None = None, split: str = "validation") -> Tensor:
+def text_blocks(
+    text: str | Path,
+    folder: str | Path,
+    tokens: int | None = None,
+    split: str = "validation",
+    length: int | None = None,
+) -> Tensor:
     """Token ids [n, L] of a text, by the tokenizer of the model in ``folder``.
 
     Args:
@@ -26,6 +34,7 @@ def text_blocks(text: str | Path, folder: str | Path, tokens: int | None = None,
             :func:`ones_lib.data.text.read_texts`.
         tokens: at most this many, in evenly spaced blocks. None: all.
         split: which split to read, where there are several.
+        length: tokens of a block. None: :func:`block_length`.
 
     Raises:
         ValueError: the folder has no tokenizer, or one with more tokens than the model.
@@ -35,11 +44,24 @@ def text_blocks(text: str | Path, folder: str | Path, tokens: int | None = None,
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: expected a tokenizer beside the model, to read text with: {error}") from error
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    length = block_length(config)
+    length = length or block_length(config)
     blocks = pack(read_texts(text, split), tokenizer, length)
     if int(blocks.max()) >= config.vocab_size:
         raise ValueError(
             f"{folder}: expected a tokenizer of at most {config.vocab_size} tokens, as the model's, found {len(tokenizer)}"
         )
-    count = len(blocks) if tokens is None else max(1, tokens // length)
+    return blocks if tokens is None else thinned(blocks, tokens)
+
+
+def thinned(blocks: Tensor, tokens: int) -> Tensor:
+    """At most so many tokens of blocks [n, L], but at least one block, evenly spaced."""
+    count = max(1, tokens // blocks.shape[1])
     return blocks[:: max(1, len(blocks) // count)][:count]
+
+
+def token_count(text: str) -> int:
+    """A number of tokens on a command line: 1000000, 1_000_000, 200k, 10M or 1.5B."""
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kMB]?)", text)
+    if not found:
+        raise ArgumentTypeError(f"expected a number such as 10M, 200k or 1_000_000, found {text!r}")
+    return round(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]])

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ones_lib.calibration import LayerActivations
-from ones_lib.checkpoints.activations import store_activations, stored_activations
+from ones_lib.checkpoints.activations import split_tokens, store_activations, stored_activations
 from ones_lib.checkpoints.card import model_card
 from ones_lib.checkpoints.plan import Block, TwinPlan
+from ones_lib.checkpoints.reconstruction import Reconstruction
 from ones_lib.checkpoints.shards import INDEX, Shards
 from ones_lib.checkpoints.text import block_length
 from ones_lib.data.files import file_stamps, remove_unfinished, save_tensors, write_text
@@ -46,6 +48,9 @@ class Work:
         self.destination, self.plan, self.arguments = destination, plan, arguments
         self.folder = destination.with_name(f".{destination.name}.converting")
         self.model, self.rows, self.activations = (self.folder / name for name in ("model", "rows", "activations"))
+        self.reconstruction = Reconstruction(
+            plan, self.folder / "reconstruction", arguments.get("student_inputs", False)
+        )
 
     def begin(self) -> None:
         """Go on with an interrupted conversion if it is the same, else start over.
@@ -68,7 +73,7 @@ class Work:
             raise OSError(
                 f"{self.destination.parent}: expected {needed / 1e9:.1f} GB of free disk space, found {free / 1e9:.1f} GB"
             )
-        for folder in (self.model, self.rows):
+        for folder in (self.model, self.rows, self.reconstruction.folder):
             folder.mkdir(parents=True, exist_ok=True)
         write_text(mark, identity)
 
@@ -81,6 +86,10 @@ class Work:
             ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
         if ids is not None:
             store_activations(self.plan.shards.path, ids, self.activations)
+
+    def reconstruct(self, ids: Tensor) -> None:
+        """Regress the gathered networks onto the MoE layers, on ``ids`` [n, L]."""
+        self.reconstruction.run(ids, self.gather_layer)
 
     def write_shards(self) -> None:
         """Write one shard a block, and the row of its MoE layer. A shard is written while the next one is gathered."""
@@ -109,8 +118,8 @@ class Work:
         plan, started = self.plan, time.perf_counter()
         tensors = {name: plan.read(name) for name in block.copies}
         if block.sparse:
-            ffn, row = self.gather_layer(block)
-            tensors |= plan.gathered_tensors(block.ffn, ffn)
+            ffn, row = self.reconstruction.fitted(block) or self.gather_layer(block)
+            tensors |= plan.gathered_tensors(block.ffn, ffn.map(lambda t: t.to(plan.config.dtype)))
             return tensors, {**row, "seconds": time.perf_counter() - started}
         if block.ffn:
             tensors |= plan.dense_tensors(block.ffn, plan.ffn(block).widened(plan.width))
@@ -124,8 +133,10 @@ class Work:
         gate_sum, gates = plan.architecture.gates(config), "architecture"
         if gate_sum is None:
             gate_sum, gates = seen.gate_sum(), "calibration" if text else "random tokens"
-        given, held_out = _split(seen) if text else (None, None)
         experts = plan.experts(block)
+        if text:
+            seen = replace(seen, probabilities=self._probabilities(block, seen.inputs))
+        given, held_out = split_tokens(seen) if text else (None, None)
         routed = self._gather(block.ffn, experts, given, gate_sum)
         known = text and not plan.architecture.gpt_oss
         error = held_out.squared_error(routed) ** 0.5 if known else float("nan")
@@ -135,7 +146,13 @@ class Work:
         if text:
             row["frequency"] = seen.expert_frequencies().tolist()
             row["mean_gate"] = seen.gates.mean(dim=0).tolist()
-        return ffn.widened(plan.width).map(lambda t: t.to(experts[0].up.dtype)), row
+        return ffn.widened(plan.width), row
+
+    def _probabilities(self, block: Block, inputs: Tensor) -> Tensor:
+        """The router's probabilities of all experts [N, E]."""
+        weight, bias = (None if t is None else t.float() for t in self.plan.router(block))
+        logits = F.linear(inputs, weight, bias)
+        return logits.sigmoid() if self.plan.architecture.sigmoid else logits.softmax(dim=-1)
 
     def _gather(
         self, layer: str, experts: list[FeedForwardWeights], given: LayerActivations | None, gate_sum: float
@@ -144,14 +161,15 @@ class Work:
         method, options, width = self.arguments["method"], self.arguments["options"], self.plan.routed_width
         if "calibration" not in options_of(method) and options.get("scale") not in ("scalar", "vector"):
             given = None
-        if method in ("readout", "fit") and len(given.inputs) < 4 * width:
+        solved_again = "reconstruct" in self.arguments
+        if method in ("readout", "fit") and len(given.inputs) < 4 * width and not solved_again:
             warnings.warn(
                 f"calibration_tokens: expected at least 4 for each of the {width} hidden units that {method!r} solves for,"
                 f" found {len(given.inputs)} in use; the twin may be far off on other text",
                 stacklevel=2,
             )
         try:
-            ffn = gather_precisely(experts, method, given, self.arguments["d_ff"], **options)
+            ffn = gather_precisely(experts, method, given, self.plan.d_ff, **options)
         except ValueError as error:
             raise ValueError(f"{self.plan.shards.path}: {layer}: {error}") from error
         return scaled_output(ffn, gate_sum) if given is None else ffn
@@ -175,19 +193,17 @@ class Work:
         size = sum((self.model / file).stat().st_size for file in set(files.values()))
         write_text(self.model / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=1))
         self.plan.config.save_pretrained(self.model)
-        for path in self.plan.shards.path.iterdir():
-            if path.is_file() and path.name.endswith(COPIED) and path.name not in ("config.json", INDEX):
-                shutil.copyfile(path, self.model / path.name)
+        copy_files(self.plan.shards.path, self.model)
 
     def perplexities(self, ids: Tensor) -> dict[str, float]:
         """Of the MoE and of the twin on blocks [n, L]."""
-        found, offload = {}, self.folder / "offload"
-        for name, folder in {"MoE": self.plan.shards.path, "dense": self.model}.items():
-            model = load_language_model(folder, device_map="auto", offload_folder=offload)
-            found[name] = perplexity(model, ids)
-            del model
-            shutil.rmtree(offload, ignore_errors=True)
-        return found
+        return perplexities({"MoE": self.plan.shards.path, "dense": self.model}, ids, self.folder / "offload")
+
+    def _made(self) -> dict:
+        """How the twin was made: the arguments, and what a teacher must have in common with it."""
+        config = self.plan.source_config
+        same = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+        return {**self.arguments, **{name: getattr(config, name) for name in same}}
 
     def finish(self, perplexities: Mapping[str, float]) -> pd.DataFrame:
         """Write tables and model card, and move all to the destination. Returns the table of layers."""
@@ -198,7 +214,13 @@ class Work:
             usage.insert(1, "expert", usage.groupby("layer").cumcount())
             usage.to_csv(self.model / "router_statistics.csv", index=False)
             layers = layers.drop(columns=["frequency", "mean_gate"])
+        if "course" in layers:
+            course = layers[["layer", "course"]].explode("course", ignore_index=True)
+            course = pd.concat([course["layer"], pd.DataFrame(list(course["course"]))], axis=1)
+            course.to_csv(self.model / "reconstruction.csv", index=False)
+            layers = layers.drop(columns="course")
         layers.to_csv(self.model / "conversion.csv", index=False)
+        write_text(self.model / "conversion.json", json.dumps(self._made(), indent=1))
         write_text(self.model / "README.md", model_card(self.plan, self.arguments, layers, perplexities))
         if self.destination.exists():
             self.destination.rmdir()
@@ -207,9 +229,19 @@ class Work:
         return layers
 
 
-def _split(activations: LayerActivations) -> tuple[LayerActivations, LayerActivations]:
-    """A random three quarters of the tokens, and the rest."""
-    count = len(activations.inputs)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    parts = order.split(max(1, 3 * count // 4))[:2]
-    return tuple(activations.map(lambda t, part=part: t[part]) for part in parts)
+def copy_files(source: Path, destination: Path) -> None:
+    """Copy a model's tokenizer and generation files from one folder to another."""
+    for path in source.iterdir():
+        if path.is_file() and path.name.endswith(COPIED) and path.name not in ("config.json", INDEX):
+            shutil.copyfile(path, destination / path.name)
+
+
+def perplexities(folders: Mapping[str, Path], ids: Tensor, offload: Path) -> dict[str, float]:
+    """Of the models in ``folders``, by name, on blocks [n, L]. ``offload`` is a folder for what memory can't hold."""
+    found = {}
+    for name, folder in folders.items():
+        model = load_language_model(folder, device_map="auto", offload_folder=offload)
+        found[name] = perplexity(model, ids)
+        del model
+        shutil.rmtree(offload, ignore_errors=True)
+    return found

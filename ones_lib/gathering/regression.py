@@ -5,6 +5,7 @@ Both minimise the mean of ``|f(x) - y(x)|^2`` over the calibration's tokens, wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -50,13 +51,13 @@ def readout(
             raise ValueError(f"hidden: expected an FFN or one of {allowed}, found {hidden!r}")
         scale = {"scale": "router"} if hidden in ROUTER_SCALES else {}
         hidden = gather(bank, hidden, calibration=calibration, d_ff=d_ff, **scale)
-    return _with_readout(hidden.map(lambda t: t.to(bank.up)), calibration, ridge)
+    return readout_on(hidden.map(lambda t: t.to(bank.up)), calibration.chunks(), ridge)
 
 
-def _with_readout(ffn: FeedForwardWeights, calibration: LayerActivations, ridge: float) -> FeedForwardWeights:
-    """The FFN with the output weights of :func:`readout`."""
+def readout_on(ffn: FeedForwardWeights, chunks: Iterable[LayerActivations], ridge: float) -> FeedForwardWeights:
+    """The FFN with the output weights of :func:`readout`, from tokens that come chunk by chunk."""
     grams = products = 0.0
-    for chunk in calibration.chunks():
+    for chunk in chunks:
         features = ffn.hidden(chunk.inputs, chunk.activation)
         left = (chunk.outputs - F.linear(features, ffn.down, ffn.down_bias)).double()
         if ffn.down_bias is not None:
@@ -123,7 +124,7 @@ def fit(
             (weights * errors).mean().backward()
             optimizer.step()
             schedule.step()
-    fitted = _with_readout(moving.map(torch.detach), calibration, ridge=1e-6)
+    fitted = readout_on(moving.map(torch.detach), calibration.chunks(), ridge=1e-6)
     return min(best, fitted, key=calibration.squared_error)
 
 

@@ -98,14 +98,19 @@ def by_variant(study: Study, variants: Iterable[tuple[str, Mapping]], budgets: I
     return result
 
 
-def by_name(study: Study, students: Mapping[str, tuple[str, Mapping]], budgets: Iterable[int]) -> list[Entry]:
+def by_name(
+    study: Study, students: Mapping[str, tuple[str, Mapping]], budgets: Mapping[int, float | None], **axes
+) -> list[Entry]:
     """Students that have a name of their own, each a method with options, after each budget of KD (column ``budget``; 0:
-    right after gathering), with teacher and dense baselines."""
-    result, budgets = _baselines(study), list(budgets)
+    right after gathering), with teacher and dense baselines. ``budgets`` gives each its learning rate; None: the study's."""
+    result = []
     for seed in study.seeds:
-        result += [reference(study, model, seed) for model in ("moe", "dense_kd")]
+        result += [reference(study, model, seed, **axes) for model in ("dense", "dense_long", "moe")]
         for name, (method, options) in students.items():
-            entries = [student(study, method, seed, budget, {"budget": budget}, **options) for budget in budgets]
+            entries = [
+                student(study, method, seed, b, {**axes, "budget": b}, learning_rate=rate, **options)
+                for b, rate in budgets.items()
+            ]
             result += [replace(entry, model=name) for entry in entries]
     return result
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ones_lib.checkpoints.architectures import architecture_of, twin_config
 from ones_lib.checkpoints.convert import convert
+from ones_lib.checkpoints.plan import block_of, dense_config
+from ones_lib.checkpoints.text import thinned
 from ones_lib.data.keys import WHOLE, Share, training_keys
 from ones_lib.data.text import Corpus
 from ones_lib.data.tokens import end_tokens
@@ -30,7 +32,10 @@ EVALUATION_BATCH = 16
 
 
 class LanguageModel(nn.Module):
-    """A causal language model of transformers as the training loop takes it."""
+    """A causal language model of transformers as the training loop takes it.
+
+    Its parts stay where they are if they were loaded to several places (``device_map``).
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -45,28 +50,31 @@ class LanguageModel(nn.Module):
         self._balance = 0.0 if found is None else found
         return output.logits[:, :-1]
 
+    def to(self, *args, **kwargs) -> LanguageModel:
+        return self if hasattr(self.model, "hf_device_map") else super().to(*args, **kwargs)
+
     def balance_loss(self) -> Tensor | float:
         """That of the last forward pass."""
         return self._balance
 
 
-def language_model(model: Mapping, data: Corpus, seed: int, d_ff: int | None = None) -> LanguageModel:
+def language_model(model: Mapping, data: Corpus, seed: int, dense: bool = False) -> LanguageModel:
     """A causal model as a study configures it.
 
     Args:
         model: either ``checkpoint``, the folder or hub name of a trained MoE, or ``model_type`` (of
-            :data:`ones_lib.checkpoints.architectures.ARCHITECTURES`) and what its configuration takes, for a new one. With
-            ``num_experts`` of 1 it is the new dense model of the MoE's architecture.
+            :data:`ones_lib.checkpoints.architectures.ARCHITECTURES`) and what its configuration takes, for a new one. And
+            ``dense_width``, what the routed experts of its dense models are gathered to: a number, ``"active"``, or None for one
+            expert's width.
         data: gives vocabulary and length.
         seed: of the initialisation.
-        d_ff: width of a dense model; None: one expert's.
+        dense: make the new dense model of the MoE's architecture instead.
     """
-    if "checkpoint" in model and model.get("num_experts") != 1:
+    if "checkpoint" in model and not dense:
         return LanguageModel(load_language_model(model["checkpoint"], dtype=torch.float32))
     config = language_config(model, data)
-    if model.get("num_experts") == 1:
-        architecture = architecture_of(config, model.get("checkpoint", config.model_type))
-        config = twin_config(config, architecture, d_ff or getattr(config, architecture.width))
+    if dense:
+        config = dense_config(config, model.get("dense_width"))
     with torch.random.fork_rng():
         set_seed(seed)
         return LanguageModel(model_class(config).from_config(config, dtype=torch.float32))
@@ -79,10 +87,15 @@ def language_config(model: Mapping, data: Corpus) -> PreTrainedConfig:
     first, last = end_tokens(data.tokenizer)
     tokens = {"pad_token_id": data.tokenizer.pad_token_id, "bos_token_id": first, "eos_token_id": last}
     sizes = {"vocab_size": data.vocab_size, "max_position_embeddings": data.train.shape[1]}
-    options = {k: v for k, v in model.items() if k not in ("model_type", "num_experts")}
-    if model.get("num_experts", 1) > 1:
-        options["num_experts"] = model["num_experts"]
+    options = {k: v for k, v in model.items() if k not in ("model_type", "dense_width")}
     return AutoConfig.for_model(model["model_type"], **sizes, **tokens, **options)
+
+
+class Sequences(Protocol):
+    """Token ids [n, L] to train on and to measure on."""
+
+    train: Tensor
+    validation: Tensor
 
 
 class LanguageModelling:
@@ -90,8 +103,8 @@ class LanguageModelling:
 
     metrics = ("loss", "accuracy")
 
-    def __init__(self, data: Corpus) -> None:
-        self.data = data
+    def __init__(self, data: Sequences, evaluation_batch: int = EVALUATION_BATCH) -> None:
+        self.data, self.evaluation_batch = data, evaluation_batch
 
     def batches(
         self, training: Training, seed: int, start: int, device: torch.device, share: Share = WHOLE
@@ -117,7 +130,7 @@ class LanguageModelling:
     def predict(self, model: nn.Module, device: torch.device) -> Mapping[str, Tensor]:
         """Of every token of the validation sequences but the first: ``loss`` (nats), ``accuracy`` (right or not)."""
         model.eval()
-        parts, every = [], self.data.validation.split(EVALUATION_BATCH)
+        parts, every = [], self.data.validation.split(self.evaluation_batch)
         for ids in own_share(every):
             batch = ids.long().to(device)
             logits, labels = model(batch).flatten(0, 1).float(), batch[:, 1:].flatten()
@@ -126,29 +139,41 @@ class LanguageModelling:
         return dict(zip(self.metrics, torch.cat(merged(parts, len(every)), dim=1), strict=True))
 
 
-#: The control that :func:`gathered_model` knows: what is left of the MoE without its experts.
-CONTROL = "zero_ffn"
+#: The controls that :func:`gathered_model` knows: new networks in place of the MoE layers, and networks whose output is zero.
+CONTROLS = ("shared_kd", "zero_ffn")
 
 
 def gathered_model(teacher: LanguageModel, config: Mapping, data: Corpus) -> tuple[LanguageModel, list[dict]]:
-    """The student right after gathering, and the rows of :func:`ones_lib.checkpoints.convert.convert`."""
+    """The student right after gathering, and the rows of :func:`ones_lib.checkpoints.convert.convert`.
+
+    The config's ``options`` are the method's and ``convert``'s. ``reconstruct`` among them is a number of tokens of the corpus.
+    """
     method, options = config["method"], dict(config["options"])
-    if method not in (*gathering_methods(), CONTROL):
-        raise ValueError(f"method: expected one of {[*gathering_methods(), CONTROL]}, found {method!r}")
-    ids = data.train
-    ids = ids[:: max(1, len(ids) // config["calibration_examples"])][: config["calibration_examples"]]
+    if method not in (*gathering_methods(), *CONTROLS):
+        raise ValueError(f"method: expected one of {[*gathering_methods(), *CONTROLS]}, found {method!r}")
+    moe, length = config["teacher"]["model"], data.train.shape[1]
+    options["calibration"] = thinned(data.train, config["calibration_examples"] * length)
+    options.setdefault("d_ff", moe.get("dense_width"))
+    if "reconstruct" in options:
+        options["reconstruct"] = thinned(data.train, options["reconstruct"])
     with TemporaryDirectory() as folder, without_bars():
-        source, destination = config["teacher"]["model"].get("checkpoint"), Path(folder, "dense")
+        source, destination = moe.get("checkpoint"), Path(folder, "dense")
         if source is None:
             source = Path(folder, "moe")
             teacher.model.save_pretrained(source)
-        table = convert(source, destination, "average" if method == CONTROL else method, calibration=ids, **options)
+        table = convert(source, destination, "topk" if method in CONTROLS else method, **options)
         model = load_language_model(destination, dtype=torch.float32)
-    if method == CONTROL:  # only the read-out is zero, so that it can still learn
-        table["output_error"] = 1.0
-        generator = torch.Generator().manual_seed(config["seed"])
-        for name, tensor in model.named_parameters():
-            if ".mlp." in name:
-                fresh = torch.randn(tensor.shape, generator=generator) * model.config.initializer_range
-                tensor.data.copy_(torch.zeros_like(tensor) if "down_proj" in name else fresh)
-    return LanguageModel(model), table.to_dict("records")
+    if method in CONTROLS:
+        _put_in_fresh(model, table["layer"], config["seed"], zero=method == "zero_ffn")
+        table["output_error"] = 1.0 if method == "zero_ffn" else float("nan")
+    return LanguageModel(model), table.drop(columns="course", errors="ignore").to_dict("records")
+
+
+def _put_in_fresh(model: PreTrainedModel, layers: Iterable[str], seed: int, zero: bool) -> None:
+    """Put newly initialised networks in the place of the gathered ones; ``zero``: with an output of zero, which can still learn."""
+    generator = torch.Generator().manual_seed(seed)
+    places = tuple(f"{block_of(layer)}.mlp." for layer in layers)
+    for name, tensor in model.named_parameters():
+        if name.startswith(places):
+            fresh = torch.randn(tensor.shape, generator=generator) * model.config.initializer_range
+            tensor.data.copy_(torch.zeros_like(tensor) if zero and "down_proj" in name else fresh)

@@ -246,8 +246,9 @@ class Text(Group):
 class Language(Group):
     """The study of a published MoE of transformers: conversion and distillation."""
 
-    language_source: str = value("folder or hub name of an MoE; empty: train one of language_moe")
-    language_moe: dict = value("model_type and configuration of the MoE to train")
+    language_source: str = value("folder or hub name of an MoE; empty: train those of language_moes")
+    language_moes: dict = value("by name, model_type and configuration of an MoE to train")
+    language_width: str = value("hidden units of dense models: 'active' or 'expert'", of=("active", "expert"))
     language_corpus: str = value("'docstrings', 'names', a file, a folder or a hub name", to="data.name")
     language_vocab_size: int = value("of the tokenizer trained where there is no source", least=8, to="data.vocab_size")
     language_sequence_length: int = value("tokens", least=8, to="data.sequence_length")
@@ -257,21 +258,27 @@ class Language(Group):
     language_teacher_steps: int = value("optimizer steps of MoE and dense baselines", least=1, to="teaching.steps")
     language_batch_size: int = value("sequences a step", least=1, to="teaching.batch_size")
     language_learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
-    language_students: dict = value("by name, a gathering or zero_ffn, and options: [topk, {d_ff: 128}]")
+    language_students: dict = value("by name, a gathering or control, and options, also convert's: [topk, {d_ff: 128}]")
     language_calibration: int = value("sequences for gatherings that look at data and for output errors", least=1)
     language_kd_steps: int = value("optimizer steps of distillation, the largest budget", least=1, to="learning.steps")
     language_kd_learning_rate: float = value("of distillation, after warm-up", above=0, to="learning.learning_rate")
     language_temperature: float = value("T of the KD loss", above=0, to="distillation.temperature")
     language_alpha: float = value("weight of the KL in the loss", least=0, most=1, to="distillation.alpha")
-    language_budgets: list[int] = value("steps of KD, beside 0 and language_kd_steps", least=0)
+    language_budgets: dict = value("steps of KD, beside 0 and language_kd_steps, and the learning rate of each")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, student in self.language_students.items():
             method, options = student if isinstance(student, list) and len(student) == 2 else (None, None)
-            if method not in (*gathering_methods(), "zero_ffn") or not isinstance(options, dict):
-                expected = f"[method, {{options}}] with a method of {[*gathering_methods(), 'zero_ffn']}"
+            known = [*gathering_methods(), "shared_kd", "zero_ffn"]
+            if method not in known or not isinstance(options, dict):
+                expected = f"[method, {{options}}] with a method of {known}"
                 raise ParameterError(f"language_students: {name}: expected {expected}, found {student!r}")
+        for steps, rate in self.language_budgets.items():
+            whole = isinstance(steps, int) and steps > 0
+            if not whole or not isinstance(rate, (int, float)) or not rate > 0:
+                expected = "numbers of steps above 0, each with a learning rate above 0"
+                raise ParameterError(f"language_budgets: expected {expected}, found {steps!r}: {rate!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

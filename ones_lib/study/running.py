@@ -159,8 +159,10 @@ def _open_tasks(data: str, task_data: str, cache_dir: Path) -> TextTasks:
 def build_model(config: Config, data: Data) -> nn.Module:
     """The freshly initialised model of a config. A student has its teacher's architecture, dense."""
     if config["kind"] == "student" and config["domain"] == "language":
-        dense = {**config["teacher"]["model"], "num_experts": 1}
-        return language_model(dense, data, config["seed"], config["options"].get("d_ff"))
+        width = {"dense_width": config["options"]["d_ff"]} if "d_ff" in config["options"] else {}
+        return language_model({**config["teacher"]["model"], **width}, data, config["seed"], dense=True)
+    if config["domain"] == "language":
+        return language_model(config["model"], data, config["seed"], dense=config["kind"] != "moe")
     if config["kind"] == "student":
         teacher = build_model(config["teacher"], data)
         k = config["options"].get("k")
@@ -169,7 +171,7 @@ def build_model(config: Config, data: Data) -> nn.Module:
         return upcycle(build_model(config["start"], data), seed=config["seed"], **config["upcycling"])
     if config["kind"] == "finetuned":
         return _finetuning_model(build_model(config["start"], data), config)
-    build = {"image": classification_model, "text": pretraining_model, "language": language_model}[config["domain"]]
+    build = {"image": classification_model, "text": pretraining_model}[config["domain"]]
     return build(config["model"], data, config["seed"])
 
 
@@ -293,8 +295,9 @@ def _start(config: Config, place: Workplace, task: Task, teacher: nn.Module | No
     if start is not None:
         return start, {}
     if config["domain"] == "language":
+        made = time.perf_counter()
         model, layers = gathered_model(teacher, config, data)
-        return model, {"layers": layers}
+        return model, {"gathering_seconds": time.perf_counter() - made, "layers": layers}
     calibration, device = None, default_device()
     if "calibration_examples" in config:
         teacher.to(device)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
+from ones_lib.checkpoints.plan import ACTIVE
 from ones_lib.data.files import file_stamps
 from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS
 from ones_lib.data.text import embedded_versions
@@ -98,7 +99,7 @@ class Study:
     def dense(self, seed: int, extra_steps: int = 0) -> Config:
         """The dense baseline: the MoE's definition with one expert, trained from scratch, without a teacher."""
         training = replace(self.teaching, steps=self.teaching.steps + extra_steps)
-        arguments = {**self.model, "num_experts": 1}
+        arguments = self.model if self.domain == "language" else {**self.model, "num_experts": 1}
         return {"kind": "dense", **self._common(seed), "model": arguments, "training": asdict(training)}
 
     def dense_kd(self, seed: int) -> Config:
@@ -112,6 +113,7 @@ class Study:
         budget: int | None = None,
         teacher: Config | None = None,
         distillation: Distillation | None = None,
+        learning_rate: float | None = None,
         **options,
     ) -> Config:
         """The student that a gathering method or control makes, distilled for ``budget`` steps.
@@ -121,6 +123,7 @@ class Study:
             budget: steps of KD; 0 is the student right after gathering; None the largest budget.
             teacher: config of another teacher than ``moe(seed)``.
             distillation: another KD loss than the study's.
+            learning_rate: another one of KD than the study's.
             options: the gathering method's.
         """
         if method not in integration_methods():
@@ -135,6 +138,8 @@ class Study:
         if on_data:  # gathered once for all budgets: a fit takes seconds
             config["start"] = self.student(method, seed, 0, teacher, **options)
         training = self.learning if budget is None else replace(self.learning, steps=budget)
+        if learning_rate is not None:
+            training = replace(training, learning_rate=learning_rate)
         return {**config, "training": asdict(training), **self._taught_by(teacher, distillation)}
 
     def finetuned(self, task: str, start: Config, teacher: Config | None = None) -> Config:
@@ -205,8 +210,9 @@ class Study:
 _SEEDS = {"image": "seeds", "text": "text_seeds", "language": "language_seeds"}
 
 
-def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None = None) -> Study:
-    """The study of a domain (``image``, ``text`` or ``language``) with a notebook's parameters.
+def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None = None, moe: str = "") -> Study:
+    """The study of a domain (``image``, ``text`` or ``language``) with a notebook's parameters; of ``language``, that of one of
+    :func:`language_moes`.
 
     The KD recipe is the teacher's with its own steps and learning rate, and no evaluation during training.
     """
@@ -219,7 +225,7 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
     return Study(
         domain=domain,
         data=_data(root, domain, group, tasks),
-        model=_language_model(root, group) if domain == "language" else group.part("model"),
+        model=_language_model(root, group, moe) if domain == "language" else group.part("model"),
         teaching=teaching,
         learning=replace(teaching, **group.part("learning"), evaluations=0),
         distillation=Distillation(**group.part("distillation")),
@@ -254,13 +260,22 @@ def _task_data(root: Path, group: Group) -> dict:
     return data | {"text_dir": _in_project(root, data["text_dir"]), "versions": embedded_versions(data["name"])}
 
 
-def _language_model(root: Path, group: Group) -> dict:
-    """The MoE to train; or a checkpoint and its files' stamps, so that a changed one gets new records."""
-    source = _in_project(root, group.language_source)
+def language_moes(parameters: Parameters) -> list[str]:
+    """Names of the MoEs that the language study is about: the source's, or those to train."""
+    group = parameters.groups["language"]
+    return [Path(group.language_source).name] if group.language_source else list(group.language_moes)
+
+
+def _language_model(root: Path, group: Group, moe: str) -> dict:
+    """An MoE to train; or a checkpoint and its files' stamps, so that a changed one gets new records."""
+    source, width = (
+        _in_project(root, group.language_source),
+        {"dense_width": ACTIVE if group.language_width == ACTIVE else None},
+    )
     if not source:
-        return group.language_moe
+        return group.language_moes[moe or next(iter(group.language_moes))] | width
     files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []  # none of a hub name
-    return {"checkpoint": source, "files": file_stamps(files)}
+    return {"checkpoint": source, "files": file_stamps(files)} | width
 
 
 def _in_project(root: Path, name: str) -> str:

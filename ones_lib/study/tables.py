@@ -65,9 +65,7 @@ def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
     result = table[table["metric"] == table["metric"].iloc[0]].drop(columns=["metric", "value"])
     for metric in ("accuracy", "loss"):
         result[metric] = result["record"].map(values[metric]) if metric in values else np.nan
-    seconds = pd.DataFrame([_seconds_taken(study.records, name) for name in result["record"]], index=result.index)
-    step = (seconds["kd"] / result["budget"].where(result["budget"] > 0)).min()
-    result["seconds"] = seconds["gathering"] + (0 if pd.isna(step) else step * result["budget"])
+    result["seconds"] = _seconds(result, study.records)
     rows = [
         {**entry.axes, "model": entry.model, "seed": entry.config["seed"], "layer_error": layer_error(record, study)}
         for entry in tqdm([e for e in entries if e.axes.get("budget") == 0], "layers", unit="student")
@@ -79,6 +77,13 @@ def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
     result = result.rename(columns={"model": "method"}).astype({"budget": int})
     values = ["accuracy", "retention", "layer_error", "loss", "seconds", "record"]
     return result[["data", "method", *axes[1:3], "budget", "seed", *values]]
+
+
+def _seconds(students: pd.DataFrame, records: Records) -> pd.Series:
+    """Seconds of each student's gathering, and of its KD at the fastest one's time for a step."""
+    found = pd.DataFrame([_seconds_taken(records, name) for name in students["record"]], index=students.index)
+    step = (found["kd"] / students["budget"].where(students["budget"] > 0)).min()
+    return found["gathering"] + (0 if pd.isna(step) else step * students["budget"])
 
 
 def _seconds_taken(records: Records, name: str) -> dict[str, float]:
@@ -157,18 +162,22 @@ def _other_activations(teacher: Record, cache_dir: Path) -> dict[str, LayerActiv
     return record_activations(teacher, cache_dir, seed=1)
 
 
-def conversion_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
-    """One row a layer of every converted model right after gathering: ``model, seed, layer, d_ff, width, gate_sum, output_error,
-    record``; see :func:`ones_lib.checkpoints.convert.convert`. Layers are numbered from 1."""
-    parts = []
-    for entry in entries:
-        if entry.stage == "gathered":
-            record = records.find(entry.config)
-            layers = pd.DataFrame(record.result["layers"]).assign(layer=lambda t: range(1, len(t) + 1))
-            columns = ["layer", "d_ff", "width", "gate_sum", "output_error"]
-            names = {"model": entry.model, "seed": entry.config["seed"]}
-            parts.append(layers[columns].assign(**names, record=record.folder.name))
-    return pd.concat(parts, ignore_index=True)[["model", "seed", *columns, "record"]]
+def published_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
+    """One row a model of :func:`ones_lib.study.entries.by_name` with an axis ``teacher``: ``data, teacher, budget, model, stage,
+    seed, metric, value, retention, perplexity, ratio, seconds, record``.
+
+    ``value`` is the loss in nats, ``ratio`` the perplexity divided by that of the MoE of the same seed. ``seconds`` are those of
+    gathering and KD, as in an :func:`ablation_table`, a step's by teacher.
+    """
+    table = results_table(entries, records)
+    table = table[table["metric"] == "loss"].reset_index(drop=True)
+    table["perplexity"] = np.exp(table["value"])
+    moes = table[table["model"] == "moe"].set_index(["teacher", "seed"])["perplexity"]
+    table["ratio"] = table["perplexity"] / table.set_index(["teacher", "seed"]).index.map(moes).to_numpy()
+    students = table.dropna(subset="budget")
+    seconds = [_seconds(part, records) for _, part in students.groupby("teacher")]
+    table["seconds"] = pd.concat(seconds).reindex(table.index)
+    return table[[c for c in table if c != "record"] + ["record"]]
 
 
 def main_metrics(table: pd.DataFrame, metrics: dict[str, str]) -> pd.DataFrame:

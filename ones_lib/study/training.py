@@ -199,7 +199,7 @@ class _Run:
         )
         self.device = self.accelerator.device
         self.model, self.task, self.training, self.seed, self.shard = model.to(self.device), task, training, seed, shard
-        self.share = _share(training.batch_size, device_batch)
+        self.share = share_of(training.batch_size, device_batch)
         if shard:
             _refuse_sharded(ema_decay=training.ema_decay)
             shard_model(model)  # before the optimizer, which then holds the shards
@@ -222,14 +222,16 @@ class _Run:
         self, teacher: nn.Module, distillation: Distillation, folder: Path | None, start: nn.Module | None
     ) -> None:
         """``start``: a copy of the student, for the guard; None for no guard."""
-        teacher.to(self.device).eval().requires_grad_(False)
+        teacher.eval().requires_grad_(False)
         if distillation.router_rate:
             self.saved["teacher"] = teacher  # its routers are trained
         cache = None
         if self.shard:
             _refuse_sharded(router_rate=distillation.router_rate)
-            shard_model(teacher)
-        elif folder is not None:
+            shard_model(teacher)  # a block at a time gets to the device, which need not hold the whole
+        else:
+            teacher.to(self.device)
+        if folder is not None and not self.shard:
             cache = TeacherLogits(folder, teacher, self.training.steps * self.share.parts)
         guard = None
         if start is not None:
@@ -360,7 +362,7 @@ class _Run:
         return self.best.eval(), pd.DataFrame(self.rows)
 
 
-def _share(batch_size: int, device_batch: int) -> Share:
+def share_of(batch_size: int, device_batch: int) -> Share:
     """This process's part of every batch, in the fewest equal parts of at most ``device_batch`` examples."""
     if batch_size % world_size():
         raise ValueError(f"batch_size: expected a multiple of {world_size()} processes, found {batch_size}")

@@ -25,9 +25,10 @@ from PIL import Image
 from torch import nn
 
 from ones_lib import spectra
+from ones_lib.checkpoints.activations import split_tokens
 from ones_lib.checkpoints.experts import ExpertBanks, open_experts
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.gathering.registry import gathering_methods, uses_calibration
+from ones_lib.gathering.registry import gather, gathering_methods, uses_calibration
 from ones_lib.spectra import FactoredBank
 from ones_lib.study.records import Record, Records, project_root
 from ones_lib.study.running import record_activations
@@ -36,12 +37,19 @@ from ones_lib.views import figures
 Source = Record | Path | str | nn.Module
 DPI = 110
 SMALL = 3e8  # multiplications to decompose all experts; below this the curve over all ranks takes no noticeable time
+REGRESSIONS = ("readout", "fit")  # gatherings shown of layers whose activations are known
+FIT_STEPS = 200  # a fifth of the fit's default, for an answer in seconds
 VIEWS = ("spectra", "energy", "overlap", "output_error")
 
 
 def _methods() -> list[str]:
-    """Gatherings that need weights only; those that need calibration are too slow to follow a slider."""
+    """Gatherings of weights alone, which can follow a slider."""
     return [method for method in gathering_methods() if not uses_calibration(method)]
+
+
+def _named(methods: Sequence[str]) -> list[tuple[str, str]]:
+    """Options of a control for methods: the names to show, and their own."""
+    return [(figures.look(method).name, method) for method in methods]
 
 
 def moe_records(records: Records, first: Sequence[str] = ()) -> dict[str, Record]:
@@ -64,7 +72,8 @@ class Explorer:
 
     Args:
         sources: records, safetensors files or folders, or models, by the name to show. Other files can be opened by their
-            path in the widget. The output error is shown only for records, on a batch of their own data.
+            path in the widget. The output error is shown only for records, on a batch of their own data: read-out and fit
+            are solved on three quarters of its tokens, and all errors are those on the rest. The fit runs once it is chosen.
         cache_dir: where records' data are kept, relative to the project's root.
         save_dir: where "save figures" writes, a folder for each choice of controls; relative to the project's root.
     """
@@ -104,10 +113,12 @@ class Explorer:
         self.matrix = wide(widgets.Dropdown, "matrix", matrices)
         several = "which experts the views show; Ctrl or Shift for several"
         self.experts = wide(widgets.SelectMultiple, "experts", several, rows=6)
-        methods = {"options": [(figures.look(m).name, m) for m in _methods()], "value": "svd"}
+        methods = {"options": _named(_methods()), "value": "svd"}
         self.method = wide(widgets.Dropdown, "gathering", "how the experts become one FFN", **methods)
         kept = "what is kept of each expert; arrow keys move it"
         self.rank = wide(widgets.IntSlider, "rank K", kept, min=1, max=2)
+        units = "hidden units of read-out and fit: one expert's, two experts', ..."
+        self.width = wide(widgets.SelectionSlider, "width", units, options=[1], continuous_update=False)
         self.scale = widgets.ToggleButtons(
             options=["linear", "log", "energy"],
             value="log",
@@ -123,15 +134,18 @@ class Explorer:
         self.layer.observe(self._on(self._choose_layer), "value")
         for control in (self.matrix, self.experts, self.scale, self.method):
             control.observe(self._on(self._draw_all), "value")
-        self.rank.observe(self._on(self._draw_rank), "value")
+        for control in (self.rank, self.width):
+            control.observe(self._on(self._draw_rank), "value")
         self.save.on_click(self._on(self._save))
 
     def _lay_out(self) -> None:
         help_text = widgets.HTML(
             "<p style='line-height:1.3'>K: singular triplets (SVD-KG) or neurons (Top-KG) kept of each expert;"
-            " also the dimension of the subspaces compared. Summation and averaging keep everything.</p>"
+            " also the dimension of the subspaces compared. Summation and averaging keep everything."
+            f" Read-out and fit have a width instead, and see data; the fit ({FIT_STEPS} steps) runs when it is chosen.</p>"
         )
-        controls = [self.source, self.path, self.layer, self.matrix, self.experts, self.scale, self.method, self.rank]
+        controls = [self.source, self.path, self.layer, self.matrix, self.experts, self.scale]
+        controls += [self.method, self.rank, self.width]
         left = widgets.VBox([*controls, help_text, self.save, self.status], layout=widgets.Layout(width="27em"))
         spectra_view, energy, overlap, error = (picture.widget for picture in self._pictures.values())
         right = widgets.VBox([widgets.HBox([spectra_view, energy]), overlap, error, self.numbers])
@@ -198,6 +212,14 @@ class Explorer:
         self._small = bank.up.numel() * min(bank.d_ff, bank.d_model) < SMALL
         self.factored = FactoredBank(bank)
         self.tables, self._pictures["output_error"].fig = {}, None
+        self._given, self._held_out, self._solved, self._shown = None, None, {}, None
+        if (seen := self.activations.get(self.layer.value)) is not None:
+            self._given, self._held_out = split_tokens(seen)
+        methods = [*_methods(), *(REGRESSIONS if seen is not None else ())]
+        method = self.method.value if self.method.value in methods else "svd"
+        self._set(self.method, options=_named(methods), value=method)
+        widths = [m * bank.d_ff for m in range(1, bank.num_experts + 1)]
+        self._set(self.width, options=widths, value=bank.d_ff, disabled=seen is None)
         count, full = bank.num_experts, self.factored.full_rank
         matrix = self.matrix.value if self.matrix.value in self.factored.matrices else "up"
         self._set(self.matrix, options=[(figures.MATRIX_NAMES[m], m) for m in self.factored.matrices], value=matrix)
@@ -230,11 +252,11 @@ class Explorer:
         self._draw_rank()
 
     def _draw_rank(self) -> None:
-        """Draw what the rank decides."""
+        """Draw what rank and width decide."""
         if self.factored is None:
             raise ValueError("model: expected one to be open, found none; give the path of a file")
-        method, rank, matrix, shown = self.method.value, self.rank.value, self.matrix.value, self.experts.value
-        gathered = self.factored.gather(method, rank if method in spectra.RANKED else None)
+        rank, matrix, shown = self.rank.value, self.matrix.value, self.experts.value
+        gathered = self._gather(self.method.value)
         overlap = spectra.overlap(self.factored, matrix, rank)
         self.tables["overlap"] = overlap[overlap["expert"].isin(shown) & overlap["other"].isin(shown)]
         both = [self.tables["energy"], self._gathered_spectrum(gathered)]
@@ -246,6 +268,17 @@ class Explorer:
             self._pictures["output_error"].say(f"no output error: {self._why_no_error}")
         self.numbers.value = _html_table([*self._expert_numbers(), *self._gathered_numbers(gathered, error)])
 
+    def _gather(self, method: str) -> FeedForwardWeights:
+        """The experts gathered with the chosen rank or width. What is solved is kept until another layer is chosen."""
+        if method not in REGRESSIONS:
+            return self.factored.gather(method, self.rank.value if method in spectra.RANKED else None)
+        width = self.width.value
+        if (method, width) not in self._solved:
+            self._say(f"⏳ {figures.look(method).name}: solving for {width} hidden units …", "busy")
+            options = {"steps": FIT_STEPS} if method == "fit" else {}
+            self._solved[method, width] = gather(self.factored.bank, method, self._given, d_ff=width, **options)
+        return self._solved[method, width]
+
     def _gathered_spectrum(self, gathered: FeedForwardWeights) -> pd.DataFrame:
         s = torch.linalg.svdvals(getattr(gathered, self.matrix.value)).double().cpu().numpy()
         s[s < 1e-6 * s[0]] = 0  # rounding errors beyond its rank
@@ -253,20 +286,40 @@ class Explorer:
         return pd.DataFrame({"matrix": self.matrix.value, "expert": "gathered", **table}).head(self.factored.full_rank)
 
     def _output_error(self, gathered: FeedForwardWeights) -> dict[str, float] | None:
-        """The gathered FFN's output error. The view's table has all methods and ranks, of a large layer only those looked at."""
-        layer, known = self.activations.get(self.layer.value), self.tables.get("output_error")
-        if layer is None:
+        """The gathered FFN's output error.
+
+        The view's table has all methods and ranks, the fit only if it has been chosen; of a large layer only those looked
+        at. It has read-out and fit at the chosen width.
+        """
+        if self._held_out is None:
             return None
-        error = spectra.output_error(gathered, layer)
-        if not self._small:
-            here = pd.DataFrame([{"method": self.method.value, "rank": self.rank.value, **error}])
-            seen = pd.concat([known, here]).drop_duplicates(["method", "rank"])
+        error = spectra.output_error(gathered, self._held_out)
+        if self._small:
+            self._compare_all()
+        else:
+            method, width = self.method.value, self.width.value
+            units = {"d_ff": width} if method in REGRESSIONS else {}
+            here = pd.DataFrame([{"method": method, "rank": self.rank.value, **units, **error}])
+            seen = pd.concat([self.tables.get("output_error"), here]).drop_duplicates(["method", "rank"], keep="last")
+            if "d_ff" in seen:
+                seen = seen[seen["d_ff"].isna() | (seen["d_ff"] == width)].dropna(axis=1, how="all")
             self.tables["output_error"] = seen.sort_values(["method", "rank"])
             self._pictures["output_error"].fig = None
-        elif known is None:
-            methods, ranks = ["one_expert", *_methods()], spectra.rank_grid(self.factored.full_rank)
-            self.tables["output_error"] = spectra.output_errors(self.factored, layer, methods, ranks)
         return error
+
+    def _compare_all(self) -> None:
+        """Make the table of output errors of a small layer, unless it is there."""
+        width, ranks = self.width.value, spectra.rank_grid(self.factored.full_rank)
+        regressions = [m for m in REGRESSIONS if m == "readout" or (m, width) in self._solved]
+        if self._shown == (width, regressions):
+            return
+        if self._shown is None:
+            methods = ["one_expert", *_methods()]
+            self._of_weights = spectra.output_errors(self.factored, self._held_out, methods, ranks)
+        errors = {m: spectra.output_error(self._gather(m), self._held_out) for m in regressions}
+        rows = [{"method": m, "rank": rank, "d_ff": width, **errors[m]} for m in regressions for rank in ranks]
+        self.tables["output_error"] = pd.concat([self._of_weights, pd.DataFrame(rows)], ignore_index=True)
+        self._shown, self._pictures["output_error"].fig = (width, regressions), None
 
     def _views(self) -> dict[str, Callable[[Figure | None], Figure]]:
         """How to draw each view that has a table: anew (None), or only what moves, on a figure."""
@@ -300,6 +353,8 @@ class Explorer:
     ) -> Iterator[tuple[str, str]]:
         """Numbers of the gathered FFN: its distance from the experts' mean, and its output error."""
         name, layer = figures.look(self.method.value).name, self.activations.get(self.layer.value)
+        if self.method.value in REGRESSIONS:
+            name = f"{name}, {gathered.d_ff} hidden units"
         bank = self.factored.bank
         if self._small and gathered.d_ff == bank.d_ff:
             weights = torch.ones(bank.num_experts) if layer is None else layer.expert_weights()
@@ -312,7 +367,9 @@ class Explorer:
             yield "with the best output scale", f"{error['rescaled']:.3f} (times {error['scale']:.3f})"
 
     def _save(self) -> None:
-        parts = (self.source.value, self.layer.value, self.matrix.value, self.method.value, f"K{self.rank.value}")
+        parts = [self.source.value, self.layer.value, self.matrix.value, self.method.value, f"K{self.rank.value}"]
+        if self._held_out is not None:
+            parts.append(f"d{self.width.value}")
         folder = self.save_dir / "_".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
         source = self.sources[self.source.value]
         origin = source.folder.name if isinstance(source, Record) else self.banks.source

@@ -189,6 +189,8 @@ def _error_curves(table: pd.DataFrame) -> Figure:
     style.legend(fig, "outside upper center", ncols=5)
     lines = f"\nlines: mean{found}; bands: lowest to highest" if (found := varied(table, " over")) else ""
     width = "Top-KG's FFN has K neurons of each expert: an expert's width only at its default K"
+    if "d_ff" in table:
+        width += f"\nread-out and fit: {table['d_ff'].max():.0f} hidden units at every K"
     style.caption(fig, f"grey: zero FFN; {width}{lines}")
     return fig
 

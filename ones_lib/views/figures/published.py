@@ -1,82 +1,106 @@
-"""Figures of notebook 06: a causal MoE as published, made dense and distilled."""
+"""Figures of notebook 06: causal MoEs as published, made dense and distilled."""
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
-import numpy as np
+from collections.abc import Mapping
+
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from ones_lib.views.figures import style
-from ones_lib.views.figures.spectra import GAUSSIAN, as_gaussian, spectra_axes
 
 
-def perplexity_by_tokens(table: pd.DataFrame, tokens_per_step: int) -> Figure:
-    """Perplexity of students against the number of tokens they were distilled on, a line each; the MoE and the dense baselines
-    as levels. The right panel leaves out the students right after gathering.
+def perplexity_by_tokens(table: pd.DataFrame, labels: Mapping[float, str]) -> Figure:
+    """Perplexity of students, divided by their MoE's of the same seed, against the tokens of their distillation: a panel each
+    MoE, a line each student. The MoE is at 1, the dense baselines are levels.
 
-    ``table`` is a :func:`ones_lib.study.tables.results_table` of losses with a column ``budget`` in steps, empty for the MoE and
-    the baselines.
+    ``table`` is a :func:`ones_lib.study.tables.published_table`; ``labels`` say what each of its budgets is.
     """
-    table = table.assign(perplexity=np.exp(table["value"]))
-    trained, students = table[table["budget"].isna()], table.dropna(subset="budget")
-    budgets = sorted(students["budget"].unique())
-    fig, axes = style.panel_grid(2, 2, 3.3)
-    for ax, shown in zip(axes, (budgets, budgets[1:]), strict=True):
-        drawn = students[students["budget"].isin(shown)]
-        drawn = drawn.assign(place=drawn["budget"].map(budgets.index))
-        style.lines_by_model(ax, drawn, "place", "perplexity")
-        for name in style.in_order(trained["model"]):
-            values = trained.loc[trained["model"] == name, "perplexity"]
-            style.level(ax.axhline, values.mean(), name, label=style.look(name).name, linewidth=1)
-            ax.axhspan(values.min(), values.max(), color=style.look(name).colour, alpha=0.1, linewidth=0)
-        ax.set_xticks([budgets.index(b) for b in shown], [f"{int(b * tokens_per_step):,}" for b in shown])
-        ax.set(yscale="log", xlabel="tokens distilled on")
-        style.plain_log(ax)
-    axes[0].set(ylabel="validation perplexity", title="right after gathering and distilled")
-    axes[1].set(title="distilled")
-    style.legend(fig)
-    style.caption(fig, f"lines: mean over {style.seeds(table)}; bands: lowest to highest")
+    budgets = list(labels)
+    fig, axes = _panels_of_moes(table)
+    for ax, (moe, part) in zip(axes, table.groupby("teacher", sort=False), strict=True):
+        drawn = part.dropna(subset="budget")
+        style.lines_by_model(ax, drawn.assign(place=drawn["budget"].map(budgets.index)), "place", "ratio")
+        _levels(ax, part)
+        ax.set_xticks(range(len(budgets)), labels.values())
+        ax.set(title=moe, xlabel="tokens of distillation")
+    return _finished(fig, axes, table)
+
+
+def perplexity_by_time(table: pd.DataFrame) -> Figure:
+    """:func:`perplexity_by_tokens` against the seconds of gathering and distillation together, means over seeds."""
+    fig, axes = _panels_of_moes(table)
+    for ax, (moe, part) in zip(axes, table.groupby("teacher", sort=False), strict=True):
+        for model, rows in part.dropna(subset="budget").groupby("model", sort=False):
+            mean = rows.groupby("budget")[["seconds", "ratio"]].mean()
+            ax.plot(mean["seconds"], mean["ratio"], **style.line_style(model))
+        _levels(ax, part)
+        ax.set(title=moe, xlabel="gathering and distillation (s)", xscale="log")
+        style.plain_log(ax, "x")
+    return _finished(fig, axes, table)
+
+
+def _panels_of_moes(table: pd.DataFrame) -> tuple[Figure, list[Axes]]:
+    return style.panel_grid(table["teacher"].nunique(), 3, 2.6, extra=0.7, sharey=True)
+
+
+def _levels(ax: Axes, part: pd.DataFrame) -> None:
+    """The MoE's and the baselines' levels."""
+    for model in style.in_order(part.loc[part["budget"].isna(), "model"]):
+        values = part.loc[part["model"] == model, "ratio"]
+        style.level(ax.axhline, values.mean(), model, label=style.look(model).name, linewidth=1)
+        ax.axhspan(values.min(), values.max(), color=style.look(model).colour, alpha=0.1, linewidth=0)
+
+
+def _finished(fig: Figure, axes: list[Axes], table: pd.DataFrame) -> Figure:
+    for ax in axes:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(FixedLocator([1, 1.5, 2, 3, 5, 10, 20, 50, 100]))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
+    axes[0].set(ylabel="perplexity / the MoE's")
+    style.legend(fig, "outside upper center", ncols=5)
+    style.caption(fig, f"lines: mean over {style.seeds(table)}; bands: lowest to highest; 1: the MoE")
     return fig
 
 
-def spectra_by_layer(table: pd.DataFrame) -> Figure:
-    """Singular values of the experts' matrices and the energy that they keep, a line each layer (mean over its experts), a
-    column of panels each matrix. Dotted: a Gaussian matrix.
+def router_by_layer(router: pd.DataFrame, errors: pd.DataFrame) -> Figure:
+    """How evenly each layer's router uses its experts, and the held-out error of read-outs against their width, a line each
+    layer. Dashed: their number of experts; the mean over layers.
 
-    ``table`` is a :func:`ones_lib.spectra.spectrum` with a column ``layer``, ordered from the first layer to the last.
+    ``router`` and ``errors`` are an :class:`ones_lib.checkpoints.inspection.Inspection`'s, of one MoE.
     """
-    layers, groups = list(dict.fromkeys(table["layer"])), list(table.groupby("matrix", sort=False))
-    colours = dict(zip(layers, sns.color_palette("viridis", len(layers)), strict=True))
-    fig, axes = spectra_axes(len(groups), height=4.0)
-    for (top, bottom), (matrix, of_matrix) in zip(axes.T, groups, strict=True):
-        lines = [(of_matrix[of_matrix["layer"] == name], {"color": colours[name], "label": name}) for name in layers]
-        for part, looks in [*lines, (as_gaussian(of_matrix), GAUSSIAN | {"label": "Gaussian (mean over layers)"})]:
-            means = part.groupby("rank")[["singular_value", "energy"]].mean()
-            top.plot(means["singular_value"], **looks)
-            bottom.plot(100 * means["energy"], **looks)
-        top.set(title=style.MATRIX_NAMES[matrix])
-        style.plain_log(top)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    chosen = [*range(0, len(layers), -(-len(layers) // 12)), len(layers)]  # up to 12 of the layers, to be legible
-    fig.legend([handles[i] for i in chosen], [labels[i] for i in chosen], loc="outside right center")
-    return fig
+    layers, looks = list(router["layer"]), {"marker": "o", "markersize": 3}
+    numbers = range(1, len(layers) + 1)
+    fig, (used, uneven, wide) = style.panel_grid(3, 3, 2.3)
+    used.plot(numbers, router["experts"], color="0.3", linestyle="--", label="all experts")
+    used.plot(numbers, router["effective_experts"], color=style.COLOURS[0], **looks)
+    used.set(title="experts in use", ylabel="effective experts", ylim=(0, 1.15 * router["experts"].max()))
+    used.legend()
+    uneven.plot(numbers, router["gini"], color=style.COLOURS[0], **looks)
+    uneven.set(title="inequality of their use", ylabel="Gini coefficient", ylim=(0, 1))
+    for ax in (used, uneven):
+        ax.set(xlabel="layer", xlim=(0.5, len(layers) + 0.5))
+        style.whole_ranks(ax)
 
-
-def errors_by_layer(table: pd.DataFrame) -> Figure:
-    """Output error of the gathered FFNs against the MoE layers', layer by layer, a line each model.
-
-    ``table`` is a :func:`ones_lib.study.tables.conversion_table`.
-    """
-    fig, ax = plt.subplots(figsize=(style.TWO_COLUMNS, 2.8))
-    style.lines_by_model(ax, table, "layer", "output_error")
-    ax.axhline(1, linestyle=":", **style.GREY)
-    ax.set(xlabel="layer", ylabel="relative output error", ylim=(0, None))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    style.legend(fig)
-    style.caption(
-        fig, f"lines: mean over {style.seeds(table)}; bands: lowest to highest; 1: error of an output of zeros"
-    )
+    colours = sns.color_palette("viridis", len(layers))
+    for layer, part in errors.groupby("layer", sort=False):
+        colour = colours[layers.index(layer)]
+        wide.plot(part["multiple"], part["output_error"], color=colour, linewidth=1, **looks)
+    mean = errors.groupby("multiple")["output_error"].mean()
+    wide.plot(mean, color="black", linestyle="--", label="mean over layers", zorder=3)
+    wide.axhline(1, linestyle=":", **style.GREY)
+    wide.set(title="a dense network in their place", xlabel="width (experts' widths)", ylabel="relative output error")
+    wide.set(xscale="log", ylim=(0, None))
+    wide.set_xticks(mean.index, [str(m) for m in mean.index])
+    wide.set_xticks([], minor=True)
+    wide.legend(loc="lower left")
+    scale = ScalarMappable(Normalize(0.5, len(layers) + 0.5), ListedColormap(colours))
+    fig.colorbar(scale, ax=wide, label="layer", ticks=MaxNLocator(5, integer=True)).outline.set_visible(False)
+    style.caption(fig, "right: read-out, on tokens that it was not solved on; 1: error of an output of zeros")
     return fig

@@ -54,8 +54,9 @@ MODELS = {
     "joint_fit": Look("joint fit", "#4a0d67", "*"),
     "frequency_average": Look("averaging by frequency", "#8fa3c9", "<"),
     "expert_selection": Look("expert selection", "#7a5c00", "d"),
-    "topk_wide": Look("Top-KG, wider", "#0b5d1e", ">"),
-    "svd_raw": Look("SVD-KG, raw scale", "#a6761d", "d"),
+    "sf": Look("selection by frequency", "#a6761d", "<"),
+    "do_acp": Look("DO-ACP selection", "#c44e00", ">"),
+    "reconstruction": Look("reconstruction", "#d63fa5", "p"),
 }
 METHODS = ["sum", "average", "topk", "svd"]  # the paper's
 METRICS = {

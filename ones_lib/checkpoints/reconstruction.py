@@ -1,0 +1,329 @@
+"""Reconstruction: every feed-forward network of a twin regressed onto its MoE layer, over a text of any length.
+
+The MoE runs block by block, once over the whole text. A block's inputs and outputs are on disk in the model's dtype, so memory
+holds one block's experts, one network with the optimizer's state (Adam's, two numbers a weight of *one* layer), and a few slices
+of tokens. Any interruption is continued with the same result.
+
+Other names for the idea: layer-wise or block-wise reconstruction, as in post-training quantisation (BRECQ, Li et al., arXiv
+2102.05426); targets that make up for the errors of earlier layers are GPTAQ's (Li et al., arXiv 2504.02692).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils.logging import tqdm
+
+from ones_lib.calibration import Activation, LayerActivations
+from ones_lib.checkpoints.plan import Block, TwinPlan
+from ones_lib.checkpoints.stream import BlockStream, Slices, replaced, watched
+from ones_lib.data.files import save_tensors
+from ones_lib.ffn import FeedForwardWeights
+from ones_lib.gathering.regression import readout_on, relative_adam
+from ones_lib.models.causal import activation_of, load_language_model
+
+LEAST_STEPS = 300  # optimizer steps of a layer, at least; more where a pass over the stream takes more
+BATCH = 1024  # tokens of a step
+BUFFERED = 8  # slices that are in memory, of which a step's tokens are drawn
+SOLVED = 32  # tokens for each hidden unit that the read-out is solved on, at most
+LEARNING_RATE, RIDGE = 0.2, 1e-6
+REPORT_EVERY, SAVE_EVERY = 100, 500  # steps
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """A layer's tokens on disk: inputs x and targets y of the regression. The last one or two slices are held out.
+
+    Args:
+        slices: with ``inputs`` and ``targets`` [N, d].
+        count: number of slices.
+    """
+
+    slices: Slices
+    count: int
+    activation: Activation
+    device: torch.device
+
+    @property
+    def trained(self) -> int:
+        """Number of slices that are not held out."""
+        return self.count - (2 if self.count >= 32 else 1)
+
+    def held_out(self) -> Iterator[LayerActivations]:
+        return (self._activations(number) for number in range(self.trained, self.count))
+
+    def solved(self, units: int) -> Iterator[LayerActivations]:
+        """Slices to solve a read-out of so many hidden units on, evenly spread."""
+        size = len(self.slices.read(0)["inputs"])
+        wanted = min(self.trained, -(-SOLVED * units // size))
+        return (self._activations(number * self.trained // wanted) for number in range(wanted))
+
+    def _activations(self, number: int) -> LayerActivations:
+        found = self.slices.read(number)
+        x, y = (found[name].to(self.device).float() for name in ("inputs", "targets"))
+        return LayerActivations(x, torch.ones_like(x[:, :1]), y, self.activation)
+
+    def batches(self, batch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """``x, y`` [batch, d] of every step after ``start``, pass after pass in another order. A step depends on its number
+        alone."""
+        step, number, size = 0, 0, len(self.slices.read(0)["inputs"])
+        while True:
+            generator = torch.Generator().manual_seed(number)
+            for some in torch.randperm(self.trained, generator=generator).split(BUFFERED):
+                order = torch.randperm(len(some) * size, generator=generator)
+                drawn = order[: max(1, len(order) // batch) * batch].split(batch)
+                if step + len(drawn) > start:
+                    found = [self.slices.read(int(i)) for i in some]
+                    x, y = (torch.cat([part.pop(name) for part in found]) for name in ("inputs", "targets"))
+                for rows in drawn:
+                    step += 1
+                    if step > start:
+                        yield tuple(t[rows].to(self.device).float() for t in (x, y))
+            number += 1
+
+
+def relative_error(ffn: FeedForwardWeights, tokens: Iterator[LayerActivations]) -> float:
+    """``sqrt(sum |f(x) - y|^2 / sum |y|^2)``."""
+    error = size = 0.0
+    for part in tokens:
+        error += (ffn.apply(part.inputs, part.activation) - part.outputs).double().square().sum().item()
+        size += part.outputs.double().square().sum().item()
+    return (error / size) ** 0.5
+
+
+def regress(
+    start: FeedForwardWeights, tokens: LayerTokens, checkpoint: Path, description: str, mixed: bool = False
+) -> tuple[FeedForwardWeights, list[dict]]:
+    """The network nearest to the targets that is found, and the held-out error on the way: rows ``tokens, error``.
+
+    The read-out of the start is solved in closed form. Then Adam moves all weights, with a learning rate relative to them
+    (:func:`ones_lib.gathering.regression.relative_adam`), and the read-out is solved again. Of these, that with the smallest
+    held-out error is returned.
+
+    Args:
+        checkpoint: file to resume from, written every :data:`SAVE_EVERY` steps.
+        description: of the progress bar, which shows the held-out error.
+        mixed: compute the steps in bfloat16.
+    """
+    start = start.map(lambda t: t.to(tokens.device).float())
+    size = len(tokens.slices.read(0)["inputs"])
+    batch = min(BATCH, size)
+    steps = max(LEAST_STEPS, tokens.trained * size // batch)
+    state = _State.begin(start, tokens, steps) if not checkpoint.exists() else _State.load(checkpoint, tokens, steps)
+    with tqdm(total=steps, initial=state.step, desc=description, unit="step") as bar:
+        for x, y in tokens.batches(batch, state.step):
+            if state.step % REPORT_EVERY == 0:
+                error = relative_error(state.moving.map(torch.detach), tokens.held_out())
+                state.rows.append({"tokens": state.step * batch, "error": error})
+                bar.set_postfix(error=f"{error:.3f}")
+            if state.step == steps:
+                break
+            state.take_step(x, y, tokens.activation, mixed)
+            bar.update()
+            if state.step % SAVE_EVERY == 0:
+                state.save(checkpoint)
+    fitted = readout_on(state.moving.map(torch.detach), tokens.solved(start.d_ff), RIDGE)
+    found = [(relative_error(ffn, tokens.held_out()), ffn) for ffn in (start, state.solved, fitted)]
+    error, best = min(found, key=lambda pair: pair[0])
+    rows = [{"tokens": 0, "error": found[0][0]}, *state.rows, {"tokens": steps * batch, "error": error}]
+    return best, rows
+
+
+class _State:
+    """A regression under way: the start with its read-out solved, the weights that move, and Adam."""
+
+    def __init__(self, solved: FeedForwardWeights, steps: int) -> None:
+        self.solved, self.step, self.rows = solved, 0, []
+        with torch.enable_grad():
+            self.moving = solved.map(lambda t: t.clone().requires_grad_())
+        self.optimizer, self.schedule = relative_adam(self.moving, steps, LEARNING_RATE)
+
+    @classmethod
+    def begin(cls, start: FeedForwardWeights, tokens: LayerTokens, steps: int) -> _State:
+        return cls(readout_on(start, tokens.solved(start.d_ff), RIDGE), steps)
+
+    def take_step(self, x: Tensor, y: Tensor, activation: Activation, mixed: bool) -> None:
+        """A step of Adam on the mean squared error of tokens ``x, y`` [batch, d]."""
+        with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+            error = (self.moving.apply(x, activation) - y).float().square().sum(dim=1).mean()
+        self.optimizer.zero_grad()
+        error.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+
+    def save(self, path: Path) -> None:
+        tensors = {f"solved.{name}": t for name, t in self.solved.tensors()}
+        for name, t in self.moving.tensors():
+            tensors[f"moving.{name}"] = t
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[t].items()}
+        facts = {"step": self.step, "rows": self.rows, "schedule": self.schedule.state_dict()}
+        facts["rates"] = [group["lr"] for group in self.optimizer.param_groups]
+        save_tensors(path, tensors, {"facts": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: Path, tokens: LayerTokens, steps: int) -> _State:
+        saved, facts = load_file(path), _facts(path)
+        solved = {n.removeprefix("solved."): t.to(tokens.device) for n, t in saved.items() if n.startswith("solved.")}
+        state = cls(FeedForwardWeights(**solved), steps)
+        state.step, state.rows = facts["step"], facts["rows"]
+        state.schedule.load_state_dict(facts["schedule"])
+        for group, rate in zip(state.optimizer.param_groups, facts["rates"], strict=True):
+            group["lr"] = rate
+        for name, t in state.moving.tensors():
+            t.data.copy_(saved[f"moving.{name}"])
+            keys = [key for key in saved if key.startswith(f"optimizer.{name}.")]
+            state.optimizer.state[t] = {key.rsplit(".", 1)[1]: saved[key].to(t.device) for key in keys}
+        return state
+
+
+def _facts(path: Path) -> dict:
+    """What was stored beside a file's tensors."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["facts"])
+
+
+class Reconstruction:
+    """The reconstruction of all layers of a twin, one after the other, in a folder that holds what is done.
+
+    Args:
+        plan: the twin's.
+        folder: of the work. ``fitted`` in it has the networks.
+        student_inputs: whether a layer gets what the twin's earlier layers make of the text, and has the teacher's residual stream
+            behind the block as its target, so that it makes up for their errors. Else it gets the teacher's own inputs and has the
+            MoE layer's output as its target.
+    """
+
+    def __init__(self, plan: TwinPlan, folder: Path, student_inputs: bool) -> None:
+        self.plan, self.folder, self.student_inputs = plan, folder, student_inputs
+        self.config = plan.source_config
+        self.activation = activation_of(self.config)
+
+    def fitted(self, block: Block) -> tuple[FeedForwardWeights, dict] | None:
+        """A layer's network in float32, and its row with the ``course`` of :func:`regress`; None: it is not there yet."""
+        path = self._fitted_path(block.name)
+        return (FeedForwardWeights(**load_file(path)), _facts(path)) if path.exists() else None
+
+    def _fitted_path(self, name: str) -> Path:
+        return self.folder / "fitted" / f"{name}.safetensors"
+
+    def run(self, ids: Tensor, start: Callable[[Block], tuple[FeedForwardWeights, dict]]) -> None:
+        """Fit the layers that are not there yet. ``start`` gives the network that a layer starts from, and the layer's row.
+
+        Raises:
+            OSError: there is not enough room on the disk.
+        """
+        sparse = {block.name: block for block in self.plan.blocks if block.sparse}
+        if all(self._fitted_path(name).exists() for name in sparse):
+            return
+        model = load_language_model(self.plan.shards.path, device_map="auto", offload_folder=self.folder / "offload")
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+        stream = BlockStream(model, ids[order])
+        self._check_room(stream.tokens * self.plan.d_model * model.dtype.itemsize)
+        names = {id(block): name for name, block in model.named_modules()}
+        last = max(i for i, block in enumerate(stream.blocks) if names[id(block)] in sparse)
+        for i in range(last + 1):
+            if self._done(f"block-{i + 1}") or self._fitted_path(names[id(stream.blocks[last])]).exists():
+                continue
+            block = sparse.get(names[id(stream.blocks[i])])
+            if block is not None:
+                self._fit(stream, i, block, start, f"layer {i + 1} of {len(stream.blocks)}")
+            if i < last:
+                self._pass_on(stream, i, block)
+            shutil.rmtree(self.folder / f"block-{i}", ignore_errors=True)
+            shutil.rmtree(self.folder / f"tokens-{i}", ignore_errors=True)
+        shutil.rmtree(self.folder / "offload", ignore_errors=True)
+
+    def _check_room(self, size: int) -> None:
+        """Raise OSError unless the disk has room for the hidden states before and behind a block, and its layer's tokens."""
+        needed, free = (7 if self.student_inputs else 5) * size, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                f"{self.folder}: expected {needed / 1e9:.1f} GB of free disk space for the tokens of a block, found"
+                f" {free / 1e9:.1f} GB; reconstruct_tokens sets their number"
+            )
+
+    def _done(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def _write_all(self, name: str, count: int, make: Callable[[int], Mapping[str, Tensor]]) -> None:
+        """Write ``count`` slices to a folder that has its name only when it is whole."""
+        if self._done(name):
+            return
+        slices = Slices(self.folder / f"{name}.unfinished")
+        for number in range(count):
+            if not slices.path(number).exists():
+                slices.write(number, make(number))
+        os.replace(slices.folder, self.folder / name)
+
+    def _hidden(self, stream: BlockStream, i: int, number: int) -> dict[str, Tensor]:
+        """What block i gets for a slice: in the ``teacher`` and, where it differs, in the ``student``."""
+        return {"teacher": stream.embedded(number)} if i == 0 else Slices(self.folder / f"block-{i}").read(number)
+
+    def _site(self, block: nn.Module) -> nn.Module:
+        """The module whose place a network takes: the MoE layer, or its routed experts if the twin keeps the rest of it."""
+        name = next(n for n, m in block.named_modules() if n.endswith("experts") and hasattr(m, "num_experts"))
+        return block.get_submodule(name if self.plan.architecture.one_expert else name.rpartition(".")[0])
+
+    def _fit(
+        self,
+        stream: BlockStream,
+        i: int,
+        block: Block,
+        start: Callable[[Block], tuple[FeedForwardWeights, dict]],
+        description: str,
+    ) -> None:
+        if self._fitted_path(block.name).exists():
+            return
+        site, scale = self._site(stream.blocks[i]), getattr(self.config, "residual_multiplier", 1.0)
+
+        def tokens_of(number: int) -> dict[str, Tensor]:
+            hidden = self._hidden(stream, i, number)
+            with watched(site) as found:
+                after = stream.run(i, hidden["teacher"])
+            if not self.student_inputs:
+                return {"inputs": found["inputs"], "targets": found["outputs"], "after": after}
+            with replaced(site, torch.zeros_like), watched(site) as found:
+                without = stream.run(i, hidden.get("student", hidden["teacher"]))
+            return {"inputs": found["inputs"], "targets": (after - without).flatten(0, -2) / scale, "after": after}
+
+        self._write_all(f"tokens-{i}", len(stream), tokens_of)
+        device = stream.model.device
+        tokens = LayerTokens(Slices(self.folder / f"tokens-{i}"), len(stream), self.activation, device)
+        checkpoint = self.folder / f"fit-{i}.safetensors"
+        mixed = stream.model.dtype != torch.float32
+        first, row = start(block)
+        ffn, course = regress(first, tokens, checkpoint, description, mixed)
+        path = self._fitted_path(block.name)
+        path.parent.mkdir(exist_ok=True)
+        row = {**row, "reconstruction_error": course[-1]["error"], "course": course}
+        save_tensors(path, dict(ffn.tensors()), {"facts": json.dumps(row)})
+        checkpoint.unlink(missing_ok=True)
+
+    def _pass_on(self, stream: BlockStream, i: int, block: Block | None) -> None:
+        """Write what the next block gets."""
+        tokens, ffn = Slices(self.folder / f"tokens-{i}"), None
+        if block is not None:
+            ffn = self.fitted(block)[0].map(lambda t: t.to(stream.model.device, stream.model.dtype))
+
+        def next_of(number: int) -> dict[str, Tensor]:
+            hidden = self._hidden(stream, i, number)
+            after = stream.run(i, hidden["teacher"]) if ffn is None else tokens.read(number)["after"]
+            if not self.student_inputs or (ffn is None and "student" not in hidden):
+                return {"teacher": after}
+            student = hidden.get("student", hidden["teacher"])
+            if ffn is None:
+                return {"teacher": after, "student": stream.run(i, student)}
+            with replaced(self._site(stream.blocks[i]), lambda x: ffn.apply(x, self.activation)):
+                return {"teacher": after, "student": stream.run(i, student)}
+
+        self._write_all(f"block-{i + 1}", len(stream), next_of)

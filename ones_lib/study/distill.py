@@ -1,0 +1,445 @@
+"""Distils a converted checkpoint from the MoE that it was made of: the paper's second step, for published models.
+
+``python -m ones_lib.study.distill MOE DENSE OUT --text TEXT --tokens 10M`` is one process. On several GPUs:
+``torchrun --nproc_per_node 8 -m ones_lib.study.distill MOE DENSE OUT ...``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate.utils import get_max_memory
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedConfig
+
+from ones_lib.checkpoints.convert import described, local_folder, named, only_one, read_config
+from ones_lib.checkpoints.shards import Shards
+from ones_lib.checkpoints.text import block_length, text_blocks, token_count
+from ones_lib.checkpoints.work import copy_files, perplexities
+from ones_lib.data.files import file_stamps, model_tensors, remove_unfinished, write_text
+from ones_lib.distillation import Distillation
+from ones_lib.models.causal import load_language_model
+from ones_lib.study.language_task import LanguageModel, LanguageModelling
+from ones_lib.study.processes import is_main, join, main_first, said_by_main, wait_for_all, whole_tensors, world_size
+from ones_lib.study.training import Diverged, Progress, Training, fit, share_of
+
+HELD_OUT = 2**16  # tokens of held-out text, at most
+EVALUATIONS = 10  # on it, of one training
+EVALUATION_BATCH = 4  # blocks: logits of more may not fit, with a published model's vocabulary
+SEED = 0  # of the order of the blocks
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token ids [n, L] of the text, and of the held-out text."""
+
+    train: Tensor
+    validation: Tensor
+
+
+def distill(
+    moe: str | Path,
+    dense: str | Path,
+    out: str | Path,
+    text: str | Path,
+    tokens: int,
+    *,
+    check: str | Path | None = None,
+    length: int | None = None,
+    alpha: float = 1.0,
+    temperature: float = 1.0,
+    learning_rate: float = 2e-4,
+    warmup: float = 0.05,
+    batch_size: int = 64,
+    device_batch: int = 0,
+    mixed_precision: str = "no",
+    shard: bool = False,
+    checkpoint_every: int = 100,
+) -> dict:
+    """Train a converted checkpoint to give the logits of its MoE, and write a folder that transformers loads.
+
+    The loop is the study's, :func:`ones_lib.study.training.fit`, with AdamW and the guard. The student trains in float32 and
+    is stored in the dtype of ``dense``. Under torchrun, after :func:`ones_lib.study.processes.join`, each process takes its
+    part of every batch. One process alone places the parts of an MoE that its device can't hold on other devices, in memory
+    or on the disk.
+
+    An interrupted distillation is continued by the same call. Until it is whole it stays in a hidden folder beside ``out``.
+
+    Args:
+        moe: a folder, or a name on the Hugging Face hub.
+        dense: a folder made of it by :func:`ones_lib.checkpoints.convert`, or by this function.
+        out: a folder that does not exist, or is empty.
+        text: what :func:`ones_lib.checkpoints.text.text_blocks` reads. A shorter text is read several times.
+        tokens: number of tokens to train on; the last incomplete batch is left out.
+        check: a text to measure the perplexity on. None: the validation split of ``text``; of a file, every tenth block,
+            which is then not trained on.
+        length: tokens of a block. None: 512, or what the model can take.
+        alpha: weight of the teacher; the rest is the weight of the text's own next tokens.
+        temperature: of the softmax of both models' logits.
+        learning_rate: peak, after warm-up and before cosine decay.
+        warmup: fraction of the steps.
+        batch_size: blocks of a step, over all processes.
+        device_batch: blocks that a process takes at a time. 0: no limit.
+        mixed_precision: ``no``, ``bf16`` or ``fp16``.
+        shard: spread both models over the processes.
+        checkpoint_every: steps.
+
+    Returns:
+        What ``distillation.json`` in ``out`` holds: arguments, ``steps``, ``epochs`` of the text, ``versions``, and
+        ``perplexity`` of ``MoE``, ``start`` and ``result`` on ``held_out_tokens``. ``history.csv`` there is the course of
+        the training, with the loss in nats and ``val_perplexity``.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, ConnectionError: before long work starts.
+        Diverged: the loss is not finite; the last checkpoint stays.
+    """
+    loss = Distillation(temperature, alpha)
+    recipe = Training(1, batch_size, learning_rate, warmup, balance_weight=0.0, mixed_precision=mixed_precision)
+    _check_numbers(device_batch, shard, checkpoint_every)
+    examples = batch_size // (world_size() * share_of(batch_size, device_batch).parts)
+    out = Path(out).expanduser().resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out: expected a folder that is not there or empty, found {out}")
+    with main_first():  # it downloads
+        source = local_folder(moe, "moe")
+    name, dense = named(moe, source), Path(dense).expanduser().resolve()
+    conversion = _conversion(source, dense, name["source"])
+    length = _checked_length(length, read_config(dense))
+    steps = int(tokens) // (batch_size * length)
+    if steps < 1:
+        step = f"a step of {batch_size} blocks of {length}"
+        raise ValueError(f"tokens: expected at least {batch_size * length:,}, {step}, found {tokens:,}")
+    recipe = replace(recipe, steps=steps, evaluations=min(EVALUATIONS, steps))
+    with main_first():  # it makes the embedded text
+        blocks = _read_blocks(text, check, dense, length)
+    epochs = steps * batch_size / len(blocks.train)
+    if epochs > 1 and is_main():
+        found = f"found {blocks.train.numel():,}, which are read {epochs:.1f} times"
+        warnings.warn(f"text: expected {steps * batch_size * length:,} tokens to train on, {found}", stacklevel=2)
+
+    arguments = {"moe": name.pop("source"), **name, "dense": dense.name}
+    arguments |= {"text": _text_name(text), "check": None if check is None else _text_name(check)}
+    arguments |= {"tokens": int(tokens), "length": length, "alpha": alpha, "temperature": temperature}
+    arguments |= {"learning_rate": learning_rate, "warmup": warmup, "batch_size": batch_size}
+    arguments |= {"mixed_precision": mixed_precision, "steps": steps, "epochs": epochs}
+    work = _Work(source, dense, out, conversion, arguments)
+    with only_one(out) if is_main() else nullcontext():
+        if is_main():
+            work.begin(blocks)
+        wait_for_all()
+        task = _NextTokens(blocks, EVALUATION_BATCH)
+        student, teacher = work.models(examples * length)
+        with tqdm(total=steps, desc=out.name, unit="step", dynamic_ncols=True, disable=not is_main()) as bar:
+            student, history = fit(
+                student,
+                task,
+                recipe,
+                seed=SEED,
+                teacher=teacher,
+                distillation=loss,
+                checkpoint=work.checkpoint,
+                checkpoint_every=checkpoint_every,
+                device_batch=device_batch,
+                shard=shard,
+                progress=_progress(bar, task),
+            )
+        weights = whole_tensors(model_tensors(student))
+        del student, teacher
+        if is_main():
+            work.write(weights, history)
+        del weights
+        _free_memory()
+        return said_by_main(work.finish(blocks.validation) if is_main() else None)
+
+
+class _NextTokens(LanguageModelling):
+    """The task, with the perplexity that was measured last."""
+
+    perplexity = math.nan
+
+    def predict(self, model: nn.Module, device: torch.device) -> Mapping[str, Tensor]:
+        found = super().predict(model, device)
+        self.perplexity = found["loss"].double().mean().exp().item()
+        return found
+
+
+def _progress(bar: tqdm, task: _NextTokens) -> Progress:
+    def progress(step: int, steps: int, loss: float, accuracy: float) -> None:
+        bar.set_postfix_str(f"loss {loss:.4f}, perplexity {task.perplexity:.4g}", refresh=False)
+        bar.update(step - bar.n)
+
+    return progress
+
+
+class _Work:
+    """A distillation under way, in a hidden folder beside ``out``. All but :meth:`models` is for the first process alone.
+
+    Args:
+        moe, dense: folders.
+        conversion: how ``dense`` was made.
+        arguments: all that decides the result, but for the blocks.
+    """
+
+    def __init__(self, moe: Path, dense: Path, out: Path, conversion: Mapping, arguments: Mapping) -> None:
+        self.moe, self.dense, self.out, self.conversion, self.arguments = moe, dense, out, conversion, arguments
+        self.folder = out.with_name(f".{out.name}.distilling")
+        self.model, self.offload = self.folder / "model", self.folder / "offload"
+        self.checkpoint, self.measured = (self.folder / name for name in ("checkpoint.safetensors", "perplexity.json"))
+
+    def begin(self, blocks: Blocks) -> None:
+        """Go on with an interrupted distillation, or start one: measure the perplexities of MoE and start.
+
+        Raises:
+            ValueError: there is a checkpoint of another distillation.
+        """
+        identity = {**self.arguments, "versions": _versions()}
+        identity |= {f"tokens of {name}": described(ids) for name, ids in vars(blocks).items()}
+        for name, folder in {"moe": self.moe, "dense": self.dense}.items():
+            identity[f"files of {name}"] = file_stamps([folder / "config.json", *Shards(folder).paths()])
+        mark = self.folder / "arguments.json"
+        found = json.loads(mark.read_text()) if mark.exists() else {}
+        if odd := [name for name in identity if found.get(name) != identity[name]]:
+            if self.checkpoint.exists():
+                raise ValueError(
+                    f"{self.folder}: expected unfinished work of the same arguments, found others: {', '.join(odd)};"
+                    " delete the folder to start over"
+                )
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.folder)
+        write_text(mark, json.dumps(identity))
+        if not self.measured.exists():
+            both = perplexities({"MoE": self.moe, "start": self.dense}, blocks.validation, self.offload)
+            write_text(self.measured, json.dumps(both))
+            _free_memory()
+
+    def models(self, tokens: int) -> tuple[LanguageModel, LanguageModel]:
+        """Student and teacher, for passes of ``tokens``."""
+        student = LanguageModel(load_language_model(self.dense, dtype=torch.float32))
+        if world_size() > 1:
+            return student, LanguageModel(load_language_model(self.moe))
+        # Weights, the guard's copy, gradients and two moments; logits of three models and what the loss makes of them.
+        needed = 20 * sum(p.numel() for p in student.parameters()) + 32 * tokens * student.model.config.vocab_size
+        memory = get_max_memory()
+        first = next(iter(memory))
+        memory[first] = max(0, memory[first] - needed)
+        placed = {"device_map": "auto", "max_memory": memory, "offload_folder": self.offload}
+        return student, LanguageModel(load_language_model(self.moe, **placed))
+
+    def write(self, weights: Mapping[str, Tensor], history: pd.DataFrame) -> None:
+        """Write the model, with the other files of ``dense``, and the course of the training."""
+        shutil.rmtree(self.model, ignore_errors=True)  # of an interrupted call
+        student = LanguageModel(load_language_model(self.dense))
+        with torch.no_grad():
+            for name, tensor in model_tensors(student).items():
+                tensor.copy_(weights[name])
+        # Some published files are refused when written; they are copied instead.
+        student.model.generation_config = GenerationConfig.from_model_config(student.model.config)
+        student.model.save_pretrained(self.model)
+        copy_files(self.dense, self.model)
+        history = history.assign(val_perplexity=history["val_loss"].map(math.exp))
+        history.to_csv(self.model / "history.csv", index=False)
+
+    def finish(self, held_out: Tensor) -> dict:
+        """Measure the result, write about it, and move all to its place. Returns ``distillation.json``."""
+        found = json.loads(self.measured.read_text())
+        found |= perplexities({"result": self.model}, held_out, self.offload)
+        about = {**self.arguments, "perplexity": found, "held_out_tokens": held_out.numel()}
+        about["versions"] = _versions()
+        earlier = self.dense / "distillation.json"
+        if earlier.exists():
+            about["earlier"] = json.loads(earlier.read_text())
+        write_text(self.model / "distillation.json", json.dumps(about, indent=1))
+        write_text(self.model / "README.md", _card(self.conversion, about, read_config(self.model)))
+        if self.out.exists():
+            self.out.rmdir()
+        os.replace(self.model, self.out)
+        shutil.rmtree(self.folder)
+        return about
+
+
+def _free_memory() -> None:
+    """Else what models have held would count as used where the next ones are placed."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("ones-lib", "torch", "transformers")}
+
+
+def _text_name(text: str | Path) -> str:
+    """A text's name: without the folders of this machine."""
+    return Path(text).resolve().name if Path(text).exists() else str(text)
+
+
+# --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check_numbers(device_batch: int, shard: bool, checkpoint_every: int) -> None:
+    if device_batch < 0:
+        raise ValueError(f"device_batch: expected a number of at least 0, found {device_batch}")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every: expected a number of at least 1, found {checkpoint_every}")
+    if shard and world_size() == 1:
+        raise ValueError("shard: expected several processes, started by torchrun, found one")
+
+
+def _checked_length(length: int | None, config: PreTrainedConfig) -> int:
+    longest = getattr(config, "max_position_embeddings", None) or math.inf
+    if length is not None and not 8 <= length <= longest:
+        raise ValueError(f"length: expected 8 to {longest} tokens, found {length}")
+    return length or block_length(config)
+
+
+def _conversion(moe: Path, dense: Path, name: str) -> dict:
+    """How ``dense`` was made, if it was made of ``moe``, which is called ``name``."""
+    path = dense / "conversion.json"
+    if not path.exists():
+        raise ValueError(f"{dense}: expected conversion.json of a conversion, found none: its FFNs were never gathered")
+    try:
+        conversion = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected a JSON object ({error})") from error
+    teacher, student = read_config(moe), read_config(dense)
+    if teacher.is_encoder_decoder:
+        raise ValueError(f"{moe}: expected a causal model, found {teacher.model_type}, an encoder-decoder")
+    pairs = {"model_type": (conversion.get("model_type"), teacher.model_type)}
+    sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
+    pairs |= {key: (getattr(student, key), getattr(teacher, key)) for key in sizes}
+    for key, (made_of, found) in pairs.items():
+        if made_of != found:
+            raise ValueError(f"{moe}: expected the MoE that {dense} was made of, with {key} {made_of}, found {found}")
+    files = [folder / "tokenizer.json" for folder in (moe, dense)]
+    if all(file.exists() for file in files):
+        one, two = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+        if odd := sorted(token for token, _ in one.items() ^ two.items()):
+            raise ValueError(f"{files[1]}: expected the tokens of {files[0]}, found others, such as {odd[0]!r}")
+    if conversion.get("source") != name and is_main():
+        found = f"found one made of {conversion.get('source')}, of the same form"
+        warnings.warn(f"{dense}: expected a model made of {name}, {found}", stacklevel=3)
+    return conversion
+
+
+def _read_blocks(text: str | Path, check: str | Path | None, dense: Path, length: int) -> Blocks:
+    train = text_blocks(text, dense, split="train", length=length)
+    if check is not None or not Path(text).is_file():
+        return Blocks(train, text_blocks(text if check is None else check, dense, HELD_OUT, length=length))
+    every = max(10, len(train) // max(1, HELD_OUT // length))  # a file has no splits
+    if len(train) < 2:
+        raise ValueError(f"check: expected a held-out text, since {text} has one block of {length} only, found None")
+    held_out = torch.arange(len(train)) % every == 0
+    return Blocks(train[~held_out], train[held_out])
+
+
+# --- model card --------------------------------------------------------------------------------------------------------
+
+
+def _card(conversion: Mapping, about: Mapping, config: PreTrainedConfig) -> str:
+    """README.md of the result."""
+    name, found = conversion["source"], about["perplexity"]
+    options = ({} if conversion["d_ff"] is None else {"d_ff": conversion["d_ff"]}) | conversion["options"]
+    given = "".join(f", {option} = {value}" for option, value in options.items())
+    trained = about["steps"] * about["batch_size"] * about["length"]
+    rest = "" if about["alpha"] == 1 else f", of weight {about['alpha']:g}, and the text's own next tokens"
+    earlier = " that was distilled before (see distillation.json)" if "earlier" in about else ""
+    return f"""---
+library_name: transformers
+base_model: {name}
+tags: [ones, knowledge-gathering, distillation, dense]
+---
+# {name}, made dense and distilled
+
+A {config.architectures[0]}. Its feed-forward networks were gathered from the experts of {name} \
+({conversion["model_type"]}) by `{conversion["method"]}`{given}; then all of its weights were trained to give the logits of \
+that MoE. After "One Student Knows All Experts Know: From Sparse to Dense" (Xue et al., arXiv 2201.10890).
+
+- Start: {about["dense"]}, a conversion{earlier}.
+- Distillation: {trained:,} tokens of {about["text"]} ({about["epochs"]:.2g} times all of it), in {about["steps"]:,} steps \
+of {about["batch_size"]} blocks of {about["length"]}.
+- Loss: the KL divergence from the MoE at temperature {about["temperature"]:g}{rest}. AdamW, learning rate \
+{about["learning_rate"]:g} after a warm-up of {about["warmup"]:.0%} of the steps, cosine decay.
+- Perplexity on {about["held_out_tokens"]:,} held-out tokens of {about["check"] or about["text"]}: MoE {found["MoE"]:.4g}, \
+start {found["start"]:.4g}, this model {found["result"]:.4g}. The course is in history.csv.
+
+How it was gathered is in conversion.json, how it was distilled in distillation.json.
+Made with ones_lib {about["versions"]["ones-lib"]}, transformers {about["versions"]["transformers"]}.
+"""
+
+
+# --- command line ------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ones_lib.study.distill",
+        description="Train a converted checkpoint to give the logits of the MoE that it was made of.",
+        epilog="On several GPUs: torchrun --nproc_per_node 8 -m ones_lib.study.distill ... An interrupted command goes on"
+        " when it is called again.",
+    )
+    add = parser.add_argument
+    add("moe", help="folder or Hugging Face hub name of the MoE")
+    add("dense", help="folder that python -m ones_lib.checkpoints made of it, or this command")
+    add("out", help="folder to make")
+    text = "file, folder, hub name, or 'docstrings' (the embedded text)"
+    add("--text", required=True, help=f"to train on: {text}")
+    add(
+        "--tokens",
+        required=True,
+        type=token_count,
+        metavar="N",
+        help="tokens to train on, such as 10M, 200k or 1_000_000",
+    )
+    add("--check", metavar="TEXT", help="held-out text (default: the text's own, of a file every tenth block)")
+    add("--length", type=int, metavar="N", help="tokens of a block (default: 512, or what the model can take)")
+    add("--alpha", type=float, default=1.0, help="weight of the teacher, 0 to 1 (default: 1)")
+    add("--temperature", type=float, default=1.0, help="of the softmax (default: 1)")
+    add("--learning-rate", type=float, default=2e-4, help="peak (default: 2e-4; small models want more, such as 2e-3)")
+    add("--warmup", type=float, default=0.05, help="fraction of the steps (default: 0.05)")
+    add("--batch-size", type=int, default=64, metavar="N", help="blocks of a step, over all processes (default: 64)")
+    add("--device-batch", type=int, default=0, metavar="N", help="blocks that a process takes at a time (default: all)")
+    add("--mixed-precision", default="no", choices=["no", "bf16", "fp16"], help="of the training (default: no)")
+    add("--shard", action="store_true", help="spread the models over the processes (FSDP)")
+    add("--checkpoint-every", type=int, default=100, metavar="N", help="steps (default: 100)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run :func:`distill` as the command line says; the exit status."""
+    given = vars(_parser().parse_args(arguments))
+    state = join() if "WORLD_SIZE" in os.environ else None
+    try:
+        about = distill(**given)
+    except (OSError, ValueError, Diverged) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where the last checkpoint was written", file=sys.stderr)
+        return 130
+    if state is not None:
+        state.destroy_process_group()
+    if state is None or state.is_main_process:
+        print("perplexity: " + ", ".join(f"{name} {value:.4g}" for name, value in about["perplexity"].items()))
+        print(f"wrote {given['out']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

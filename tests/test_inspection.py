@@ -1,0 +1,330 @@
+"""What a router does and what error to expect of each width: by hand, and of tiny checkpoints."""
+
+import itertools
+import math
+import re
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import equal_bank, random_bank
+from test_checkpoints import TOKENS, moe, quiet, with_tokenizer  # noqa: F401  quiet is a fixture
+from torch.nn.functional import silu
+
+from ones_lib.calibration import LayerActivations
+from ones_lib.checkpoints import convert, inspection
+from ones_lib.checkpoints.inspection import (
+    Inspection,
+    _advice,
+    expert_pairs,
+    inspect,
+    main,
+    output_correlation,
+    router_statistics,
+    weight_cosine,
+    width_errors,
+)
+from ones_lib.checkpoints.text import text_blocks
+from ones_lib.views import figures
+
+IDS = torch.randint(3, 64, (32, 48), generator=torch.Generator().manual_seed(1))
+
+
+def chosen(*sets, count=4, gate=0.5):
+    """Tokens that choose these sets of experts."""
+    gates = torch.zeros(len(sets), count)
+    for row, experts in zip(gates, sets, strict=True):
+        row[list(experts)] = gate
+    return LayerActivations(torch.zeros(len(sets), 2), gates, torch.ones(len(sets), 2), silu)
+
+
+def outputs_of(bank, gates, d_model=8):
+    """Tokens at a layer of these experts."""
+    inputs = torch.randn(len(gates), d_model, generator=torch.Generator().manual_seed(1))
+    each = torch.stack([expert.apply(inputs, silu) for expert in bank.experts()], dim=1)
+    return LayerActivations(inputs, gates, (gates[..., None] * each).sum(dim=1), silu)
+
+
+# --- the router, by hand ----------------------------------------------------------------------------------------------
+
+
+def test_a_router_that_uses_all_alike():
+    found = router_statistics(chosen((0, 1), (2, 3), (0, 2), (1, 3)))
+    assert found["experts"] == 4
+    assert found["chosen"] == 2
+    assert found["effective_experts"] == pytest.approx(4)
+    assert found["gini"] == pytest.approx(0, abs=1e-7)
+    assert (found["gate_sum"], found["gate_sum_sd"]) == (1, 0)
+
+
+def test_a_router_that_uses_one_expert():
+    found = router_statistics(chosen((2,), (2,), (2,)))
+    assert found["effective_experts"] == pytest.approx(1)
+    assert found["gini"] == pytest.approx(3 / 4)
+
+
+def test_a_router_between_the_two():
+    """Shares 1/2, 1/4, 1/4, 0: entropy 1.5 bits; differences of pairs 1/4 1/4 1/2 0 1/4 1/4, so Gini 2 * 1.5 / (2 * 4)."""
+    tokens = chosen((0,), (0, 1), (2,), gate=0.3)
+    found = router_statistics(tokens)
+    assert found["effective_experts"] == pytest.approx(2**1.5)
+    assert found["gini"] == pytest.approx(3 / 8)
+    assert found["chosen"] == pytest.approx(4 / 3)
+    assert found["gate_sum"] == pytest.approx(0.4)
+    assert found["gate_sum_sd"] == pytest.approx(math.sqrt((2 * 0.1**2 + 0.2**2) / 3))
+
+
+def test_experts_that_fire_together_only():
+    """Two pairs, each in half of the tokens: two of four drawn without regard make a pair in 1 of 6."""
+    table = expert_pairs(chosen(*[(0, 1), (2, 3)] * 30))
+    assert table[["expert", "other", "count"]].to_numpy().tolist() == [[0, 1, 30], [2, 3, 30]]
+    assert table["expected"].to_list() == pytest.approx([10, 10])
+    assert table["lift"].to_list() == pytest.approx([3, 3])
+
+
+def test_triples_that_fire_together_only():
+    """Two triples: three of six drawn without regard make a pair in 1 of 5, and these pairs are in half of the tokens."""
+    table = expert_pairs(chosen(*[(0, 1, 2), (3, 4, 5)] * 30, *[()] * 7, count=6))
+    pairs = set(map(tuple, table[["expert", "other"]].to_numpy()))
+    assert pairs < {*itertools.combinations(range(3), 2), *itertools.combinations(range(3, 6), 2)}
+    assert table["expected"].to_list() == pytest.approx([12] * 5)
+    assert table["lift"].to_list() == pytest.approx([2.5] * 5)
+
+
+def test_an_expert_that_is_used_more_is_not_beyond_chance():
+    """Pairs drawn with probabilities in proportion to u_i u_j. P(i, j) / (P(i) P(j)) itself differs between them."""
+    u = np.array([8, 4, 2, 1, 1])
+    pairs = [pair for pair in itertools.combinations(range(5), 2) for _ in range(5 * u[pair[0]] * u[pair[1]])]
+    seen = chosen(*pairs, count=5)
+    table = expert_pairs(seen)
+    assert table.empty or table["lift"].max() < 1 + 1e-6
+    # The same with one pair twice as often.
+    table = expert_pairs(chosen(*pairs, *[(1, 2)] * 40, count=5))
+    assert table.iloc[0][["expert", "other", "count"]].to_list() == [1, 2, 80]
+
+
+def test_pairs_that_are_too_rare_to_tell_and_lone_experts_are_not_listed():
+    assert expert_pairs(chosen((0, 1), (2, 3))).empty
+    assert expert_pairs(chosen((0,), (1,), (2,))).empty
+    rare = expert_pairs(chosen(*[(0, 1), (0, 2), (1, 2)] * 30, (3, 0), (3, 0)))
+    assert 3 not in rare[["expert", "other"]].to_numpy()
+
+
+# --- likeness and errors, by hand -------------------------------------------------------------------------------------
+
+
+def test_likeness_of_equal_opposite_and_different_experts():
+    equal, gates = equal_bank(3, gated=True), torch.full((300, 3), 0.5)
+    assert weight_cosine(equal.experts()) == pytest.approx(1, abs=1e-6)
+    assert output_correlation(equal.experts(), outputs_of(equal, gates)) == pytest.approx(1, abs=1e-6)
+    one = random_bank(1, gated=True).expert(0)
+    assert weight_cosine([one, one.map(torch.neg)]) == pytest.approx(-1, abs=1e-6)
+    flipped = one.times({"down": -1.0, "down_bias": -1.0})
+    assert output_correlation([one, flipped], outputs_of(equal, gates)) == pytest.approx(-1, abs=1e-6)
+    assert math.isnan(weight_cosine([one]))
+
+
+def test_likeness_is_the_mean_over_pairs(form):
+    """Against numpy, pair by pair; 256 tokens are all that are looked at."""
+    bank = random_bank(4, **form)
+    seen = outputs_of(bank, torch.full((256, 4), 0.25))
+    flat = np.stack([np.concatenate([t.numpy().ravel() for _, t in e.tensors()]) for e in bank.experts()])
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    pairs = np.triu_indices(4, 1)
+    assert weight_cosine(bank.experts()) == pytest.approx((flat @ flat.T)[pairs].mean(), abs=1e-6)
+    outputs = np.stack([(o := e.apply(seen.inputs, silu).numpy()) - o.mean(axis=0) for e in bank.experts()])
+    expected = np.corrcoef(outputs.reshape(4, -1))[pairs].mean()
+    assert output_correlation(bank.experts(), seen) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_error_falls_with_the_width_and_is_none_at_all_experts():
+    """Where gates do not depend on the token, all experts side by side are the layer."""
+    bank = random_bank(4, gated=True)
+    seen = outputs_of(bank, torch.tensor([[0.4, 0.3, 0.2, 0.1]]).repeat(2000, 1))
+    errors = width_errors(bank.experts(), seen, [12, 24, 48])
+    assert 1 > errors[0] > 1.1 * errors[1] > 0
+    assert errors[2] < 1e-5
+
+
+def test_errors_are_of_tokens_that_were_not_solved_for():
+    """Outputs that are noise: what was solved for would be met nearly, the rest is not."""
+    bank, noise = random_bank(4, gated=True), torch.randn(64, 8, generator=torch.Generator().manual_seed(2))
+    seen = outputs_of(bank, torch.full((64, 4), 0.25))
+    seen = LayerActivations(seen.inputs, seen.gates, noise, silu)
+    assert width_errors(bank.experts(), seen, [48])[0] > 1
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3", "switch_transformers"])
+def test_a_checkpoint_as_its_model_says(kind, tmp_path):
+    """Shares and gates against those of transformers' routers; names of layers as in a conversion."""
+    model = moe(kind)
+    model.save_pretrained(tmp_path / "moe")
+    found = inspect(tmp_path / "moe", IDS)
+    assert isinstance(found, Inspection)
+    table = convert(tmp_path / "moe", tmp_path / "dense", "readout", calibration=IDS)
+    assert found.router["layer"].to_list() == table["layer"].to_list()
+    k = {"switch_transformers": 1}.get(kind, 2)
+    count = 8 if kind == "deepseek_v3" else 4
+    assert (found.router["experts"] == count).all()
+    assert found.router["effective_experts"].between(1, count).all()
+    assert found.errors["multiple"].unique().tolist() == sorted({m for m in (1, k, 2 * k, 4 * k) if m <= count})
+    assert (found.errors["d_ff"] == 24 * found.errors["multiple"]).all()
+    # An expert's width is what a conversion measures.
+    ones = found.errors[found.errors["multiple"] == 1]["output_error"]
+    assert ones.to_list() == pytest.approx(table["output_error"].to_list(), rel=1e-4)
+    widest = found.errors.groupby("layer", sort=False)["output_error"].last()
+    assert (widest.to_numpy() < ones.to_numpy()).all()
+    if kind != "switch_transformers":
+        assert found.router["chosen"].to_list() == [2] * len(table)
+    if kind in ("mixtral", "qwen3_moe"):
+        assert found.router["gate_sum"].to_list() == pytest.approx([1] * len(table), abs=1e-5)
+        assert found.router["gate_sum_sd"].max() < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
+
+
+def test_equal_experts_of_a_checkpoint(tmp_path):
+    moe("qwen3_moe", equal=True).save_pretrained(tmp_path / "moe")
+    found = inspect(str(tmp_path / "moe"), IDS)
+    assert found.router["weight_cosine"].to_list() == pytest.approx([1, 1], abs=1e-5)
+    assert found.router["output_correlation"].to_list() == pytest.approx([1, 1], abs=1e-5)
+    assert found.errors["output_error"].max() < 1e-2
+
+
+def test_gpt_oss_has_a_router_but_no_errors(tmp_path, capsys):
+    moe("gpt_oss").save_pretrained(tmp_path / "moe")
+    found = inspect(tmp_path / "moe", IDS)
+    assert found.router["chosen"].to_list() == [2, 2, 2]
+    assert found.router["output_correlation"].isna().all()
+    assert found.errors["output_error"].isna().all()
+
+
+def test_the_command_line(tmp_path, capsys):
+    text = with_tokenizer(tmp_path / "moe")
+    main([str(tmp_path / "moe"), "--calibration", str(text), "--calibration-tokens", "1024"])
+    printed = capsys.readouterr().out
+    found = inspect(tmp_path / "moe", text_blocks(text, tmp_path / "moe", 1024, "train"))
+    for layer, error in found.errors.groupby("layer")["output_error"].first().items():
+        assert re.search(rf"{layer} +{error:.3f}", printed)
+    assert re.search(r"1 x expert \(24\) +2 x expert \(48\) +4 x expert \(96\)", printed)
+    assert re.search(r"Take --d-ff (24|48|96) \(\d x an expert's width\)", printed)
+    assert f"{found.router['effective_experts'][0]:.1f}" in printed
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "gone")])
+    assert stop.value.code == 1
+    assert "source: expected a folder or a hub name" in capsys.readouterr().err
+
+
+def test_the_command_line_says_what_is_not_known(tmp_path, capsys, monkeypatch):
+    with_tokenizer(tmp_path / "mixtral")
+    with_tokenizer(tmp_path / "oss", "gpt_oss")
+    text = ["--calibration", str(tmp_path / "text.txt"), "--calibration-tokens", "64"]
+    main([str(tmp_path / "oss"), *text])
+    assert "these experts compute something else" in capsys.readouterr().out
+    monkeypatch.setattr(inspection, "_solver_bytes", lambda width: width * 10**15)
+    with pytest.warns(
+        UserWarning, match=r"memory: expected 24000000\.0 GB to solve for 24 hidden units.*widths \[24, 48, 96\]"
+    ):
+        main([str(tmp_path / "mixtral"), *text])
+    assert "memory is too small for every width" in capsys.readouterr().out
+
+
+def test_which_width_to_take():
+    def said(*errors):
+        index = pd.MultiIndex.from_tuples([(1, 24), (2, 48), (8, 192)][: len(errors)], names=["multiple", "d_ff"])
+        return _advice(pd.Series(errors, index))
+
+    assert said(0.9, 0.85, 0.1).startswith("Take --d-ff 24 (1 x")
+    # Two doublings that leave 0.81 of the error are worth it, with 0.82 they are not.
+    assert said(0.9, 0.5, 0.4).startswith("Take --d-ff 192 (8 x")
+    assert said(0.9, 0.5, 0.41).startswith("Take --d-ff 48 (2 x")
+    assert said(0.9).startswith("Take --d-ff 24 (1 x")
+
+
+def test_a_width_with_too_few_tokens_is_marked_and_not_recommended(tmp_path, capsys):
+    """With 192 tokens, 144 are solved on: 24 units have 4 each and more, 48 and 96 have not."""
+    text = with_tokenizer(tmp_path / "moe")
+    with pytest.warns(UserWarning, match="calibration_tokens: expected 512 for a read-out of 96 hidden units"):
+        main([str(tmp_path / "moe"), "--calibration", str(text), "--calibration-tokens", "200"])
+    printed = capsys.readouterr().out
+    assert re.search(r"1 x expert \(24\) +2 x expert \(48\) \* +4 x expert \(96\) \*", printed)
+    assert "Take --d-ff 24 (1 x an expert's width)" in printed
+    assert "--calibration-tokens 512 are enough" in printed
+
+
+# --- figure -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_figure_shows_the_tables(count):
+    layers = [f"model.layers.{i}.mlp" for i in (9, 10, 11)][:count]
+    router = pd.DataFrame({"layer": layers, "experts": 8, "effective_experts": [6.0, 5.0, 7.0][:count], "gini": 0.3})
+    errors = pd.DataFrame(
+        [
+            {"layer": name, "multiple": m, "output_error": i + 0.5 / m}
+            for i, name in enumerate(layers)
+            for m in (1, 2, 4)
+        ]
+    )
+    figures.set_style()
+    fig = figures.router_by_layer(router, errors)
+    used, uneven, wide, _ = fig.axes
+    np.testing.assert_array_equal(used.lines[1].get_xydata(), [*enumerate([6.0, 5.0, 7.0][:count], start=1)])
+    np.testing.assert_array_equal(uneven.lines[0].get_ydata(), [0.3] * count)
+    for i in range(count):
+        np.testing.assert_array_equal(wide.lines[i].get_xydata(), [(m, i + 0.5 / m) for m in (1, 2, 4)])
+    np.testing.assert_allclose(wide.lines[count].get_ydata(), [(count - 1) / 2 + 0.5 / m for m in (1, 2, 4)])
+    fig.draw_without_rendering()
+    assert fig.get_size_inches()[0] == figures.TWO_COLUMNS
+    texts = [text for text in fig.findobj(mpl.text.Text) if text.get_text() and text.get_visible()]
+    assert min(text.get_fontsize() for text in texts) >= 6
+
+
+def test_the_figure_of_unknown_errors():
+    router = pd.DataFrame({"layer": ["a"], "experts": 8, "effective_experts": 6.0, "gini": 0.3})
+    errors = pd.DataFrame({"layer": ["a"], "multiple": 1, "output_error": np.nan})
+    figures.router_by_layer(router, errors).draw_without_rendering()
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_refused_before_the_model_runs(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(inspection, "store_activations", None)
+    cases = [
+        (tmp_path / "gone", TOKENS, FileNotFoundError, "source: expected a folder or a hub name"),
+        (tmp_path / "empty", TOKENS, FileNotFoundError, r"empty: expected config\.json"),
+        (tmp_path / "moe", "docstrings", ValueError, "moe: expected a tokenizer beside the model"),
+        (tmp_path / "moe", None, TypeError, "calibration: expected a text or token ids .*, found NoneType"),
+        (
+            tmp_path / "moe",
+            TOKENS[0],
+            ValueError,
+            r"calibration: expected token ids \[n, L\], 16 or more, found .*\[24\]",
+        ),
+        (tmp_path / "moe", TOKENS[:1, :9], ValueError, r"16 or more, found torch.int64 \[1, 9\]"),
+        (tmp_path / "moe", TOKENS.float(), ValueError, r"expected token ids .*found torch.float32"),
+        (tmp_path / "moe", TOKENS + 60, ValueError, "calibration: expected token ids from 0 to 63, found 63 to 123"),
+    ]
+    for source, calibration, error, message in cases:
+        with pytest.raises(error, match=message):
+            inspect(source, calibration)
+    with pytest.raises(ValueError, match="calibration_tokens: expected an integer of at least 1, found 0"):
+        inspect(tmp_path / "moe", TOKENS, calibration_tokens=0)
+
+
+def test_weights_that_are_not_numbers_are_named(tmp_path):
+    model = moe("mixtral")
+    with torch.no_grad():
+        model.model.layers[2].mlp.experts.down_proj[1, 0, 0] = torch.inf
+    model.save_pretrained(tmp_path / "moe")
+    with pytest.raises(
+        ValueError, match=r"moe: model\.layers\.2.*: down of expert 1: expected finite weights, found 1"
+    ):
+        inspect(tmp_path / "moe", IDS)

@@ -1,0 +1,262 @@
+"""Reconstruction of a twin's layers on a stream of tokens: what it minimises, what it gains, interruptions, memory."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_checkpoints import CONFIGS, close, files, logits, moe, quiet  # noqa: F401  quiet is a fixture
+
+from ones_lib.checkpoints import convert, reconstruction
+from ones_lib.checkpoints.architectures import ARCHITECTURES
+from ones_lib.checkpoints.reconstruction import LayerTokens
+from ones_lib.checkpoints.stream import BlockStream, Slices
+from ones_lib.models.causal import load_language_model, watched_experts
+
+KINDS = [kind for kind in CONFIGS if kind not in ("gpt_oss", "switch_transformers")]
+IDS = torch.randint(3, 64, (192, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Few steps, and slices of few tokens, so that there are many."""
+    monkeypatch.setattr(reconstruction, "LEAST_STEPS", 12)
+    monkeypatch.setattr(reconstruction, "REPORT_EVERY", 4)
+    monkeypatch.setattr(reconstruction, "SAVE_EVERY", 4)
+    monkeypatch.setattr("ones_lib.checkpoints.stream.TOKENS_A_SLICE", 192)
+
+
+def reconstructed(source, destination, method="readout", **options):
+    return convert(source, destination, method, "active", calibration=IDS, reconstruct=IDS, **options)
+
+
+# --- what it sees -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_one_by_one_compute_what_the_model_does(kind):
+    """By transformers' own hidden states, in slices."""
+    model = moe(kind)
+    stream = BlockStream(model, IDS)
+    assert (len(stream), stream.tokens) == (16, IDS.numel())
+    with torch.no_grad():
+        expected = model(IDS[12:24], output_hidden_states=True).hidden_states
+        hidden = stream.embedded(1)
+        for i in range(len(stream.blocks)):
+            close(hidden, expected[i])
+            hidden = stream.run(i, hidden)
+        close(model.base_model.norm(hidden), expected[-1])
+
+
+@pytest.mark.parametrize("student_inputs", [False, True])
+def test_a_layer_is_fitted_to_the_teachers_output_or_residual_stream(student_inputs, tmp_path, monkeypatch):
+    """The tokens on disk against forward passes of whole models: of the MoE, and of the twin that comes out."""
+    seen = {}
+
+    def note(start, tokens, *arguments):
+        found = [tokens.slices.read(number) for number in range(tokens.count)]
+        seen[len(seen)] = [torch.cat([part[name] for part in found]) for name in ("inputs", "targets")]
+        return start, [{"tokens": 0, "error": 0.5}]
+
+    monkeypatch.setattr(reconstruction, "regress", note)
+    model = moe("qwen3_moe", num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "moe")
+    reconstructed(tmp_path / "moe", tmp_path / "dense", "topk", student_inputs=student_inputs)
+    ids = IDS[torch.randperm(192, generator=torch.Generator().manual_seed(0))]
+    layers = {}
+    with torch.no_grad(), watched_experts(model, lambda block, found: layers.update({block: found})):
+        model(ids)
+    first, second, _ = layers
+    inputs, targets = seen[0]
+    close(inputs, layers[first].inputs)
+    close(targets, layers[first].outputs)
+    inputs, targets = seen[1]
+    if not student_inputs:
+        close(inputs, layers[second].inputs)
+        close(targets, layers[second].outputs)
+        return
+    twin, found, place = load_language_model(tmp_path / "dense"), {}, int(second.rpartition(".")[2])
+    twin.get_submodule(second).mlp.register_forward_hook(
+        lambda module, x, y: found.update(inputs=x[0].flatten(0, 1), outputs=y.flatten(0, 1))
+    )
+    with torch.no_grad():
+        after = twin(ids, output_hidden_states=True).hidden_states[place + 1].flatten(0, 1)
+        wanted = model(ids, output_hidden_states=True).hidden_states[place + 1].flatten(0, 1)
+    close(inputs, found["inputs"])
+    close(targets, wanted - (after - found["outputs"]))  # with it, the twin would be where the MoE is
+
+
+def test_batches_go_through_all_tokens_in_another_order_each_time(tmp_path, monkeypatch):
+    slices, rows = Slices(tmp_path), torch.arange(60.0)[:, None]
+    for number in range(20):
+        slices.write(number, {"inputs": rows[3 * number :][:3], "targets": -rows[3 * number :][:3]})
+    tokens = LayerTokens(slices, 20, torch.relu, torch.device("cpu"))
+    assert tokens.trained == 19
+    assert [int(part.inputs[0]) for part in tokens.held_out()] == [57]
+    batches = tokens.batches(3, 0)
+    first, second = ([next(batches) for _ in range(19)] for _ in range(2))
+    for some in (first, second):
+        assert sorted(torch.cat([x for x, _ in some]).flatten().tolist()) == list(range(57))
+        assert all(torch.equal(x, -y) for x, y in some)
+    assert not torch.equal(first[0][0], second[0][0])
+    later = tokens.batches(3, 23)
+    assert all(torch.equal(next(later)[0], x) for x, _ in second[4:])
+    assert len(list(tokens.solved(1000))) == 19
+    monkeypatch.setattr(reconstruction, "SOLVED", 3)
+    assert [int(part.inputs[0]) for part in tokens.solved(3)] == [0, 18, 36]
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_causal_architecture_gets_nearer_to_its_moe(kind, tmp_path):
+    """Experts with something in common, which a network of active width can learn."""
+    model = moe(kind)
+    model.save_pretrained(tmp_path / "moe")
+    students = [False] if ARCHITECTURES[kind].normed else [False, True]
+    for student_inputs in students:
+        out = tmp_path / f"dense-{student_inputs}"
+        table = reconstructed(tmp_path / "moe", out, "topk", student_inputs=student_inputs)
+        course = pd.read_csv(out / "reconstruction.csv")
+        for layer, errors in course.groupby("layer")["error"]:
+            assert errors.iloc[-1] < errors.iloc[0], layer
+            assert errors.iloc[-1] == table.set_index("layer")["reconstruction_error"][layer]
+        assert logits(load_language_model(out)).isfinite().all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"dense-{s}" for s in students), "moe"]
+
+
+def test_equal_experts_are_found_exactly(tmp_path):
+    model = moe("glm4_moe", equal=True)
+    model.save_pretrained(tmp_path / "moe")
+    table = reconstructed(tmp_path / "moe", tmp_path / "dense", "average", student_inputs=True)
+    assert (table["reconstruction_error"] < 1e-4).all()
+    close(logits(load_language_model(tmp_path / "dense")), logits(model), atol=1e-3)
+
+
+def test_the_end_to_end_error_is_what_the_last_layer_reports(tmp_path):
+    """On student inputs, the target is the teacher's residual stream: its error is that of the twin's last hidden state."""
+    model = moe("mixtral")
+    model.save_pretrained(tmp_path / "moe")
+    table = reconstructed(tmp_path / "moe", tmp_path / "dense", student_inputs=True)
+    twin, found = load_language_model(tmp_path / "dense"), {}
+    twin.model.layers[-1].mlp.register_forward_hook(lambda module, x, y: found.update(outputs=y))
+    held_out = IDS[torch.randperm(192, generator=torch.Generator().manual_seed(0))][-12:]
+    states = []
+    for m in (model, twin):
+        hook = m.model.norm.register_forward_pre_hook(lambda module, x: states.append(x[0]))
+        with torch.no_grad():
+            m(held_out)
+        hook.remove()
+    error, size = (states[0] - states[1]).norm(), (states[0] - states[1] + found["outputs"]).norm()
+    assert table["reconstruction_error"].iloc[-1] == pytest.approx((error / size).item(), rel=1e-3)
+
+
+def test_bfloat16_is_computed_on_as_it_is_stored(tmp_path):
+    moe("qwen3_moe").bfloat16().save_pretrained(tmp_path / "moe")
+    table = reconstructed(tmp_path / "moe", tmp_path / "dense", student_inputs=True)
+    course = pd.read_csv(tmp_path / "dense" / "reconstruction.csv").groupby("layer", sort=False)["error"]
+    assert (course.last() < course.first()).all()
+    assert table["reconstruction_error"].lt(1).all()
+    assert all(t.dtype == torch.bfloat16 for t in load_language_model(tmp_path / "dense").state_dict().values())
+
+
+# --- interruptions, memory, bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["write", "take_step", "save_tensors"])
+def test_interrupted_anywhere_it_ends_with_the_same_bytes(where, tmp_path, monkeypatch):
+    """At the n-th slice, step or file, for many n; each time it goes on."""
+    moe("glm4_moe").save_pretrained(tmp_path / "moe")
+    reconstructed(tmp_path / "moe", tmp_path / "whole", student_inputs=True)
+    owner = {"write": Slices, "take_step": reconstruction._State, "save_tensors": reconstruction}[where]
+    function, left, stops = getattr(owner, where), [0], 0
+
+    def stopping(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    monkeypatch.setattr(owner, where, stopping)
+    done = False
+    while not done:
+        left[0] = 7 if where != "save_tensors" else 2
+        try:
+            reconstructed(tmp_path / "moe", tmp_path / "dense", student_inputs=True)
+            done = True
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops >= 3
+    assert files(tmp_path / "dense") == files(tmp_path / "whole")
+    courses = [(tmp_path / name / "reconstruction.csv").read_text() for name in ("dense", "whole")]
+    assert courses[0] == courses[1]
+
+
+LIMITED = """
+import resource, sys, torch
+import ones_lib.checkpoints.reconstruction as reconstruction
+from ones_lib.checkpoints import convert
+reconstruction.LEAST_STEPS, reconstruction.REPORT_EVERY = 20, 20
+ids = torch.randint(3, 64, (int(sys.argv[3]), 64), generator=torch.Generator().manual_seed(0))
+convert(sys.argv[1], sys.argv[2], "topk", "active", calibration=ids[:32], reconstruct=ids)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_tokens(tmp_path):
+    """Three times the tokens of what is in memory, and nine times."""
+    moe("qwen3_moe", hidden_size=256, vocab_size=64).save_pretrained(tmp_path / "moe")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    peaks = []
+    for rows in (1024, 3072):
+        command = [sys.executable, "-c", LIMITED, str(tmp_path / "moe"), str(tmp_path / f"dense{rows}"), str(rows)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    tokens = 2048 * 64 * 256 * 4 / 2**20  # MB that the hidden states alone are larger
+    assert peaks[1] < peaks[0] + 0.25 * tokens
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("gpt_oss", {"reconstruct": IDS}, "reconstruct: expected a causal model whose experts compute"),
+        ("switch_transformers", {"reconstruct": IDS}, "reconstruct: expected a causal model"),
+        ("flex_olmo", {"reconstruct": IDS, "student_inputs": True}, "student_inputs: expected blocks that add"),
+        ("mixtral", {"student_inputs": True}, "student_inputs: expected a text to reconstruct on"),
+        ("mixtral", {"reconstruct": IDS[:7]}, "reconstruct: expected at least 8 blocks of tokens, found 7"),
+    ],
+)
+def test_what_can_not_be_reconstructed_is_said_first(kind, options, message, tmp_path):
+    moe(kind).save_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=IDS, **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["moe"]
+
+
+def test_a_full_disk_is_said_before_the_tokens_are_written(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        "ones_lib.checkpoints.reconstruction.shutil.disk_usage", lambda path: usage._replace(free=10**6)
+    )
+    monkeypatch.setattr("ones_lib.checkpoints.work.shutil.disk_usage", lambda path: usage._replace(free=10**6))
+    with pytest.raises(OSError, match="reconstruct_tokens sets their number"):
+        convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=IDS, reconstruct=IDS.repeat(40, 1))
+
+
+def test_what_was_done_is_in_the_conversions_facts(tmp_path):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    reconstructed(tmp_path / "moe", tmp_path / "dense", student_inputs=True)
+    facts = json.loads((tmp_path / "dense" / "conversion.json").read_text())
+    assert (facts["d_ff"], facts["reconstruct_tokens"], facts["student_inputs"]) == (48, IDS.numel(), True)
+    assert (facts["model_type"], facts["vocab_size"]) == ("mixtral", 64)
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "regressed onto the MoE layers on 3,072 tokens" in card
+    assert load_file(next((tmp_path / "dense").glob("model-00002*")))
