@@ -31,10 +31,10 @@ from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering.regression import readout_on, relative_adam
 from ones_lib.models.causal import activation_of, load_language_model
 
-LEAST_STEPS = 300  # optimizer steps of a layer, at least; more where a pass over the stream takes more
+LEAST_STEPS = 200  # optimizer steps of a layer, at least; more where a pass over the stream takes more
 BATCH = 1024  # tokens of a step
 BUFFERED = 8  # slices that are in memory, of which a step's tokens are drawn
-SOLVED = 32  # tokens for each hidden unit that the read-out is solved on, at most
+SOLVED = 16  # tokens for each hidden unit that the read-out is solved on, at most
 LEARNING_RATE, RIDGE = 0.2, 1e-6
 REPORT_EVERY, SAVE_EVERY = 100, 500  # steps
 
@@ -131,8 +131,9 @@ def regress(
             bar.update()
             if state.step % SAVE_EVERY == 0:
                 state.save(checkpoint)
-    fitted = readout_on(state.moving.map(torch.detach), tokens.solved(start.d_ff), RIDGE)
-    found = [(relative_error(ffn, tokens.held_out()), ffn) for ffn in (start, state.solved, fitted)]
+    moved = state.moving.map(torch.detach)
+    candidates = start, state.solved, moved, readout_on(moved, tokens.solved(start.d_ff), RIDGE)
+    found = [(relative_error(ffn, tokens.held_out()), ffn) for ffn in candidates]
     error, best = min(found, key=lambda pair: pair[0])
     rows = [{"tokens": 0, "error": found[0][0]}, *state.rows, {"tokens": steps * batch, "error": error}]
     return best, rows
@@ -207,6 +208,7 @@ class Reconstruction:
         self.plan, self.folder, self.student_inputs = plan, folder, student_inputs
         self.config = plan.source_config
         self.activation = activation_of(self.config)
+        self.scale = getattr(self.config, "residual_multiplier", 1.0)  # of what a block adds to its input
 
     def fitted(self, block: Block) -> tuple[FeedForwardWeights, dict] | None:
         """A layer's network in float32, and its row with the ``course`` of :func:`regress`; None: it is not there yet."""
@@ -284,7 +286,7 @@ class Reconstruction:
     ) -> None:
         if self._fitted_path(block.name).exists():
             return
-        site, scale = self._site(stream.blocks[i]), getattr(self.config, "residual_multiplier", 1.0)
+        site = self._site(stream.blocks[i])
 
         def tokens_of(number: int) -> dict[str, Tensor]:
             hidden = self._hidden(stream, i, number)
@@ -294,7 +296,8 @@ class Reconstruction:
                 return {"inputs": found["inputs"], "targets": found["outputs"], "after": after}
             with replaced(site, torch.zeros_like), watched(site) as found:
                 without = stream.run(i, hidden.get("student", hidden["teacher"]))
-            return {"inputs": found["inputs"], "targets": (after - without).flatten(0, -2) / scale, "after": after}
+            targets = (after - without).flatten(0, -2) / self.scale
+            return {"inputs": found["inputs"], "targets": targets, "after": after, "without": without}
 
         self._write_all(f"tokens-{i}", len(stream), tokens_of)
         device = stream.model.device
@@ -316,14 +319,12 @@ class Reconstruction:
             ffn = self.fitted(block)[0].map(lambda t: t.to(stream.model.device, stream.model.dtype))
 
         def next_of(number: int) -> dict[str, Tensor]:
-            hidden = self._hidden(stream, i, number)
-            after = stream.run(i, hidden["teacher"]) if ffn is None else tokens.read(number)["after"]
-            if not self.student_inputs or (ffn is None and "student" not in hidden):
-                return {"teacher": after}
-            student = hidden.get("student", hidden["teacher"])
             if ffn is None:
-                return {"teacher": after, "student": stream.run(i, student)}
-            with replaced(self._site(stream.blocks[i]), lambda x: ffn.apply(x, self.activation)):
-                return {"teacher": after, "student": stream.run(i, student)}
+                return {who: stream.run(i, hidden) for who, hidden in self._hidden(stream, i, number).items()}
+            found = tokens.read(number)
+            if not self.student_inputs:
+                return {"teacher": found["after"]}
+            added = ffn.apply(found["inputs"].to(stream.model.device), self.activation).view_as(found["without"])
+            return {"teacher": found["after"], "student": found["without"].to(added) + self.scale * added}
 
         self._write_all(f"block-{i + 1}", len(stream), next_of)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ones_lib.calibration import LayerActivations
-from ones_lib.ffn import FeedForwardWeights, match_neurons
+from ones_lib.ffn import CHUNK, FeedForwardWeights, match_neurons
 from ones_lib.gathering.paper import check_range, chosen_width, combined, take_neurons
 from ones_lib.gathering.registry import register
 from ones_lib.gathering.scale import scaled_output
@@ -111,10 +111,18 @@ def _equal_neurons(bank: FeedForwardWeights) -> tuple[Tensor, Tensor]:
     """
     inputs = [getattr(bank, n) for n in ("up", "gate", "up_bias", "gate_bias") if getattr(bank, n) is not None]
     rows = torch.cat([t.reshape(bank.num_experts * bank.d_ff, -1) for t in inputs], dim=1)
-    _, group = torch.unique(rows, dim=0, return_inverse=True)
+    _, group = torch.unique(_hashes(rows), return_inverse=True)  # of rows as they are it takes minutes for a large bank
     index = torch.arange(len(group), device=group.device)
     first = torch.full((int(group.max()) + 1,), len(group), device=group.device)
     return first.scatter_reduce_(0, group, index, "amin"), group
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """64 bits for each of ``rows`` [n, p], by their bits: equal rows have equal ones, and others almost surely others."""
+    odd = 2 * torch.randint(2**62, rows.shape[1:], generator=torch.Generator().manual_seed(0)).to(rows.device) + 1
+    bits = torch.int64 if rows.dtype == torch.float64 else torch.int32
+    size = max(1, CHUNK // rows.shape[1])
+    return torch.cat([((part + 0.0).view(bits) * odd).sum(dim=1) for part in rows.split(size)])
 
 
 @register("whitened_svd")

@@ -18,6 +18,7 @@ from ones_lib.gathering.scale import ROUTER_SCALES
 
 LARGE = 1024  # from this many hidden units on, a fit tries one start only, and a read-out is solved by Cholesky
 _STARTS = ("average", "topk", "svd", "matched_average", "contribution_topk", "whitened_svd")
+NARROW = 64  # inputs
 _BATCH = 2048  # tokens per step of the fit
 
 
@@ -57,17 +58,25 @@ def readout(
 def readout_on(ffn: FeedForwardWeights, chunks: Iterable[LayerActivations], ridge: float) -> FeedForwardWeights:
     """The FFN with the output weights of :func:`readout`, from tokens that come chunk by chunk."""
     grams = products = 0.0
+    large = ridge > 0 and ffn.d_ff >= LARGE
     for chunk in chunks:
         features = ffn.hidden(chunk.inputs, chunk.activation)
-        left = (chunk.outputs - F.linear(features, ffn.down, ffn.down_bias)).double()
+        left = chunk.outputs - F.linear(features, ffn.down, ffn.down_bias)
         if ffn.down_bias is not None:
             features = torch.cat([features, torch.ones_like(features[:, :1])], dim=1)
-        weighted = (chunk.token_weights()[:, None] * features).double()
-        grams = grams + weighted.T @ features.double()  # [h (+1), h (+1)]
-        products = products + weighted.T @ left  # [h (+1), d]
+        weighted = chunk.token_weights()[:, None] * features
+        if not large:  # else it would take most of the time, and only the sum over chunks is in float64
+            features, weighted, left = features.double(), weighted.double(), left.double()
+        grams = grams + (weighted.T @ features).double()  # [h (+1), h (+1)]
+        products = products + (weighted.T @ left).double()  # [h (+1), d]
     grams.diagonal().add_(ridge * grams.diagonal().mean())
-    if ridge > 0 and len(grams) >= LARGE:  # thirty times as fast, but only for positive definite matrices
-        change = torch.cholesky_solve(products, torch.linalg.cholesky(grams))
+    if large:  # thirty times as fast, but only for positive definite matrices
+        factor, failed = torch.linalg.cholesky_ex(grams)
+        while failed:  # by rounding
+            grams.diagonal().add_(ridge * grams.diagonal().mean())
+            factor, failed = torch.linalg.cholesky_ex(grams)
+            ridge *= 10
+        change = torch.cholesky_solve(products, factor)
     else:
         change = torch.linalg.lstsq(grams, products, driver="gelsd" if grams.device.type == "cpu" else None).solution
     change = change.to(ffn.down)
@@ -134,9 +143,12 @@ def relative_adam(
     """Adam with cosine decay over ``steps``, for the FFN's tensors.
 
     A matrix and its bias have a learning rate of ``learning_rate`` times the root mean square of the matrix, so that the
-    same value suits weights of any size.
+    same value suits weights of any size. Of matrices with more than :data:`NARROW` inputs it is smaller, by the root of that
+    ratio: their steps, which go the same way for all inputs, would else change the outputs by more than the outputs' size.
     """
     sizes = {name: tensor.detach().square().mean().sqrt().item() or 1.0 for name, tensor in ffn.tensors()}
+    for name, tensor in ffn.tensors():
+        sizes[name] *= min(1.0, (NARROW / tensor.shape[-1]) ** 0.5)
     groups = [
         {"params": [tensor], "lr": learning_rate * sizes[name.removesuffix("_bias")]} for name, tensor in ffn.tensors()
     ]

@@ -29,7 +29,7 @@ def perplexity_by_tokens(table: pd.DataFrame, labels: Mapping[float, str]) -> Fi
         _levels(ax, part)
         ax.set_xticks(range(len(budgets)), labels.values())
         ax.set(title=moe, xlabel="tokens of distillation")
-    return _finished(fig, axes, table)
+    return _finished(fig, axes, f"lines: mean over {style.seeds(table)}; bands: lowest to highest; 1: the MoE")
 
 
 def perplexity_by_time(table: pd.DataFrame) -> Figure:
@@ -42,11 +42,11 @@ def perplexity_by_time(table: pd.DataFrame) -> Figure:
         _levels(ax, part)
         ax.set(title=moe, xlabel="gathering and distillation (s)", xscale="log")
         style.plain_log(ax, "x")
-    return _finished(fig, axes, table)
+    return _finished(fig, axes, f"marks: mean over {style.seeds(table)}, by tokens of distillation; 1: the MoE")
 
 
 def _panels_of_moes(table: pd.DataFrame) -> tuple[Figure, list[Axes]]:
-    return style.panel_grid(table["teacher"].nunique(), 3, 2.6, extra=0.7, sharey=True)
+    return style.panel_grid(table["teacher"].nunique(), 3, 2.6, extra=0.7)
 
 
 def _levels(ax: Axes, part: pd.DataFrame) -> None:
@@ -57,15 +57,16 @@ def _levels(ax: Axes, part: pd.DataFrame) -> None:
         ax.axhspan(values.min(), values.max(), color=style.look(model).colour, alpha=0.1, linewidth=0)
 
 
-def _finished(fig: Figure, axes: list[Axes], table: pd.DataFrame) -> Figure:
+def _finished(fig: Figure, axes: list[Axes], caption: str) -> Figure:
     for ax in axes:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(FixedLocator([1, 1.5, 2, 3, 5, 10, 20, 50, 100]))
+        few = ax.get_ylim()[1] > 5
+        ax.yaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100] if few else [1, 1.2, 1.5, 2, 3]))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("")
     axes[0].set(ylabel="perplexity / the MoE's")
     style.legend(fig, "outside upper center", ncols=5)
-    style.caption(fig, f"lines: mean over {style.seeds(table)}; bands: lowest to highest; 1: the MoE")
+    style.caption(fig, caption)
     return fig
 
 
