@@ -53,7 +53,7 @@ def cases(cache):
     yield "masked_lm", pretraining_model(TEXT, text, 0), MaskedLanguageModelling(text), {}
     answering = finetuning_model(pretraining_model(TEXT, text, 1), "answer", 0)
     yield "answers", answering, finetuning_task("answer", tasks), {}
-    yield "causal", language_model({**MISTRAL, "num_experts": 1}, text, 0), LanguageModelling(text), {}
+    yield "causal", language_model(MISTRAL, text, 0, dense=True), LanguageModelling(text), {}
 
 
 def train(out, cache, device_batch=0, shard=False, interrupt=False):
