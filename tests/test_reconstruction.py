@@ -200,9 +200,10 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(where, tmp_path, monke
 
 LIMITED = """
 import resource, sys, torch
-import ones_lib.checkpoints.reconstruction as reconstruction
+from ones_lib.checkpoints import reconstruction, stream
 from ones_lib.checkpoints import convert
 reconstruction.LEAST_STEPS, reconstruction.REPORT_EVERY = 20, 20
+stream.TOKENS_A_SLICE = 1024
 ids = torch.randint(3, 64, (int(sys.argv[3]), 64), generator=torch.Generator().manual_seed(0))
 convert(sys.argv[1], sys.argv[2], "topk", "active", calibration=ids[:32], reconstruct=ids)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -210,17 +211,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def test_memory_does_not_grow_with_the_tokens(tmp_path):
-    """Three times the tokens of what is in memory, and nine times."""
+    """Twice the tokens of what is in memory, and eight times."""
     moe("qwen3_moe", hidden_size=256, vocab_size=64).save_pretrained(tmp_path / "moe")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     peaks = []
-    for rows in (1024, 3072):
+    for rows in (256, 1024):
         command = [sys.executable, "-c", LIMITED, str(tmp_path / "moe"), str(tmp_path / f"dense{rows}"), str(rows)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         peaks.append(int(done.stdout.split()[-1]) / 1024)
-    tokens = 2048 * 64 * 256 * 4 / 2**20  # MB that the hidden states alone are larger
-    assert peaks[1] < peaks[0] + 0.25 * tokens
+    more = 768 * 64 * 256 * 4 / 2**20  # MB of hidden states, of which seven are on disk
+    assert peaks[1] < peaks[0] + 0.5 * more
 
 
 @pytest.mark.parametrize(
