@@ -259,5 +259,5 @@ def test_what_was_done_is_in_the_conversions_facts(tmp_path):
     assert (facts["d_ff"], facts["reconstruct_tokens"], facts["student_inputs"]) == (48, IDS.numel(), True)
     assert (facts["model_type"], facts["vocab_size"]) == ("mixtral", 64)
     card = (tmp_path / "dense" / "README.md").read_text()
-    assert "regressed onto the MoE layers on 3,072 tokens" in card
+    assert "every network was regressed, on 3,072 tokens, onto the MoE's residual stream" in card
     assert load_file(next((tmp_path / "dense").glob("model-00002*")))

@@ -81,12 +81,11 @@ def _measured(arguments: Mapping, layers: pd.DataFrame, perplexities: Mapping[st
         )
     if "reconstruct" in arguments:
         found = layers["reconstruction_error"]
-        targets = (
-            "the MoE's residual stream, on the student's own inputs" if arguments["student_inputs"] else "their outputs"
-        )
+        own = "the MoE's residual stream behind each block, from the student's own inputs"
+        targets = own if arguments["student_inputs"] else "each MoE layer's outputs, from the MoE's inputs"
         facts.append(
-            f"Then every network was regressed onto the MoE layers on {arguments['reconstruct_tokens']:,} tokens, with {targets}"
-            f" as target: relative error {found.min():.3f} to {found.max():.3f}, see reconstruction.csv."
+            f"Then every network was regressed, on {arguments['reconstruct_tokens']:,} tokens, onto {targets}:"
+            f" relative error {found.min():.3f} to {found.max():.3f}, see reconstruction.csv."
         )
     if perplexities:
         facts.append(f"Perplexity: MoE {perplexities['MoE']:.4g}, this model {perplexities['dense']:.4g}.")
