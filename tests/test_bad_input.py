@@ -308,6 +308,16 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         ValueError,
         "temperature: expected a number above 0, found 0.0",
     ),
+    "a student of no known method": (
+        parameter("language_students", {"mine": ["one_expert", {}]}, "06_published_moe"),
+        ParameterError,
+        r"language_students: mine: expected \[method, \{options\}\] with a method of .*'shared_kd', 'zero_ffn'\]",
+    ),
+    "a budget without a rate": (
+        parameter("language_budgets", {5: 0}, "06_published_moe"),
+        ParameterError,
+        "language_budgets: expected numbers of steps above 0, each with a learning rate above 0, found 5: 0",
+    ),
     "no seeds": (parameter("seeds", []), ValueError, "seeds: expected at least one"),
     "a seed twice": (parameter("seeds", [1, 1]), ValueError, r"seeds: expected .*all different.*found \[1, 1\]"),
     "more choices than experts": (
