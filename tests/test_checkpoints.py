@@ -668,6 +668,7 @@ def test_the_command_line(tmp_path, capsys):
     main([source, destination, "--method", "svd", "--d-ff", "expert", "--option", "rank=3", "--option", "scale=0.5"])
     convert(source, tmp_path / "other", "svd", rank=3, scale=0.5)
     assert files(tmp_path / "dense") == files(tmp_path / "other")
+    capsys.readouterr()
     main([source, str(tmp_path / "default")])
     convert(source, tmp_path / "active", "topk", d_ff=48)  # two experts of 24 a token
     assert files(tmp_path / "default") == files(tmp_path / "active")
@@ -698,3 +699,18 @@ def test_every_causal_twin_can_be_trained(kind, tmp_path):
     loss.backward()
     without = [name for name, p in student.named_parameters() if p.grad is None or not p.grad.any()]
     assert all(re.search(r"mlp\.(gate|router)\.", name) for name in without), without
+
+
+def test_the_command_says_both_perplexities_and_what_is_wrong_with_a_text(tmp_path, capsys):
+    text = with_tokenizer(tmp_path / "moe")
+    source = str(tmp_path / "moe")
+    main([source, str(tmp_path / "dense"), "--check", str(text)])
+    card = (tmp_path / "dense" / "README.md").read_text()
+    found = re.search(r"perplexity: MoE ([\d.]+), dense ([\d.]+)\n", capsys.readouterr().out)
+    assert f"Perplexity: MoE {found[1]}, this model {found[2]}." in card
+    (tmp_path / "binary.txt").write_bytes(b"\x00\xdb\xff" * 100)
+    (tmp_path / "short.txt").write_text("three short words")
+    for name in ("binary.txt", "short.txt"):
+        with pytest.raises(SystemExit):
+            main([source, str(tmp_path / "no"), "--check", str(tmp_path / name)])
+        assert f"{name}: expected a text of" in capsys.readouterr().err

@@ -211,7 +211,7 @@ def test_the_command_line(tmp_path, capsys):
     for layer, error in found.errors.groupby("layer")["output_error"].first().items():
         assert re.search(rf"{layer} +{error:.3f}", printed)
     assert re.search(r"1 x expert \(24\) +2 x expert \(48\) +4 x expert \(96\)", printed)
-    assert re.search(r"Take --d-ff (24|48|96) \(\d x an expert's width\)", printed)
+    assert re.search(r"The best for its size is --d-ff (24|48|96) \(\d x an expert's width\)", printed)
     assert f"{found.router['effective_experts'][0]:.1f}" in printed
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "gone")])
@@ -238,11 +238,11 @@ def test_which_width_to_take():
         index = pd.MultiIndex.from_tuples([(1, 24), (2, 48), (8, 192)][: len(errors)], names=["multiple", "d_ff"])
         return _advice(pd.Series(errors, index))
 
-    assert said(0.9, 0.85, 0.1).startswith("Take --d-ff 24 (1 x")
+    assert said(0.9, 0.85, 0.1).startswith("The best for its size is --d-ff 24 (1 x")
     # Two doublings that leave 0.81 of the error are worth it, with 0.82 they are not.
-    assert said(0.9, 0.5, 0.4).startswith("Take --d-ff 192 (8 x")
-    assert said(0.9, 0.5, 0.41).startswith("Take --d-ff 48 (2 x")
-    assert said(0.9).startswith("Take --d-ff 24 (1 x")
+    assert said(0.9, 0.5, 0.4).startswith("The best for its size is --d-ff 192 (8 x")
+    assert said(0.9, 0.5, 0.41).startswith("The best for its size is --d-ff 48 (2 x")
+    assert said(0.9).startswith("The best for its size is --d-ff 24 (1 x")
 
 
 def test_a_width_with_too_few_tokens_is_marked_and_not_recommended(tmp_path, capsys):
@@ -252,7 +252,7 @@ def test_a_width_with_too_few_tokens_is_marked_and_not_recommended(tmp_path, cap
         main([str(tmp_path / "moe"), "--calibration", str(text), "--calibration-tokens", "200"])
     printed = capsys.readouterr().out
     assert re.search(r"1 x expert \(24\) +2 x expert \(48\) \* +4 x expert \(96\) \*", printed)
-    assert "Take --d-ff 24 (1 x an expert's width)" in printed
+    assert "The best for its size is --d-ff 24 (1 x an expert's width)" in printed
     assert "--calibration-tokens 512 are enough" in printed
 
 

@@ -170,9 +170,10 @@ def test_bfloat16_is_computed_on_as_it_is_stored(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["write", "take_step", "save_tensors"])
-def test_interrupted_anywhere_it_ends_with_the_same_bytes(where, tmp_path, monkeypatch):
-    """At the n-th slice, step or file, for many n; each time it goes on."""
-    moe("glm4_moe").save_pretrained(tmp_path / "moe")
+@pytest.mark.parametrize(("kind", "layers"), [("glm4_moe", 3), ("mixtral", 4)])
+def test_interrupted_anywhere_it_ends_with_the_same_bytes(kind, layers, where, tmp_path, monkeypatch):
+    """At the n-th slice, step or file, for many n; each time it goes on. A dense layer first, and several MoE layers."""
+    moe(kind, num_hidden_layers=layers).save_pretrained(tmp_path / "moe")
     reconstructed(tmp_path / "moe", tmp_path / "whole", student_inputs=True)
     owner = {"write": Slices, "take_step": reconstruction._State, "save_tensors": reconstruction}[where]
     function, left, stops = getattr(owner, where), [0], 0
@@ -231,7 +232,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path):
         ("switch_transformers", {"reconstruct": IDS}, "reconstruct: expected a causal model"),
         ("flex_olmo", {"reconstruct": IDS, "student_inputs": True}, "student_inputs: expected blocks that add"),
         ("mixtral", {"student_inputs": True}, "student_inputs: expected a text to reconstruct on"),
-        ("mixtral", {"reconstruct": IDS[:7]}, "reconstruct: expected at least 8 blocks of tokens, found 7"),
+        ("mixtral", {"reconstruct": IDS[:7]}, "reconstruct_tokens: expected at least 8 blocks of 16 tokens, found 7"),
     ],
 )
 def test_what_can_not_be_reconstructed_is_said_first(kind, options, message, tmp_path):
@@ -239,6 +240,32 @@ def test_what_can_not_be_reconstructed_is_said_first(kind, options, message, tmp
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=IDS, **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["moe"]
+
+
+def test_layers_that_are_done_are_not_thrown_away_by_another_call(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    take_step, left = reconstruction._State.take_step, [30]  # in the third layer
+
+    def stopping(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        take_step(*arguments)
+
+    monkeypatch.setattr(reconstruction._State, "take_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        reconstructed(tmp_path / "moe", tmp_path / "dense")
+    with pytest.raises(FileExistsError, match=r"\.dense\.converting: expected unfinished work of the same arguments"):
+        reconstructed(tmp_path / "moe", tmp_path / "dense", student_inputs=True)
+    reconstructed(tmp_path / "moe", tmp_path / "dense")
+
+
+def test_few_tokens_are_said(tmp_path):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    with pytest.warns(
+        UserWarning, match="reconstruct_tokens: expected at least 4 for each of the 48 hidden units, found 128"
+    ):
+        convert(tmp_path / "moe", tmp_path / "dense", "readout", "active", calibration=IDS, reconstruct=IDS[:8])
 
 
 def test_a_full_disk_is_said_before_the_tokens_are_written(tmp_path, monkeypatch):

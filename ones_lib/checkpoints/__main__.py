@@ -108,8 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table = convert(**given, **options)
     except (OSError, ValueError, TypeError) as error:
         parser.exit(1, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; the same command goes on where it stopped\n")
     columns = ["layer", "experts", "d_ff", "shared", "width", "gate_sum", "output_error", "reconstruction_error"]
-    print(table[[c for c in columns if c in table]].to_string(index=False, float_format="%.4g"))
+    print(
+        table[[c for c in columns if c in table and table[c].notna().any()]].to_string(index=False, float_format="%.4g")
+    )
+    if found := table.attrs["perplexity"]:
+        print(f"perplexity: MoE {found['MoE']:.4g}, dense {found['dense']:.4g}")
     print(f"wrote {given['destination']}")
 
 

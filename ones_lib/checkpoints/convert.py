@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from ones_lib.checkpoints.architectures import ARCHITECTURES, Architecture, architecture_of
 from ones_lib.checkpoints.plan import TwinPlan
 from ones_lib.checkpoints.shards import Shards
+from ones_lib.checkpoints.stream import LEAST_SLICES
 from ones_lib.checkpoints.text import text_blocks, thinned
 from ones_lib.checkpoints.work import COPIED, Work
 from ones_lib.gathering.registry import check_options, needs_calibration
@@ -77,7 +78,8 @@ def convert(
         ``width`` is the width of the twin's layer, ``gates`` the source of ``gate_sum``, and ``output_error`` the
         relative error of the routed part, right after gathering, on tokens that the method did not see. After a
         reconstruction, ``reconstruction_error`` is the relative error of its targets on held-out tokens.
-        ``conversion.csv`` in the destination holds the same, ``reconstruction.csv`` the error by tokens seen.
+        ``conversion.csv`` in the destination holds the same, ``reconstruction.csv`` the error by tokens seen. With ``check``,
+        ``attrs["perplexity"]`` has those of ``MoE`` and ``dense``.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError, TypeError, ConnectionError, OSError: before long work starts,
@@ -85,8 +87,7 @@ def convert(
     """
     options = _checked_options(method, options)
     destination = Path(destination).expanduser().resolve()
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"destination: expected a folder that is not there or empty, found {destination}")
+    _check_free(destination)
     if calibration is None:
         calibration = thinned(reconstruct, calibration_tokens) if torch.is_tensor(reconstruct) else reconstruct
     if calibration is None and needs_calibration(method, options.get("scale", 1.0)):
@@ -106,6 +107,11 @@ def convert(
         reconstruct = text_blocks(reconstruct, folder, reconstruct_tokens, "train")
     if isinstance(check, (str, Path)):
         check = text_blocks(check, folder)
+    if reconstruct is not None and len(reconstruct) < LEAST_SLICES:
+        length = reconstruct.shape[1]
+        raise ValueError(
+            f"reconstruct, reconstruct_tokens: expected at least {LEAST_SLICES} blocks of {length} tokens, found {len(reconstruct)}"
+        )
 
     arguments = named(source, folder)
     arguments |= {"method": method, "d_ff": plan.d_ff, "options": options, "calibration": described(calibration)}
@@ -115,6 +121,7 @@ def convert(
         arguments |= tokens | {"student_inputs": student_inputs}
     work = Work(destination, plan, arguments)
     with only_one(destination):
+        _check_free(destination)  # another process may have made it meanwhile
         work.begin()
         try:
             work.run_moe(calibration)
@@ -145,6 +152,11 @@ def _check_weights_alone(method: str, options: Mapping, kind: str) -> None:
             f"method: expected one of {[*ROUTER_SCALES, 'frequency_average']}, with a scale that is a number or 'router', for"
             f" {kind}, whose experts compute something else than down(act(gate) * up), found {method!r}"
         )
+
+
+def _check_free(destination: Path) -> None:
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"destination: expected a folder that is not there or empty, found {destination}")
 
 
 def _check_reconstruction(

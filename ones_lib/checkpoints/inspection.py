@@ -290,10 +290,11 @@ def _report(found: Inspection) -> str:
     first = found.pairs.drop_duplicates("layer").set_index("layer")
     pairs = first.apply(lambda row: f"{row['expert']:.0f} & {row['other']:.0f}: {row['lift']:.1f} x chance", axis=1)
     shown["together"] = pairs.reindex(shown.index).fillna("-") if len(first) else "-"
-    return f"What the router does\n{_text(shown)}\n\n{_errors_text(found.errors)}"
+    k = max(1, round(router["chosen"].mean()))
+    return f"What the router does\n{_text(shown)}\n\n{_errors_text(found.errors, k)}"
 
 
-def _errors_text(errors: pd.DataFrame) -> str:
+def _errors_text(errors: pd.DataFrame, k: int) -> str:
     if errors.empty:
         return "No error to expect is known: memory is too small for every width."
     if errors["output_error"].isna().all():
@@ -308,6 +309,11 @@ def _errors_text(errors: pd.DataFrame) -> str:
     parts = [
         "Error of a read-out on held-out tokens, by width (hidden units); 1 is an output of zeros",
         f"{_text(grid)}\n",
+        *(
+            f"Active width, what a token passes through, is {d_ff}: error {means[m, d_ff]:.2f}."
+            for m, d_ff in means.index
+            if m == k
+        ),
         _advice(means[enough]),
     ]
     if not enough.all():
@@ -333,6 +339,10 @@ def _advice(errors: pd.Series) -> str:
         (multiple, d_ff), doublings = width, math.log2(wider[0] / width[0])
         if less > WORTH**doublings * error:
             gain = f"{wider[1]} would have {less:.2f}, less than a tenth off for each doubling"
-            return f"Take --d-ff {d_ff} ({multiple} x an expert's width): error {error:.2f}; {gain}."
+            return (
+                f"The best for its size is --d-ff {d_ff} ({multiple} x an expert's width): error {error:.2f}; {gain}."
+            )
     (multiple, d_ff), error = errors.index[-1], errors.iloc[-1]
-    return f"Take --d-ff {d_ff} ({multiple} x an expert's width), the widest tried: error {error:.2f}."
+    return (
+        f"The best for its size is --d-ff {d_ff} ({multiple} x an expert's width), the widest tried: error {error:.2f}."
+    )

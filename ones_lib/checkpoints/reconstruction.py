@@ -215,6 +215,10 @@ class Reconstruction:
         path = self._fitted_path(block.name)
         return (FeedForwardWeights(**load_file(path)), _facts(path)) if path.exists() else None
 
+    def begun(self) -> bool:
+        """Whether a layer is done."""
+        return any((self.folder / "fitted").glob("*"))
+
     def _fitted_path(self, name: str) -> Path:
         return self.folder / "fitted" / f"{name}.safetensors"
 
@@ -233,16 +237,16 @@ class Reconstruction:
         self._check_room(stream.tokens * self.plan.d_model * model.dtype.itemsize)
         names = {id(block): name for name, block in model.named_modules()}
         last = max(i for i, block in enumerate(stream.blocks) if names[id(block)] in sparse)
-        for i in range(last + 1):
-            if self._done(f"block-{i + 1}") or self._fitted_path(names[id(stream.blocks[last])]).exists():
-                continue
+        first = max((i for i in range(last + 1) if self._done(f"block-{i}")), default=0)
+        for i in range(first, last + 1):
             block = sparse.get(names[id(stream.blocks[i])])
             if block is not None:
                 self._fit(stream, i, block, start, f"layer {i + 1} of {len(stream.blocks)}")
             if i < last:
                 self._pass_on(stream, i, block)
-            shutil.rmtree(self.folder / f"block-{i}", ignore_errors=True)
-            shutil.rmtree(self.folder / f"tokens-{i}", ignore_errors=True)
+            for j in range(i + 1):  # the first ones may be left of an interrupted run
+                shutil.rmtree(self.folder / f"block-{j}", ignore_errors=True)
+                shutil.rmtree(self.folder / f"tokens-{j}", ignore_errors=True)
         shutil.rmtree(self.folder / "offload", ignore_errors=True)
 
     def _check_room(self, size: int) -> None:

@@ -39,15 +39,11 @@ class BlockStream:
 
     Args:
         model: a causal language model, in eval mode, wherever its weights are.
-        ids: token ids [n, L]; they are cut into slices of equal size, and a rest that fills none is left out.
-
-    Raises:
-        ValueError: there are too few blocks of tokens for :data:`LEAST_SLICES` slices.
+        ids: token ids [n, L], n at least :data:`LEAST_SLICES`; they are cut into slices of equal size, and a rest that fills none
+            is left out.
     """
 
     def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
-        if len(ids) < LEAST_SLICES:
-            raise ValueError(f"reconstruct: expected at least {LEAST_SLICES} blocks of tokens, found {len(ids)}")
         self.model, self.blocks = model, model.base_model.layers
         rows = max(1, min(TOKENS_A_SLICE // ids.shape[1], len(ids) // LEAST_SLICES))
         self.ids = ids[: len(ids) // rows * rows].long().split(rows)

@@ -12,6 +12,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from ones_lib.data.text import read_texts
 from ones_lib.data.tokens import pack
 
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    ".model",
+    "vocab.json",
+    "vocab.txt",
+    ".tiktoken",
+)  # files' ends
 BLOCK = 512  # tokens of a block, where the model can take that many
 
 
@@ -39,13 +47,19 @@ def text_blocks(
     Raises:
         ValueError: the folder has no tokenizer, or one with more tokens than the model.
     """
+    # Without any, transformers makes an empty one.
+    if Path(folder).is_dir() and not any(p.name.endswith(_TOKENIZERS) for p in Path(folder).iterdir()):
+        raise ValueError(f"{folder}: expected a tokenizer beside the model, to read text with, found none")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: expected a tokenizer beside the model, to read text with: {error}") from error
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     length = length or block_length(config)
-    blocks = pack(read_texts(text, split), tokenizer, length)
+    try:
+        blocks = pack(read_texts(text, split), tokenizer, length)
+    except ValueError as error:
+        raise ValueError(f"{text}: expected a text of {length} tokens or more in UTF-8, found: {error}") from error
     if int(blocks.max()) >= config.vocab_size:
         raise ValueError(
             f"{folder}: expected a tokenizer of at most {config.vocab_size} tokens, as the model's, found {len(tokenizer)}"

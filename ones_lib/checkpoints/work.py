@@ -57,12 +57,18 @@ class Work:
 
         Raises:
             OSError: there is not enough room on the disk.
+            FileExistsError: there is a layer that another conversion has reconstructed, which may have taken hours.
         """
         source, mark = self.plan.shards.path, self.folder / "conversion.json"
         stamps = file_stamps([source / "config.json", *self.plan.shards.paths()])
         versions = [version("ones-lib"), version("transformers")]
         identity = json.dumps([str(source.resolve()), self.arguments, stamps, versions])
         if self.folder.exists() and (not mark.exists() or mark.read_text() != identity):
+            if self.reconstruction.begun():
+                raise FileExistsError(
+                    f"{self.folder}: expected unfinished work of the same arguments, found a reconstruction with others;"
+                    " delete the folder to start over"
+                )
             warnings.warn(f"{self.folder}: unfinished work of another conversion, starting over", stacklevel=3)
             shutil.rmtree(self.folder)
         remove_unfinished(self.folder)
@@ -89,6 +95,12 @@ class Work:
 
     def reconstruct(self, ids: Tensor) -> None:
         """Regress the gathered networks onto the MoE layers, on ``ids`` [n, L]."""
+        if ids.numel() < 4 * self.plan.width:
+            warnings.warn(
+                f"reconstruct_tokens: expected at least 4 for each of the {self.plan.width} hidden units, found {ids.numel()};"
+                " the twin may be far off on other text",
+                stacklevel=3,
+            )
         self.reconstruction.run(ids, self.gather_layer)
 
     def write_shards(self) -> None:
@@ -220,6 +232,7 @@ class Work:
             course.to_csv(self.model / "reconstruction.csv", index=False)
             layers = layers.drop(columns="course")
         layers.to_csv(self.model / "conversion.csv", index=False)
+        layers.attrs["perplexity"] = dict(perplexities)
         write_text(self.model / "conversion.json", json.dumps(self._made(), indent=1))
         write_text(self.model / "README.md", model_card(self.plan, self.arguments, layers, perplexities))
         if self.destination.exists():

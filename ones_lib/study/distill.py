@@ -114,8 +114,7 @@ def distill(
     _check_numbers(device_batch, shard, checkpoint_every)
     examples = batch_size // (world_size() * share_of(batch_size, device_batch).parts)
     out = Path(out).expanduser().resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: expected a folder that is not there or empty, found {out}")
+    _check_free(out)
     with main_first():  # it downloads
         source = local_folder(moe, "moe")
     name, dense = named(moe, source), Path(dense).expanduser().resolve()
@@ -141,6 +140,7 @@ def distill(
     work = _Work(source, dense, out, conversion, arguments)
     with only_one(out) if is_main() else nullcontext():
         if is_main():
+            _check_free(out)  # another process may have made it meanwhile
             work.begin(blocks)
         wait_for_all()
         task = _NextTokens(blocks, EVALUATION_BATCH)
@@ -291,6 +291,11 @@ def _text_name(text: str | Path) -> str:
 
 
 # --- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out: expected a folder that is not there or empty, found {out}")
 
 
 def _check_numbers(device_batch: int, shard: bool, checkpoint_every: int) -> None:
