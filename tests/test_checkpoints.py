@@ -714,3 +714,26 @@ def test_the_command_says_both_perplexities_and_what_is_wrong_with_a_text(tmp_pa
         with pytest.raises(SystemExit):
             main([source, str(tmp_path / "no"), "--check", str(tmp_path / name)])
         assert f"{name}: expected a text of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])
+def test_experts_are_selected_by_the_routers_own_probabilities(kind, tmp_path):
+    """PP, by the logits that transformers' router gives: their softmax, or their sigmoids."""
+    model, seen = moe(kind), {}
+    model.save_pretrained(tmp_path / "moe")
+    ids = torch.randint(3, 64, (20, 24), generator=torch.Generator().manual_seed(3))
+    for i, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "gate") and hasattr(layer.mlp, "experts"):
+            layer.mlp.gate.register_forward_hook(lambda module, x, found, i=i: seen.update({i: found[0]}))
+    with torch.no_grad():
+        model(ids)
+    options = {"calibration": ids, "calibration_tokens": ids.numel(), "score": "pp"}
+    convert(tmp_path / "moe", tmp_path / "dense", "expert_selection", "active", **options)
+    twin, banks = load_language_model(tmp_path / "dense"), open_experts(model)
+    assert len(seen) == 2
+    order = torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(0))[: 3 * ids.numel() // 4]
+    for i, logits in seen.items():
+        probabilities = logits.sigmoid() if kind == "glm4_moe" else logits.softmax(dim=-1)
+        best = probabilities.flatten(0, -2)[order].mean(dim=0).topk(2).indices
+        expected = banks[f"model.layers.{i}.mlp.experts"].up[best].flatten(0, 1)
+        close(twin.model.layers[i].mlp.up_proj.weight[: len(expected)], expected)
