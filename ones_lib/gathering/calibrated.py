@@ -110,19 +110,23 @@ def _equal_neurons(bank: FeedForwardWeights) -> tuple[Tensor, Tensor]:
     Neuron j of expert e has the index e*h + j.
     """
     inputs = [getattr(bank, n) for n in ("up", "gate", "up_bias", "gate_bias") if getattr(bank, n) is not None]
-    rows = torch.cat([t.reshape(bank.num_experts * bank.d_ff, -1) for t in inputs], dim=1)
+    rows = [t.reshape(bank.num_experts * bank.d_ff, -1) for t in inputs]
     _, group = torch.unique(_hashes(rows), return_inverse=True)  # of rows as they are it takes minutes for a large bank
     index = torch.arange(len(group), device=group.device)
     first = torch.full((int(group.max()) + 1,), len(group), device=group.device)
     return first.scatter_reduce_(0, group, index, "amin"), group
 
 
-def _hashes(rows: Tensor) -> Tensor:
-    """64 bits for each of ``rows`` [n, p], by their bits: equal rows have equal ones, and others almost surely others."""
-    odd = 2 * torch.randint(2**62, rows.shape[1:], generator=torch.Generator().manual_seed(0)).to(rows.device) + 1
-    bits = torch.int64 if rows.dtype == torch.float64 else torch.int32
-    size = max(1, CHUNK // rows.shape[1])
-    return torch.cat([((part + 0.0).view(bits) * odd).sum(dim=1) for part in rows.split(size)])
+def _hashes(parts: list[Tensor]) -> Tensor:
+    """64 bits for each row of all ``parts`` [n, p] together, by their bits: equal rows have equal ones, and others almost surely
+    others."""
+    generator, total = torch.Generator().manual_seed(0), 0
+    for rows in parts:
+        odd = 2 * torch.randint(2**62, rows.shape[1:], generator=generator).to(rows.device) + 1
+        bits = torch.int64 if rows.dtype == torch.float64 else torch.int32
+        size = max(1, CHUNK // rows.shape[1])
+        total = total + torch.cat([((part + 0.0).view(bits) * odd).sum(dim=1) for part in rows.split(size)])
+    return total
 
 
 @register("whitened_svd")
