@@ -74,13 +74,18 @@ class LayerActivations:
 
     def squared_error(self, ffn: FeedForwardWeights) -> float:
         """Weighted squared error of ``ffn``'s output against the layer's, divided by the layer's weighted squared output."""
-        error = size = 0.0
-        for chunk in self.chunks():
-            weights = chunk.token_weights().double()
-            output = ffn.apply(chunk.inputs, chunk.activation)
-            error = error + (weights * (output - chunk.outputs).double().square().sum(dim=1)).sum()
-            size = size + (weights * chunk.outputs.double().square().sum(dim=1)).sum()
-        return (error / size).item()
+        return squared_error_on(ffn, self.chunks())
+
+
+def squared_error_on(ffn: FeedForwardWeights, chunks: Iterable[LayerActivations]) -> float:
+    """:meth:`LayerActivations.squared_error` of tokens that come chunk by chunk."""
+    error = size = 0.0
+    for chunk in chunks:
+        weights = chunk.token_weights().double()
+        output = ffn.apply(chunk.inputs, chunk.activation)
+        error = error + (weights * (output - chunk.outputs).double().square().sum(dim=1)).sum()
+        size = size + (weights * chunk.outputs.double().square().sum(dim=1)).sum()
+    return (error / size).item()
 
 
 def collect_activations(
@@ -109,10 +114,12 @@ def collect_activations(
         def hook(layer: MoEFeedForward, inputs: tuple, output: Tensor) -> None:
             x, mask = inputs if len(inputs) > 1 else (*inputs, None)
             kept = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
-            tensors = [x[kept], layer.token_gates(x, mask)[kept], output[kept]]
             if isinstance(layer.router, Router):
-                tensors.append(layer.router(x[kept]).probabilities)
-            draws[name].add(depth[name], *tensors)
+                routing, rows = layer.router(x.reshape(-1, x.shape[-1])), kept.flatten()
+                gates, probabilities = routing.all_gates()[rows], [routing.probabilities[rows]]
+            else:
+                gates, probabilities = layer.token_gates(x, mask)[kept], []
+            draws[name].add(depth[name], x[kept], gates, output[kept], *probabilities)
             depth[name] += 1
 
         return hook

@@ -38,6 +38,10 @@ class Routing:
     probabilities: Tensor
     capacity: int | None = None
 
+    def all_gates(self) -> Tensor:
+        """Gates of all experts [N, E]: zero where not chosen."""
+        return self.gates.new_zeros(self.probabilities.shape).scatter_(1, self.experts, self.gates)
+
     def balance_loss(self) -> Tensor:
         """``E * sum_i fraction_i * mean_probability_i``, with expert i's fraction of all assignments; 1 when balanced.
 
@@ -202,10 +206,7 @@ class MoEFeedForward(nn.Module):
 
     def token_gates(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Gates of all experts [..., E] for tokens ``x`` [..., d]: zero where not chosen or where ``mask`` [...] is False."""
-        tokens = x.reshape(-1, x.shape[-1])
-        routing = self.router(tokens)
-        gates = routing.gates.new_zeros(len(tokens), self.num_experts).scatter_(1, routing.experts, routing.gates)
-        gates = gates.view(*x.shape[:-1], -1)
+        gates = self.router(x.reshape(-1, x.shape[-1])).all_gates().view(*x.shape[:-1], -1)
         return gates if mask is None else gates * mask[..., None]
 
     def _activate(self, hidden: Tensor) -> Tensor:

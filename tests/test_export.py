@@ -207,23 +207,26 @@ def test_a_width_that_timm_would_round_down_is_kept():
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def test_auto_classes_open_text_models(tmp_path, text_cache):
-    """A masked language model with FFNs wider than its teacher's, and two fine-tuned models."""
-    study = Study(
-        domain="text",
-        data={"name": "names", **TEXT},
-        model=MODEL,
+def study_of_names(tmp_path, cache_dir, data=None, **arguments):
+    """A small study of one seed."""
+    return Study(
+        data={"name": "names", **TEXT, **(data or {})},
         teaching=RECIPE,
         learning=RECIPE,
         distillation=KD,
         seeds=[0],
         records=Records(tmp_path / "records"),
-        cache_dir=text_cache,
-        tasks=["language", "answer_or_none"],
-        task_data={"name": "names", "task_length": 32, "stride": 6, "max_train": 40, "max_validation": 20},
-        finetuning=RECIPE,
+        cache_dir=cache_dir,
         processes=1,
+        **arguments,
     )
+
+
+def test_auto_classes_open_text_models(tmp_path, text_cache):
+    """A masked language model with FFNs wider than its teacher's, and two fine-tuned models."""
+    task_data = {"name": "names", "task_length": 32, "stride": 6, "max_train": 40, "max_validation": 20}
+    tasks = {"tasks": ["language", "answer_or_none"], "task_data": task_data, "finetuning": RECIPE}
+    study = study_of_names(tmp_path, text_cache, domain="text", model=MODEL, **tasks)
     student = study.student("topk", 0)
     teacher = study.finetuned("language", study.moe(0))
     asked = {
@@ -270,19 +273,7 @@ def test_auto_classes_open_text_models(tmp_path, text_cache):
 
 
 def test_transformers_alone_opens_a_causal_student(tmp_path, text_cache):
-    study = Study(
-        domain="language",
-        data={"name": "names", **TEXT},
-        model=MOE,
-        teaching=RECIPE,
-        learning=RECIPE,
-        distillation=KD,
-        calibration_examples=8,
-        seeds=[0],
-        records=Records(tmp_path / "records"),
-        cache_dir=text_cache,
-        processes=1,
-    )
+    study = study_of_names(tmp_path, text_cache, domain="language", model=MOE, calibration_examples=8)
     (record,) = study.run([study.student("topk", 0, d_ff=20)])
     folder, data = study.export(record, tmp_path / "student"), study.open_data()
     save_tensors(tmp_path / "student.ids", {"ids": data.validation})
@@ -309,18 +300,8 @@ def test_a_checkpoints_own_tokenizer_stays_and_its_place_is_not_told(tmp_path, t
     with without_bars():
         language_model(MOE, data, seed=0).model.save_pretrained(place)
     data.tokenizer.save_pretrained(place)
-    study = Study(
-        domain="language",
-        data={"name": "names", **TEXT, "tokenizer": str(place)},
-        model={"checkpoint": str(place)},
-        teaching=RECIPE,
-        learning=RECIPE,
-        distillation=KD,
-        calibration_examples=8,
-        records=Records(tmp_path / "records"),
-        cache_dir=text_cache,
-        processes=1,
-    )
+    model, own = {"checkpoint": str(place)}, {"tokenizer": str(place)}
+    study = study_of_names(tmp_path, text_cache, own, domain="language", model=model, calibration_examples=8)
     (record,) = study.run([study.student("average", 0, 0)])
     folder = study.export(record, tmp_path / "student")
     ours, theirs = AutoTokenizer.from_pretrained(place), AutoTokenizer.from_pretrained(folder)

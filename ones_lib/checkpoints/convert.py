@@ -25,6 +25,7 @@ from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stream import LEAST_SLICES
 from ones_lib.checkpoints.text import text_blocks, thinned
 from ones_lib.checkpoints.work import COPIED, Work
+from ones_lib.data.files import is_free
 from ones_lib.gathering.registry import check_options, needs_calibration
 from ones_lib.gathering.scale import ROUTER_SCALES
 
@@ -155,7 +156,7 @@ def _check_weights_alone(method: str, options: Mapping, kind: str) -> None:
 
 
 def _check_free(destination: Path) -> None:
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    if not is_free(destination):
         raise FileExistsError(f"destination: expected a folder that is not there or empty, found {destination}")
 
 

@@ -15,18 +15,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from ones_lib.calibration import Activation, LayerActivations
+from ones_lib.calibration import Activation, LayerActivations, squared_error_on
 from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.stream import BlockStream, Slices, replaced, watched
-from ones_lib.data.files import save_tensors
+from ones_lib.data.files import opened, save_tensors
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering.regression import readout_on, relative_adam
 from ones_lib.models.causal import activation_of, load_language_model
@@ -58,46 +58,45 @@ class LayerTokens:
         """Number of slices that are not held out."""
         return self.count - (2 if self.count >= 32 else 1)
 
+    @cached_property
+    def size(self) -> int:
+        """Number of tokens of a slice."""
+        return len(self.slices.read(0, "inputs")["inputs"])
+
     def held_out(self) -> Iterator[LayerActivations]:
         return (self._activations(number) for number in range(self.trained, self.count))
 
+    def error(self, ffn: FeedForwardWeights) -> float:
+        """Relative error on the held-out tokens, ``sqrt(sum |f(x) - y|^2 / sum |y|^2)``."""
+        return squared_error_on(ffn, self.held_out()) ** 0.5
+
     def solved(self, units: int) -> Iterator[LayerActivations]:
         """Slices to solve a read-out of so many hidden units on, evenly spread."""
-        size = len(self.slices.read(0)["inputs"])
-        wanted = min(self.trained, -(-SOLVED * units // size))
+        wanted = min(self.trained, -(-SOLVED * units // self.size))
         return (self._activations(number * self.trained // wanted) for number in range(wanted))
 
     def _activations(self, number: int) -> LayerActivations:
-        found = self.slices.read(number)
+        found = self.slices.read(number, "inputs", "targets")
         x, y = (found[name].to(self.device).float() for name in ("inputs", "targets"))
         return LayerActivations(x, torch.ones_like(x[:, :1]), y, self.activation)
 
     def batches(self, batch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``x, y`` [batch, d] of every step after ``start``, pass after pass in another order. A step depends on its number
         alone."""
-        step, number, size = 0, 0, len(self.slices.read(0)["inputs"])
+        step, number = 0, 0
         while True:
             generator = torch.Generator().manual_seed(number)
             for some in torch.randperm(self.trained, generator=generator).split(BUFFERED):
-                order = torch.randperm(len(some) * size, generator=generator)
+                order = torch.randperm(len(some) * self.size, generator=generator)
                 drawn = order[: max(1, len(order) // batch) * batch].split(batch)
                 if step + len(drawn) > start:
-                    found = [self.slices.read(int(i)) for i in some]
+                    found = [self.slices.read(int(i), "inputs", "targets") for i in some]
                     x, y = (torch.cat([part.pop(name) for part in found]) for name in ("inputs", "targets"))
                 for rows in drawn:
                     step += 1
                     if step > start:
                         yield tuple(t[rows].to(self.device).float() for t in (x, y))
             number += 1
-
-
-def relative_error(ffn: FeedForwardWeights, tokens: Iterator[LayerActivations]) -> float:
-    """``sqrt(sum |f(x) - y|^2 / sum |y|^2)``."""
-    error = size = 0.0
-    for part in tokens:
-        error += (ffn.apply(part.inputs, part.activation) - part.outputs).double().square().sum().item()
-        size += part.outputs.double().square().sum().item()
-    return (error / size) ** 0.5
 
 
 def regress(
@@ -115,14 +114,13 @@ def regress(
         mixed: compute the steps in bfloat16.
     """
     start = start.map(lambda t: t.to(tokens.device).float())
-    size = len(tokens.slices.read(0)["inputs"])
-    batch = min(BATCH, size)
-    steps = max(LEAST_STEPS, tokens.trained * size // batch)
+    batch = min(BATCH, tokens.size)
+    steps = max(LEAST_STEPS, tokens.trained * tokens.size // batch)
     state = _State.begin(start, tokens, steps) if not checkpoint.exists() else _State.load(checkpoint, tokens, steps)
     with tqdm(total=steps, initial=state.step, desc=description, unit="step") as bar:
         for x, y in tokens.batches(batch, state.step):
             if state.step % REPORT_EVERY == 0:
-                error = relative_error(state.moving.map(torch.detach), tokens.held_out())
+                error = tokens.error(state.moving.map(torch.detach))
                 state.rows.append({"tokens": state.step * batch, "error": error})
                 bar.set_postfix(error=f"{error:.3f}")
             if state.step == steps:
@@ -133,7 +131,7 @@ def regress(
                 state.save(checkpoint)
     moved = state.moving.map(torch.detach)
     candidates = start, state.solved, moved, readout_on(moved, tokens.solved(start.d_ff), RIDGE)
-    found = [(relative_error(ffn, tokens.held_out()), ffn) for ffn in candidates]
+    found = [(tokens.error(ffn), ffn) for ffn in candidates]
     error, best = min(found, key=lambda pair: pair[0])
     rows = [{"tokens": 0, "error": found[0][0]}, *state.rows, {"tokens": steps * batch, "error": error}]
     return best, rows
@@ -189,7 +187,7 @@ class _State:
 
 def _facts(path: Path) -> dict:
     """What was stored beside a file's tensors."""
-    with safe_open(path, "pt") as file:
+    with opened(path) as file:
         return json.loads(file.metadata()["facts"])
 
 
@@ -325,9 +323,9 @@ class Reconstruction:
         def next_of(number: int) -> dict[str, Tensor]:
             if ffn is None:
                 return {who: stream.run(i, hidden) for who, hidden in self._hidden(stream, i, number).items()}
-            found = tokens.read(number)
             if not self.student_inputs:
-                return {"teacher": found["after"]}
+                return {"teacher": tokens.read(number, "after")["after"]}
+            found = tokens.read(number, "inputs", "after", "without")
             added = ffn.apply(found["inputs"].to(stream.model.device), self.activation).view_as(found["without"])
             return {"teacher": found["after"], "student": found["without"].to(added) + self.scale * added}
 

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ones_lib.data.files import save_tensors
+from ones_lib.data.files import opened, save_tensors
 
 TOKENS_A_SLICE = 4096  # tokens that go through a block at a time
 LEAST_SLICES = 8
@@ -26,8 +25,10 @@ class Slices:
     def path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"
 
-    def read(self, number: int) -> dict[str, Tensor]:
-        return load_file(self.path(number))
+    def read(self, number: int, *names: str) -> dict[str, Tensor]:
+        """A slice's tensors of these names; without names, all."""
+        with opened(self.path(number)) as file:
+            return {name: file.get_tensor(name) for name in names or file.keys()}
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

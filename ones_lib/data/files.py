@@ -82,6 +82,11 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
+def is_free(folder: Path) -> bool:
+    """Whether a folder can be made in this place: nothing is there, or an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def write_text(path: Path, text: str) -> None:
     with written_beside(path) as beside:
         beside.write_text(text)

@@ -32,7 +32,7 @@ from ones_lib.checkpoints.convert import described, local_folder, named, only_on
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.text import block_length, text_blocks, token_count
 from ones_lib.checkpoints.work import copy_files, perplexities
-from ones_lib.data.files import file_stamps, model_tensors, remove_unfinished, write_text
+from ones_lib.data.files import file_stamps, is_free, model_tensors, remove_unfinished, write_text
 from ones_lib.distillation import Distillation
 from ones_lib.models.causal import load_language_model
 from ones_lib.study.language_task import LanguageModel, LanguageModelling
@@ -294,7 +294,7 @@ def _text_name(text: str | Path) -> str:
 
 
 def _check_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise ValueError(f"out: expected a folder that is not there or empty, found {out}")
 
 

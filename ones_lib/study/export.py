@@ -25,7 +25,7 @@ from tokenizers import decoders, processors
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ones_lib.data.files import left_behind, this_process
+from ones_lib.data.files import is_free, left_behind, this_process
 from ones_lib.data.images import ImageData
 from ones_lib.data.rows import TASKS
 from ones_lib.data.text import Corpus
@@ -69,7 +69,7 @@ def export(record: Record, folder: str | Path, cache_dir: str | Path = "runs/cac
         FileNotFoundError: the record is not finished, or its data are gone.
     """
     folder = Path(folder).expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_free(folder):
         raise FileExistsError(f"folder: expected one that is not there or empty, found {folder}")
     config = record.config
     kind = _pretrained(config)["kind"]

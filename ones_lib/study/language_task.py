@@ -166,7 +166,7 @@ def gathered_model(teacher: LanguageModel, config: Mapping, data: Corpus) -> tup
     if method in CONTROLS:
         _put_in_fresh(model, table["layer"], config["seed"], zero=method == "zero_ffn")
         table["output_error"] = 1.0 if method == "zero_ffn" else float("nan")
-    return LanguageModel(model), table.drop(columns="course", errors="ignore").to_dict("records")
+    return LanguageModel(model), table.to_dict("records")
 
 
 def _put_in_fresh(model: PreTrainedModel, layers: Iterable[str], seed: int, zero: bool) -> None:

@@ -25,6 +25,7 @@ from ones_lib.data.rows import TASKS
 from ones_lib.gathering import gathering_methods
 from ones_lib.gathering.scale import SCALE_WORDS
 from ones_lib.integration import integration_methods
+from ones_lib.study.language_task import CONTROLS
 from ones_lib.study.records import project_root
 
 
@@ -270,7 +271,7 @@ class Language(Group):
         super().__post_init__()
         for name, student in self.language_students.items():
             method, options = student if isinstance(student, list) and len(student) == 2 else (None, None)
-            known = [*gathering_methods(), "shared_kd", "zero_ffn"]
+            known = [*gathering_methods(), *CONTROLS]
             if method not in known or not isinstance(options, dict):
                 expected = f"[method, {{options}}] with a method of {known}"
                 raise ParameterError(f"language_students: {name}: expected {expected}, found {student!r}")
