@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from ones_lib.ffn import FeedForwardWeights
+from ones_lib.ffn import FeedForwardWeights, GatedActivation
 from ones_lib.moe import MoEFeedForward, Router
 
-Activation = Callable[[Tensor], Tensor]
+Activation = Callable[[Tensor], Tensor] | GatedActivation
 
 
 @dataclass(frozen=True)

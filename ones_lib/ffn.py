@@ -11,6 +11,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
+class GatedActivation:
+    """An activation of gate and up together, for networks that compute more than ``act(gate) * up``, such as GPT-OSS's.
+
+    Args:
+        gated: function of the pre-activations ``gate`` and ``up`` [..., h], unit by unit.
+    """
+
+    def __init__(self, gated: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.gated = gated
+
+
 @dataclass(frozen=True, eq=False)
 class FeedForwardWeights:
     """One FFN, or a bank of E experts, as plain tensors.
@@ -89,7 +100,8 @@ class FeedForwardWeights:
         hidden = F.linear(x, self.up, self.up_bias)
         if self.gate is None:
             return activation(hidden)
-        return activation(F.linear(x, self.gate, self.gate_bias)) * hidden
+        gate = F.linear(x, self.gate, self.gate_bias)
+        return activation.gated(gate, hidden) if isinstance(activation, GatedActivation) else activation(gate) * hidden
 
     def apply(self, x: Tensor, activation: Callable[[Tensor], Tensor] = F.gelu) -> Tensor:
         """Output [..., d] of one FFN on tokens ``x`` [..., d]."""
@@ -212,6 +224,7 @@ CHUNK = 2**20  # elements to process at a time, so that they stay in the CPU's c
 
 def count_non_finite(tensor: Tensor) -> int:
     """How many elements are NaN or infinite."""
+    tensor = torch.atleast_1d(tensor)
     chunks = tensor.split(max(1, CHUNK * len(tensor) // max(1, tensor.numel())))
     # A sum is finite only if all its terms are, and it is faster than testing every element.
     sums = torch.stack([chunk.to(compute_dtype(tensor)).sum() for chunk in chunks])

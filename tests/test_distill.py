@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from test_checkpoints import moe, quiet, with_tokenizer  # noqa: F401  quiet is a fixture
+from test_checkpoints import quiet, with_tokenizer  # noqa: F401  quiet is a fixture
+from tiny_moes import moe
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 

@@ -20,7 +20,7 @@ from ones_lib import FeedForwardWeights
 from ones_lib.checkpoints import open_experts
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.data.files import model_tensors
-from ones_lib.models.causal import model_class
+from ones_lib.models.causal import new_model
 from ones_lib.study.running import load_record, record_activations
 
 SMALL = {
@@ -175,7 +175,7 @@ def test_a_layer_that_lacks_an_expert_or_is_quantised_is_refused(tmp_path):
 def test_other_layouts_in_memory_and_in_files(config, tmp_path):
     """GPT-OSS's transposed matrices, with gate and up by turns and biases; Granite's names; Switch's own numbering."""
     torch.manual_seed(0)
-    model = model_class(config).from_config(config).eval()
+    model = new_model(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p))

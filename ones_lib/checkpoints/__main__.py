@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 
 from ones_lib.checkpoints import inspection
-from ones_lib.checkpoints.architectures import ARCHITECTURES
 from ones_lib.checkpoints.convert import convert
 from ones_lib.checkpoints.plan import ACTIVE
 from ones_lib.checkpoints.text import token_count
@@ -29,8 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ones_lib.checkpoints",
         description="Make an MoE checkpoint dense: gather the experts of every layer, copy the rest.",
-        epilog=f"Architectures: {', '.join(ARCHITECTURES)}. 'python -m ones_lib.checkpoints inspect MOE --calibration TEXT' says"
-        " what the router does, and what to expect of each width.",
+        epilog="Nearly every MoE type of transformers can be converted: ones_lib/README.md has the table. 'python -m"
+        " ones_lib.checkpoints inspect MOE --calibration TEXT' says what the router does, and what to expect of each width.",
     )
     add = parser.add_argument
     add("source", help="folder or Hugging Face hub name of the MoE")

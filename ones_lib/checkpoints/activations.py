@@ -4,54 +4,76 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from ones_lib.calibration import Activation, LayerActivations
-from ones_lib.checkpoints.plan import block_of
+from ones_lib.checkpoints.stored import StoredModel
+from ones_lib.checkpoints.stream import BlockStream, LazyModel, run_blocks
 from ones_lib.data.files import save_tensors
-from ones_lib.models.causal import load_language_model, model_inputs, watched_experts
+from ones_lib.models.causal import experts_modules, model_inputs, watched_experts
 
 TOKENS_A_PASS = 4096  # tokens that go through the MoE at a time
 
 
-def store_activations(source: Path, ids: Tensor, folder: Path) -> None:
-    """Run the MoE in ``source`` on ``ids`` [n, L] and store the inputs, gates and outputs of every MoE layer in
-    ``folder``, which appears only when all is done. If it exists, nothing is run."""
+def store_activations(stored: StoredModel, ids: Tensor, folder: Path, streams: bool) -> None:
+    """Run the MoE on ``ids`` [n, L] and store the inputs, gates and outputs of every MoE layer in ``folder``, which appears only
+    when all is done. If it exists, nothing is run.
+
+    If the model ``streams``, it runs block by block from its files, with one block in memory, and an interrupted run goes on at
+    the block where it stopped. Else it runs batch by batch, and reads every block for every batch.
+    """
     if folder.exists():
         return
     unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of an interrupted run
-    model = load_language_model(source, device_map="auto", offload_folder=unfinished / "offload")
-    passes = Counter()
-
-    def see(name: str, found: LayerActivations) -> None:
-        block = block_of(name)
-        tensors = {"inputs": found.inputs, "gates": found.gates.float(), "outputs": found.outputs}
-        (unfinished / block).mkdir(parents=True, exist_ok=True)
-        save_tensors(unfinished / block / f"{passes[block]:05d}.safetensors", tensors)
-        passes[block] += 1
-
-    # A causal model runs without its output layer, whose logits of all tokens at once might not fit.
-    run = model if model.config.is_encoder_decoder else model.base_model
-    batches = ids.split(max(1, TOKENS_A_PASS // ids.shape[1]))
-    with torch.inference_mode(), watched_experts(model, see):
-        for batch in tqdm(batches, desc="calibration", unit="batch"):
-            run(**model_inputs(model.config, batch.to(model.device)), use_cache=False)
-    shutil.rmtree(unfinished / "offload", ignore_errors=True)
+    batches = ids.long().split(max(1, TOKENS_A_PASS // ids.shape[1]))
+    if streams:
+        _run_by_block(BlockStream(stored, batches), unfinished)
+    else:
+        _run_at_once(stored, batches, unfinished)
     os.replace(unfinished, folder)
 
 
-def stored_activations(folder: Path, block: str, activation: Activation) -> LayerActivations | None:
-    """What :func:`store_activations` has stored for a block, in float32; None if it has not run."""
+def _run_at_once(stored: StoredModel, batches: Sequence[Tensor], folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
+    lazy = LazyModel(stored)
+    for number, batch in enumerate(tqdm(batches, desc="calibration", unit="batch")):
+        with torch.inference_mode(), lazy.whole() as model, watched_experts(model, _writer(folder, number)):
+            model(**model_inputs(model, batch.to(lazy.device)), use_cache=False)
+
+
+def _run_by_block(stream: BlockStream, folder: Path) -> None:
+    last = max(i for i in range(len(stream.blocks)) if experts_modules(stream.blocks[i]))
+
+    def see(block: nn.Module, name: str, number: int) -> AbstractContextManager:
+        return watched_experts(block, _writer(folder, number, name))
+
+    shutil.rmtree(run_blocks(stream, folder, last + 1, "calibration", see).folder)
+
+
+def _writer(folder: Path, number: int, block: str = "") -> Callable[[str, LayerActivations], None]:
+    """What writes a batch's activations of a module of experts."""
+
+    def see(experts: str, found: LayerActivations) -> None:
+        tensors = {"inputs": found.inputs, "gates": found.gates.float(), "outputs": found.outputs}
+        path = folder / f"{block}.{experts}".lstrip(".")
+        path.mkdir(parents=True, exist_ok=True)
+        save_tensors(path / f"{number:05d}.safetensors", tensors)
+
+    return see
+
+
+def stored_activations(folder: Path, experts: str, activation: Activation) -> LayerActivations | None:
+    """What :func:`store_activations` has stored for a module of experts, in float32; None if it has not run."""
     if not folder.exists():
         return None
-    passes = [load_file(path) for path in sorted((folder / block).iterdir())]
+    passes = [load_file(path) for path in sorted((folder / experts).iterdir())]
     tensors = (torch.cat([found[name] for found in passes]).float() for name in ("inputs", "gates", "outputs"))
     return LayerActivations(*tensors, activation)
 

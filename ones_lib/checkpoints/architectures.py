@@ -1,77 +1,72 @@
-"""The MoE architectures of transformers that can be made dense: the table :data:`ARCHITECTURES`.
+"""The MoE types of transformers and how each is made dense.
 
-To add one, write an entry. How experts are stored is in :mod:`ones_lib.checkpoints.experts`.
+Nearly all of it is derived from a type's configuration and an empty model: where the experts are, which configuration makes all
+layers dense or leaves one expert, what is joined and what is copied. The tables here hold what can't be: dense classes to prefer,
+refusals, and names that people know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers import PreTrainedConfig as Config
 
+from ones_lib.checkpoints.layers import Gates, computes, ffn_parts, gates_of, router_fill
+from ones_lib.models.causal import activation_of, block_of, empty_model, experts_modules, text_config
 
-def _if_normalised(config: Config) -> float | None:
-    return 1.0 if config.norm_topk_prob else None
+DENSE_CLASS, DENSE_LAYERS, ONE_EXPERT = "dense class", "dense layers", "one expert"
 
-
-def _factor_if_normalised(config: Config) -> float | None:
-    return config.routed_scaling_factor if config.norm_topk_prob else None
+# Names in configs: of the number of experts, of experts a token, of widths, of groups of experts.
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "intermediate_size_mlp", "d_ff")
+_GROUPS = ("n_group", "topk_group", "num_expert_group")
+_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+_MOST = 64  # experts that a twin's hidden units are spread over
+# Values that make every layer of n dense.
+_ALL_DENSE: list[Callable[[int], dict]] = [
+    lambda n: {"mlp_layer_types": ["dense"] * n},
+    lambda n: {"first_k_dense_replace": n},
+    lambda n: {"num_dense_layers": n},
+    lambda n: {"mlp_only_layers": list(range(n))},
+    lambda n: {"moe_layers": []},
+    lambda n: {"expert_layer_period": n + 1, "expert_layer_offset": n},
+    lambda n: {"moe_layer_start_index": n, "moe_layer_end_index": n},
+]
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """How an MoE class of transformers is made dense. Its dense class is called the twin.
+class Special:
+    """What can't be derived of a type.
 
     Args:
-        twin: model type of the twin; may be the MoE's own.
-        width: name in the MoE's config of an expert's hidden units.
-        gates: sum of a token's gates, scaling factor included. None: it differs between tokens and has to be measured.
-        changes: values of the twin's config that differ from the MoE's.
-        shared: module of the experts that every token passes through, which are joined to the gathered network.
-        mean_gated: whether they have a gate that depends on the token. The twin has its mean instead.
-        one_expert: not empty if the twin is the MoE's class with one expert, whose gate is 1: names of its router's
-            tensors, which become zero.
-        kept: modules of the MoE layer that such a twin keeps.
-        gpt_oss: whether the experts are GPT-OSS's. They are stored in their own way (see ``experts``), and they compute
-            something else than ``down(act(gate) * up)``, so no method can be used that computes that.
-        names: of the matrices of a feed-forward network.
-        rename: name in the MoE, and in the twin, of the module that holds the feed-forward network.
-        approximation: another entry, for a twin that is not exact.
-        normed: whether a block norms its FFN's output before it adds it.
-        sigmoid: whether the router's probabilities are sigmoids of its logits; else their softmax.
-        refuse: reason why a config cannot be converted, or an empty string.
+        twin: model type of a dense class with the same attention, norms and names.
+        changes: values of its config that differ.
+        site: module of the MoE layer, and its name in the dense class, where that differs.
+        shared: name of shared experts that stand beside the MoE layer in the block.
+        streams: whether all that a block gets of the one before are its hidden states.
+        mean_gated: the shared expert's gate, which depends on the token, becomes its mean. Not exact.
+        approximation: for a twin that is a plain dense class, but not exact.
+        refuse: reason why a config can't be converted, or an empty string.
     """
 
-    twin: str
-    width: str
-    gates: Callable[[Config], float | None] = lambda config: 1.0
+    twin: str = ""
     changes: Callable[[Config], dict] = lambda config: {}
+    site: tuple[str, str] = ("", "")
     shared: str = ""
+    streams: bool = True
     mean_gated: bool = False
-    one_expert: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-    gpt_oss: bool = False
-    names: Mapping[str, str] = field(
-        default_factory=lambda: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-    )
-    rename: tuple[str, str] = ("", "")
-    approximation: Architecture | None = None
-    normed: bool = False
-    sigmoid: bool = False
+    approximation: Special | None = None
     refuse: Callable[[Config], str] = lambda config: ""
-
-
-def _all_dense(config: Config) -> dict:
-    """For classes whose first layers are dense: all are."""
-    extra = {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if hasattr(config, name)}
-    return {"first_k_dense_replace": config.num_hidden_layers, **extra}
-
-
-def _one_expert(config: Config) -> dict:
-    return {"num_experts": 1, "num_experts_per_tok": 1, "norm_topk_prob": True}
 
 
 def _head_dim(config: Config) -> int:
@@ -83,103 +78,366 @@ def _qwen3_layers(config: Config) -> dict:
     return {"layer_types": [kind] * config.num_hidden_layers, "head_dim": _head_dim(config)}
 
 
-_QWEN2 = Architecture(
+_QWEN2 = Special(
     "qwen2",
-    "moe_intermediate_size",
-    _if_normalised,
-    shared="shared_expert",
     mean_gated=True,
     refuse=lambda config: (
         "" if config.qkv_bias else "Qwen2 has biases of queries, keys and values, this model has none"
     ),
 )
-_DEEPSEEK = {"gates": _factor_if_normalised, "changes": _all_dense, "shared": "shared_experts"}
 
-#: By model type.
-ARCHITECTURES: dict[str, Architecture] = {
-    "mixtral": Architecture("mistral", "intermediate_size", rename=("block_sparse_moe", "mlp")),
-    "qwen2_moe": Architecture(
-        "qwen2_moe",
-        "moe_intermediate_size",
-        _if_normalised,
-        _one_expert,
-        one_expert=("gate.weight",),
-        kept=("shared_expert", "shared_expert_gate"),
-        approximation=_QWEN2,
-    ),
-    "qwen3_moe": Architecture("qwen3", "moe_intermediate_size", _if_normalised, _qwen3_layers),
-    "olmoe": Architecture("olmoe", "intermediate_size", _if_normalised, _one_expert, one_expert=("gate.weight",)),
-    "flex_olmo": Architecture("olmo2", "intermediate_size", _if_normalised, normed=True),
-    # Transformers never normalises its gates, whatever norm_topk_prob says.
-    "deepseek_v2": Architecture("deepseek_v2", "moe_intermediate_size", **_DEEPSEEK | {"gates": lambda config: None}),
-    "deepseek_v3": Architecture("deepseek_v3", "moe_intermediate_size", **_DEEPSEEK, sigmoid=True),
-    "glm4_moe": Architecture("glm4_moe", "moe_intermediate_size", **_DEEPSEEK, sigmoid=True),
-    "granitemoe": Architecture(
-        "granite",
-        "intermediate_size",
-        changes=lambda config: {"mlp_bias": False},
-        rename=("block_sparse_moe", "mlp"),
-    ),
-    "ernie4_5_moe": Architecture(
-        "ernie4_5",
-        "moe_intermediate_size",
-        changes=lambda config: {"head_dim": _head_dim(config)},
-        shared="shared_experts",
-    ),
-    # Its experts clamp gate and up and add 1 to up. They do that to gathered weights as to any others, so one expert of its own
-    # class is exact.
-    "gpt_oss": Architecture(
-        "gpt_oss",
-        "intermediate_size",
-        changes=lambda config: {"num_local_experts": 1, "num_experts_per_tok": 1},
-        one_expert=("router.weight", "router.bias"),
-        gpt_oss=True,
-    ),
-    "switch_transformers": Architecture(
+_GRANITE = {"changes": lambda config: {"mlp_bias": False}, "site": ("block_sparse_moe", "mlp")}
+
+# Blocks hand on more than hidden states: chosen tokens, keys and values, states of the router or of a loop.
+_STATEFUL = ["zaya", "diffusion_gemma", "gemma4", "gemma4_text", "glm5_next", "glm5_next_text", "glm_moe_dsa", "hy_v4"]
+_STATEFUL += [
+    "hy_v4_vl",
+    "hy_v4_vl_text",
+    "inkling2_loop",
+    "inkling2_loop_text",
+    "mistral_large4",
+    "mistral_large4_text",
+]
+
+#: By model type. A type that is not here has nothing special.
+SPECIAL: dict[str, Special] = {
+    "mixtral": Special("mistral"),
+    "qwen2_moe": Special(approximation=_QWEN2),
+    "qwen3_moe": Special("qwen3", _qwen3_layers),
+    "flex_olmo": Special("olmo2"),
+    "granitemoe": Special("granite", **_GRANITE),
+    "granitemoeshared": Special("granite", **_GRANITE, shared="shared_mlp"),
+    "ernie4_5_moe": Special("ernie4_5", lambda config: {"head_dim": _head_dim(config)}),
+    "granitemoe_swa": Special("granite_swa", **_GRANITE, shared="shared_mlp"),
+    "hunyuan_v1_moe": Special("hunyuan_v1_dense"),
+    "aria_text": Special("llama"),
+    **dict.fromkeys(_STATEFUL, Special(streams=False)),
+    "switch_transformers": Special(
         "t5",
-        "d_ff",
-        gates=lambda config: None,
-        changes=lambda config: {"feed_forward_proj": config.dense_act_fn},
-        names={"up": "wi", "down": "wo"},
-        rename=("mlp", "DenseReluDense"),
+        lambda config: {"feed_forward_proj": config.dense_act_fn},
+        ("mlp", "DenseReluDense"),
         refuse=lambda config: "" if config.tie_word_embeddings else "T5 has an output layer tied to its embeddings",
     ),
 }
-REFUSED = {
-    "phimoe": "its router always adds two experts, so that one expert's gate can't be 1, and transformers has no dense class"
-    " with its layer norms and biases",
+#: Types that are not converted, with the reason.
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        ("vitpose", "vitpose_backbone"), "its experts are one for each data set, chosen by the user: there is no router"
+    ),
+    **dict.fromkeys(
+        ("llama4", "llama4_text"),
+        "its gates multiply the experts' inputs, so that an expert's output is not a constant times what a dense network gives",
+    ),
+    **dict.fromkeys(
+        ("inkling_mm_model", "inkling_text"),
+        "its shared experts have gates of the same softmax as the routed ones, which depend on the token",
+    ),
+    **dict.fromkeys(
+        ("ernie4_5_vl_moe", "ernie4_5_vl_moe_text"),
+        "tokens of text and of images have experts of their own, of different widths",
+    ),
+    "dbrx": "its experts and its configuration have an older form that no other type has, and that is not read here",
+    "doge": "its experts are single neurons, found by product keys, and no feed-forward networks",
+    "jetmoe": "its attention has experts too, and their number a token is the number of its heads",
+    "longcat_flash": "its router also chooses experts that return their input, with gates that depend on the token",
+    "nllb-moe": "in transformers, only the first two experts of a layer ever run, whatever the router chooses",
 }
 
 
-def architecture_of(config: Config, source: Path, approximate: bool = False) -> Architecture:
-    """The entry for a checkpoint's config.
+def moe_types() -> Iterator[str]:
+    """The model types of the installed transformers whose config, or a part of it, has a number of experts."""
+    return (kind for kind, config in CONFIG_MAPPING.items() if _has_experts(config))
+
+
+def _has_experts(config: type[Config]) -> bool:
+    names = {*getattr(config, "__dataclass_fields__", {}), *config.attribute_map}
+    parts = {part for part in config.sub_configs.values() if issubclass(part, Config)}
+    if len(parts) < len(config.sub_configs):  # some can be of several types: take the default
+        with suppress(ValueError, TypeError, StrictDataclassError):
+            parts |= {type(getattr(config(), name)) for name in config.sub_configs} - {type(None)}
+    return any(name in names for name in _COUNTS) or any(_has_experts(part) for part in parts - {config})
+
+
+class Architecture:
+    """How the MoE of a config is made dense.
+
+    ``kind`` is what its dense twin is: a ``"dense class"``; the MoE's own class with ``"dense layers"``; or that with
+    ``"one expert"``, whose gate is constant. Where a class can't have just one, for its router or for the width of its shared
+    experts, the twin has a few, which are always chosen, and the hidden units are spread over them.
+
+    Args:
+        config: the MoE's.
+        source: its name in errors.
+        approximate: take the approximation, see :class:`Special`.
 
     Raises:
-        ValueError: there is none, or the config is refused; names ``source`` and the reason.
+        ValueError: there is no twin; names ``source`` and the reason.
     """
-    kind = config.model_type
-    if kind in REFUSED:
-        raise ValueError(f"{source}: {kind} has no dense twin: {REFUSED[kind]}")
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"{source}: expected an MoE of type {', '.join(ARCHITECTURES)}, found {kind!r}")
-    if getattr(config, "quantization_config", None) is not None:
+
+    def __init__(self, config: Config, source: str | Path, approximate: bool = False) -> None:
+        self.config, self.source = deepcopy(config), source
+        for part in {id(part): part for part in (self.config, text_config(self.config))}.values():
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config  # the twin is not quantised
+        kind = config.model_type
+        self.special = SPECIAL.get(kind, Special())
+        if kind in REFUSED:
+            raise ValueError(f"{source}: {kind} has no dense twin: {REFUSED[kind]}")
+        if approximate and self.special.approximation is None:
+            raise ValueError(f"approximate: expected False for {kind}, whose twin is exact")
+        self.special = self.special.approximation if approximate else self.special
+        if reason := self.special.refuse(config):
+            raise ValueError(f"{source}: no dense twin for this {kind}: {reason}")
+        self.model = empty_model(self.config)
+        self.experts = self.text_experts(self.model)
+        if not self.experts:
+            raise ValueError(f"{source}: expected a model with experts, found {type(self.model).__name__} without")
+        self.name = next(iter(self.experts))
+        self.activation = activation_of(self.experts[self.name])
+        self._least, self._shared_width, self._shared_count = 1, 0, ""  # see _spread
+        self.kind, self._changes, self._width = self._find_twin()
+
+    # --- what the MoE is ----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def text_experts(model: PreTrainedModel) -> dict[str, nn.Module]:
+        """The modules of routed experts of the language model, by name."""
+        text = text_config(model.config)
+        found = experts_modules(model)
+        own = {name: module for name, module in found.items() if getattr(module, "config", text) is text}
+        return own or found
+
+    @property
+    def experts_a_token(self) -> int:
+        """k, the number of experts that a token is sent to."""
+        text = text_config(self.config)
+        found = next((getattr(text, name) for name in _CHOSEN if getattr(text, name, None)), 1)
+        return max(found) if isinstance(found, list) else found  # Hunyuan's is by layer
+
+    def site(self, experts: str) -> str:
+        """The module of an MoE layer, by that of its experts."""
+        return experts.rpartition(".")[0]
+
+    def shared(self, experts: str) -> str:
+        """The shared experts that every token of a layer passes through, if they are all there is beside router and experts."""
+        if self.special.shared:
+            return f"{block_of(experts)}.{self.special.shared}"
+        site = self.model.get_submodule(self.site(experts))
+        found = [name for name, child in site.named_children() if "shared" in name and ffn_parts(child)]
+        return f"{self.site(experts)}.{found[0]}" if len(found) == 1 else ""
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model can be run block by block, see :class:`ones_lib.checkpoints.stream.BlockStream`."""
+        return self.special.streams and not self.config.is_encoder_decoder
+
+    @property
+    def normed(self) -> bool:
+        """Whether each expert's output is normed, so that it is not what its weights alone compute."""
+        return getattr(self.experts[self.name], "has_post_expert_norm", False)
+
+    @cached_property
+    def gates(self) -> dict[str, Gates]:
+        """By module of experts. Layers of the same classes have the same."""
+        return {name: self._by_class(self.model, name, False) for name in self.experts}
+
+    def _by_class(self, model: PreTrainedModel, experts: str, blank: bool) -> Gates:
+        classes = tuple(type(m).__name__ for m in model.get_submodule(self.site(experts)).modules())
+        key = blank, model.get_submodule(experts).num_experts, classes
+        if (known := self._known.get(key)) is None:
+            try:
+                known = gates_of(model, experts, blank)
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
+                known = Gates(None)  # the layer can't be run by itself
+            self._known[key] = known
+        return known
+
+    @cached_property
+    def _known(self) -> dict[tuple, Gates]:
+        return {}
+
+    # --- what it becomes ----------------------------------------------------------------------------------------------
+
+    def _find_twin(self) -> tuple[str, dict, str]:
+        """The kind, what changes in the config, and the name of the width there."""
+        if self.special.twin:
+            return DENSE_CLASS, self.special.changes(text_config(self.config)), "intermediate_size"
+        text = text_config(self.config)
+        values, count = text.to_dict(), text.num_hidden_layers
+        if self._joinable():
+            for changes in (make(count) for make in _ALL_DENSE):
+                if changes.keys() <= values.keys() and (width := self._dense_width(changes)):
+                    return DENSE_LAYERS, changes, width
+        for count in (1, 2):
+            changes = {self._canonical(_COUNTS): count, self._canonical(_CHOSEN): count}
+            changes |= {name: 1 for name in _GROUPS if values.get(name) is not None}
+            for width in (name for name in _WIDTHS if name in values):
+                if (twin := self._changed(changes | {width: 7})) is None:
+                    continue
+                fits = all(_width_of(twin.get_submodule(name)) == 7 for name in self.experts)
+                if fits and all(min(self.one_gate(twin, name), default=0) > 0 for name in self.experts):
+                    self._least = count
+                    self._tie_shared(twin, changes | {width: 7})
+                    return ONE_EXPERT, changes, width
         raise ValueError(
-            f"{source}: expected weights that are not quantised, found quantization_config in config.json; load the model"
-            " with transformers, dequantised, and save it first"
+            f"{self.source}: no dense twin for this {self.config.model_type}: its layers can't be dense, nor have one expert, or"
+            " two that are always chosen, with constant gates"
         )
-    found = ARCHITECTURES[kind]
-    if approximate and found.approximation is None:
-        raise ValueError(f"approximate: expected False for {kind}, whose twin is exact")
-    found = found.approximation if approximate else found
-    if reason := found.refuse(config):
-        raise ValueError(f"{source}: no dense twin for this {kind}: {reason}")
-    return found
+
+    def _tie_shared(self, twin: PreTrainedModel, changes: Mapping) -> None:
+        """Note whether the width of shared experts depends on an expert's, which ``changes`` have set, and on their number."""
+        values = text_config(self.config).to_dict()
+        site = self.site(self.name)
+        for child, module in self.model.get_submodule(site).named_children():
+            if "shared" not in child or not ffn_parts(module):
+                continue
+            place, width = f"{site}.{child}", _width_of(module)
+            if (narrow := _width_of(twin.get_submodule(place))) != width:
+                self._shared_width = width
+                for count in (name for name in _SHARED if name in values):
+                    more = self._changed({**changes, count: values[count] + 1})
+                    if more is not None and _width_of(more.get_submodule(place)) > narrow:
+                        self._shared_count = count
+
+    def spread(self, width: int) -> tuple[int, int]:
+        """Number of experts in a twin of the kind one expert, and hidden units of each: ``width`` in all, or a few more."""
+        if not self._shared_width:
+            return self._least, -(-width // self._least)
+        widths = [w for w in range(1, self._shared_width + 1) if self._shared_width % w == 0]
+        if not self._shared_count:
+            widths = [self._shared_width]
+        found = [(max(self._least, -(-width // w)), w) for w in widths]
+        return min((pair for pair in found if pair[0] <= _MOST), key=lambda pair: (pair[0] * pair[1], pair[0]))
+
+    def _joinable(self) -> bool:
+        """Whether the layers hold nothing but router, experts, and shared experts that compute what an expert does."""
+        for name in self.experts:
+            site = self.model.get_submodule(self.site(name))
+            others = [child for child, module in site.named_children() if "shared" in child]
+            others = [f"{self.site(name)}.{child}" for child in others]
+            if len(others) > 1 or any(not computes(self.model.get_submodule(o), self.activation) for o in others):
+                return False
+            if any("norm" in child or "proj" in child for child, _ in site.named_children()):
+                return False
+        return True
+
+    def _dense_width(self, changes: dict) -> str:
+        """The name of the width of dense layers, if ``changes`` make the layers dense ones that can take an expert's place."""
+        for width in ("intermediate_size", "intermediate_size_mlp", "d_ff"):
+            if width not in text_config(self.config).to_dict():
+                continue
+            twin = self._changed(changes | {width: 8 * 9})
+            if twin is None or self.experts.keys() & experts_modules(twin).keys():
+                return ""
+            places = [self.site(name) for name in self.experts]
+            sites = [twin.get_submodule(place) for place in places]
+            outside = [
+                [name for name in model.state_dict() if not name.startswith(tuple(f"{place}." for place in places))]
+                for model in (self.model, twin)
+            ]
+            if outside[0] == outside[1] and all(
+                _width_of(site) == 8 * 9 and computes(site, self.activation) for site in sites
+            ):
+                return width
+        return ""
+
+    def _canonical(self, names: tuple[str, ...]) -> str:
+        """The first of the names that the config has, as it is stored."""
+        text = text_config(self.config)
+        found = next((name for name in names if hasattr(text, name)), names[0])
+        return text.attribute_map.get(found, found)
+
+    def _changed(self, changes: Mapping) -> PreTrainedModel | None:
+        """The MoE's own class, empty, with other values of the language model's config; None if it can't be."""
+        values = self.config.to_dict()
+        text, part = values, self.config
+        for name in ("thinker_config", "text_config"):
+            if text_config(self.config) is not part and isinstance(text.get(name), dict):
+                text, part = text[name], getattr(part, name)
+        text.update(changes)
+        try:
+            return empty_model(type(self.config).from_dict(values))
+        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, ArithmeticError, StrictDataclassError):
+            return None
+
+    def twin(self, width: int) -> PreTrainedModel:
+        """The twin, empty, with feed-forward networks of ``width``.
+
+        Raises:
+            ValueError: a value that both configs have would be lost.
+        """
+        if self.kind != DENSE_CLASS:
+            twin = self._changed({**self._changes, **self._sizes(width)})
+        else:
+            twin = empty_model(self._dense_config({**self._changes, self._width: width}))
+        twin.config.architectures = [type(twin).__name__]
+        return twin
+
+    def _sizes(self, width: int) -> dict[str, int]:
+        """Values of the config of the MoE's own class that depend on the width."""
+        if self.kind != ONE_EXPERT:
+            return {self._width: width}
+        count, each = self.spread(width)
+        sizes = {self._canonical(_COUNTS): count, self._canonical(_CHOSEN): count, self._width: each}
+        return sizes | ({self._shared_count: self._shared_width // each} if self._shared_count else {})
+
+    def _dense_config(self, changes: dict) -> Config:
+        """The config of the dense class: values that both classes have, and the changes."""
+        kind = CONFIG_MAPPING[self.special.twin]
+        width = "d_ff" if "d_ff" in (known := kind().to_dict()) else "intermediate_size"
+        changes = {name if name != "intermediate_size" else width: value for name, value in changes.items()}
+        own = ("model_type", "architectures", "transformers_version")
+        carried = {k: v for k, v in self.config.to_dict().items() if k in known and k not in own}
+        config = kind(**carried | changes)
+        found = config.to_dict()
+        if lost := [f"{k} {v}" for k, v in carried.items() if k not in changes and v is not None and found[k] != v]:
+            raise ValueError(f"{self.source}: expected values that {self.special.twin} keeps, lost: {lost}")
+        return config
+
+    def target(self, experts: str) -> str:
+        """The module of the twin's feed-forward network, by the MoE's module of experts."""
+        if self.kind == ONE_EXPERT:
+            return experts
+        old, new = self.special.site
+        site = self.site(experts)
+        return f"{site.removesuffix(old)}{new}" if new and site.endswith(old) else site
+
+    def source_name(self, name: str) -> str:
+        """The name in the MoE of a tensor or module of the twin that is copied."""
+        old, new = self.special.site
+        return f"{name}.".replace(f".{new}.", f".{old}.")[:-1] if new and self.kind == DENSE_CLASS else name
+
+    def factor(self, twin: PreTrainedModel, experts: str) -> float:
+        """What a gathered network's output has to be multiplied by in the twin, beside the sum of its gates there.
+
+        That is what the MoE layer multiplies its experts' output by, and the twin's, if it has experts, does not.
+        """
+        factor = self.gates[experts].factor
+        if self.kind != ONE_EXPERT:
+            return factor
+        return factor / self._by_class(twin, experts, True).factor
+
+    def one_gate(self, twin: PreTrainedModel, experts: str) -> tuple[float, ...]:
+        """The gates of the experts of a twin of the kind one expert."""
+        return self._by_class(twin, experts, True).each
+
+    def router(self, twin: PreTrainedModel, experts: str) -> dict[str, Tensor]:
+        """The tensors of the router of a twin with one expert that differ in shape from the MoE's, filled."""
+        if self.kind != ONE_EXPERT:
+            return {}
+        old = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        site, found = f"{self.site(experts)}.", {}
+        for name, tensor in twin.state_dict().items():
+            inside = name.startswith(site) and not name.startswith((f"{experts}.", f"{site}shared"))
+            if inside and old.get(name) != tensor.shape:
+                found[name] = router_fill(name, torch.empty_like(tensor, device="cpu"))
+        return found
 
 
-def twin_config(config: Config, architecture: Architecture, width: int) -> Config:
-    """The twin's config with feed-forward networks of ``width``: values that both classes have, and the changes."""
-    twin = CONFIG_MAPPING[architecture.twin]
-    known = twin().to_dict()
-    carried = {k: v for k, v in config.to_dict().items() if k in known and k not in ("model_type", "architectures")}
-    own = architecture.one_expert or architecture.twin == "t5"
-    return twin(**carried | architecture.changes(config) | {architecture.width if own else "intermediate_size": width})
+def _width_of(module: nn.Module) -> int:
+    """Hidden units of a feed-forward network or of each of a module of experts; 0 if it is none."""
+    for name, parameter in module.named_parameters():
+        last = name.removesuffix(".weight").rpartition(".")[2]
+        if last in ("down_proj", "output_linear", "w2", "wo", "fc2"):
+            return parameter.shape[-2 if getattr(module, "is_transposed", False) else -1]
+    return 0

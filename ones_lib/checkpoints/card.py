@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import pandas as pd
 
+from ones_lib.checkpoints.architectures import ONE_EXPERT
 from ones_lib.checkpoints.plan import TwinPlan
 
 
@@ -59,15 +60,20 @@ def _widths(plan: TwinPlan, layers: pd.DataFrame) -> list[str]:
 
 def _approximations(plan: TwinPlan, arguments: Mapping) -> list[str]:
     facts = []
-    if plan.architecture.one_expert:
+    if plan.architecture.kind == ONE_EXPERT:
         facts.append(
             "Transformers has no dense class with the attention and norms of this MoE. This is the same class with one expert,"
-            " whose gate is 1: dense in function."
+            " whose gate is constant: dense in function."
         )
-    if plan.architecture.mean_gated:
+    if plan.architecture.special.mean_gated:
         data = "random tokens" if arguments["calibration"] is None else "the calibration"
         facts.append(
             f"Approximate: the gate of the shared expert, which depends on the token, is now its mean over {data}."
+        )
+    if plan.dropped:
+        facts.append(
+            f"Left out, since transformers does not load them either: {len(plan.dropped)} tensors, such as {plan.dropped[0]}"
+            " (mostly of layers that predict further tokens)."
         )
     return facts
 

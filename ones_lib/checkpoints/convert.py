@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -19,14 +20,15 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from ones_lib.checkpoints.architectures import ARCHITECTURES, Architecture, architecture_of
+from ones_lib.checkpoints.architectures import Architecture
 from ones_lib.checkpoints.plan import TwinPlan
+from ones_lib.checkpoints.quantised import readable
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stream import LEAST_SLICES
 from ones_lib.checkpoints.text import text_blocks, thinned
 from ones_lib.checkpoints.work import COPIED, Work
 from ones_lib.data.files import is_free
-from ones_lib.gathering.registry import check_options, needs_calibration
+from ones_lib.gathering.registry import check_options, needs_calibration, options_of
 from ones_lib.gathering.scale import ROUTER_SCALES
 
 
@@ -57,7 +59,8 @@ def convert(
     ``destination``.
 
     Args:
-        source: a folder, or a name on the Hugging Face hub, of an MoE in safetensors files.
+        source: a folder, or a name on the Hugging Face hub, of an MoE in safetensors files. Quantised weights become bfloat16, see
+            :mod:`ones_lib.checkpoints.quantised`.
         destination: a folder that does not exist, or is empty.
         method: one of :func:`ones_lib.gathering_methods`.
         d_ff: hidden units to gather the routed experts to, see :func:`ones_lib.gather`. ``"active"``: those that a token
@@ -96,12 +99,16 @@ def convert(
 
     folder = local_folder(source)
     config = read_config(folder)
-    architecture = architecture_of(config, folder, approximate)
-    if architecture.gpt_oss:
-        _check_weights_alone(method, options, config.model_type)
+    architecture = Architecture(config, folder, approximate)
+    if architecture.normed and (reconstruct is not None or "calibration" in options_of(method)):
+        name = "method" if reconstruct is None else "reconstruct"
+        raise ValueError(
+            f"{name}: expected experts whose outputs are added as they are, found {config.model_type!r}, which norms each; take a"
+            " gathering that looks at weights alone"
+        )
     if reconstruct is not None or student_inputs:
-        _check_reconstruction(reconstruct, student_inputs, architecture, config)
-    plan = TwinPlan(Shards(folder), config, architecture, method, d_ff, options.get("k"))
+        _check_reconstruction(reconstruct, student_inputs, architecture)
+    plan = TwinPlan(readable(Shards(folder), config), architecture, method, d_ff, options.get("k"))
     if isinstance(calibration, (str, Path)):
         calibration = text_blocks(calibration, folder, calibration_tokens, "train")
     if isinstance(reconstruct, (str, Path)):
@@ -145,34 +152,19 @@ def _checked_options(method: str, options: Mapping) -> dict:
     return {**options, "scale": options.get("scale", "router")} if method in ROUTER_SCALES else dict(options)
 
 
-def _check_weights_alone(method: str, options: Mapping, kind: str) -> None:
-    """Raise ValueError if a method computes ``down(act(gate) * up)``."""
-    averaged = method in ROUTER_SCALES and options["scale"] not in ("scalar", "vector")
-    if not averaged and method != "frequency_average":
-        raise ValueError(
-            f"method: expected one of {[*ROUTER_SCALES, 'frequency_average']}, with a scale that is a number or 'router', for"
-            f" {kind}, whose experts compute something else than down(act(gate) * up), found {method!r}"
-        )
-
-
 def _check_free(destination: Path) -> None:
     if not is_free(destination):
         raise FileExistsError(f"destination: expected a folder that is not there or empty, found {destination}")
 
 
-def _check_reconstruction(
-    tokens: str | Path | Tensor | None, student_inputs: bool, architecture: Architecture, config: PreTrainedConfig
-) -> None:
+def _check_reconstruction(tokens: str | Path | Tensor | None, student_inputs: bool, architecture: Architecture) -> None:
     """Raise ValueError if a checkpoint's layers can't be reconstructed."""
     if tokens is None:
         raise ValueError("student_inputs: expected a text to reconstruct on (reconstruct), found None")
-    if architecture.gpt_oss or config.is_encoder_decoder:
+    if not architecture.streams:
+        kind = architecture.config.model_type
         raise ValueError(
-            f"reconstruct: expected a causal model whose experts compute down(act(gate) * up), found {config.model_type!r}"
-        )
-    if student_inputs and architecture.normed:
-        raise ValueError(
-            f"student_inputs: expected blocks that add their FFN's output as it is, found {config.model_type!r}, which norms it"
+            f"reconstruct: expected a causal model whose blocks hand on hidden states and nothing else, found {kind!r}"
         )
 
 
@@ -203,10 +195,12 @@ def read_config(folder: Path) -> PreTrainedConfig:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON ({error})") from error
     if kind not in CONFIG_MAPPING:  # else transformers would look for code in the folder
-        raise ValueError(f"{folder}: expected an MoE of type {', '.join(ARCHITECTURES)}, found {kind!r}")
+        raise ValueError(
+            f"{folder}: expected a model type that transformers {version('transformers')} has, found {kind!r}"
+        )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.dtype is None:
-        config.dtype = torch.float32
+        config.dtype = torch.bfloat16 if hasattr(config, "quantization_config") else torch.float32
     return config
 
 

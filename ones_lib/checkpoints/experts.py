@@ -2,28 +2,75 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from ones_lib.checkpoints.quantised import Dequantised
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.ffn import FeedForwardWeights
 
 # Names of expert tensors:
 # - this library's: all experts in one tensor a part, "up" [E, h, d], "down" [E, d, h], ...;
-# - transformers' in memory, and Granite's files: all experts in one tensor, gate above up. With biases it is GPT-OSS's
-#   layout: matrices are transposed, gate and up interleaved;
+# - transformers' in memory, and Granite's files: all experts in one tensor, see :class:`Layout`;
 # - most files: a tensor an expert.
 _OURS = re.compile(r"(?P<layer>.+)\.(?P<part>(?:up|gate|down)(?P<bias>_bias)?)")
 _STACKED = re.compile(
-    r"(?P<module>.+)\.(?:(?P<up>experts\.gate_up_proj|input_linear\.weight)|experts\.down_proj|output_linear\.weight)"
+    r"(?P<module>.+)\.(?:(?:experts\.)(?P<name>gate_up_proj|up_proj|down_proj)|(?P<linear>input|output)_linear\.weight)"
     r"(?P<bias>_bias)?"
 )
 _SEPARATE = re.compile(r"(?P<layer>.+\.experts)\.(?:expert_)?(?P<expert>\d+)\.(?P<part>\w+)\.(?P<kind>weight|bias)")
 _PARTS = {"up_proj": "up", "gate_proj": "gate", "down_proj": "down", "w3": "up", "w1": "gate", "w2": "down"}
-_PARTS |= {"wi": "up", "wo": "down"}
+_PARTS |= {"wi": "up", "wo": "down", "fc1": "up", "fc2": "down"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How transformers stacks a layer's experts: ``gate_up_proj`` [E, 2h, d], or ``up_proj`` [E, h, d] without a gate, and
+    ``down_proj`` [E, d, h], each perhaps with a ``..._bias``.
+
+    Args:
+        transposed: matrices are [E, d, 2h] and [E, h, d].
+        interleaved: units of gate and up take turns; else gate is above up.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+
+    @classmethod
+    def of(cls, experts: nn.Module) -> Layout:
+        """That of a module of experts."""
+        return cls(getattr(experts, "is_transposed", False), not getattr(experts, "is_concatenated", True))
+
+    def part(self, name: str, stored: Tensor) -> Tensor:
+        """``gate`` or ``up``, or its bias, out of the tensor that holds both; of ``down`` all of it."""
+        bias = name.endswith("_bias")
+        stored = stored.mT if self.transposed and not bias else stored
+        half = {"gate": 0, "up": 1}.get(name.removesuffix("_bias"))
+        if half is None:
+            return stored
+        return stored[:, half::2] if self.interleaved else stored.chunk(2, dim=1)[half]
+
+    def joined(self, bank: FeedForwardWeights) -> dict[str, Tensor]:
+        """A bank's tensors as they are stacked."""
+        parts, stacked = dict(bank.tensors()), {}
+        for bias in ("", "_bias"):
+            if f"gate{bias}" in parts:
+                both = parts.pop(f"gate{bias}"), parts.pop(f"up{bias}")
+                joined = torch.stack(both, dim=2).flatten(1, 2) if self.interleaved else torch.cat(both, dim=1)
+                parts[f"gate_up{bias}"] = joined
+            for name in [name for name in parts if name.endswith("_bias") == bool(bias)]:
+                tensor = parts[name].mT if self.transposed and not bias else parts[name]
+                stacked[f"{name.removesuffix('_bias')}_proj{bias}"] = tensor.contiguous()
+        return stacked
+
+
+GPT_OSS = Layout(transposed=True, interleaved=True)
 
 
 class ExpertBanks(Mapping[str, FeedForwardWeights]):
@@ -33,10 +80,17 @@ class ExpertBanks(Mapping[str, FeedForwardWeights]):
         source: its name in errors.
         shapes: of all tensors, by name.
         read: returns a tensor by name.
+        layouts: of stacked layers. Of one that is not there: with biases it is GPT-OSS's, else the usual one.
     """
 
-    def __init__(self, source: str, shapes: Mapping[str, list[int]], read: Callable[[str], Tensor]) -> None:
-        self.source, self._shapes, self._read = source, shapes, read
+    def __init__(
+        self,
+        source: str,
+        shapes: Mapping[str, list[int]],
+        read: Callable[[str], Tensor],
+        layouts: Mapping[str, Layout] | None = None,
+    ) -> None:
+        self.source, self._shapes, self._read, self._layouts = source, shapes, read, layouts or {}
         # layer -> part -> name of the tensor with all experts, or names by expert
         self._layers: dict[str, dict[str, str | dict[int, str]]] = {}
         self.names: set[str] = set()  # of the tensors that hold experts
@@ -55,8 +109,8 @@ class ExpertBanks(Mapping[str, FeedForwardWeights]):
             part = _PARTS[found["part"]] + ("_bias" if found["kind"] == "bias" else "")
             self._layers.setdefault(found["layer"], {}).setdefault(part, {})[int(found["expert"])] = name
         elif (found := _STACKED.fullmatch(name)) and len(shape) == (2 if found["bias"] else 3):
-            parts = ("gate", "up") if found["up"] else ("down",)
-            names = {f"{part}{found['bias'] or ''}": name for part in parts}
+            matrix = found["name"] or {"input": "gate_up_proj", "output": "down_proj"}[found["linear"]]
+            names = {f"{part}{found['bias'] or ''}": name for part in matrix.removesuffix("_proj").split("_")}
             self._layers.setdefault(f"{found['module']}.experts", {}).update(names)
         elif (found := _OURS.fullmatch(name)) and len(shape) == (2 if found["bias"] else 3) and shape[0] > 1:
             self._layers.setdefault(found["layer"], {})[found["part"]] = name
@@ -70,12 +124,15 @@ class ExpertBanks(Mapping[str, FeedForwardWeights]):
     def __len__(self) -> int:
         return len(self._layers)
 
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._layers  # a mapping's own would read the bank
+
     def __getitem__(self, layer: str) -> FeedForwardWeights:
         """The bank of a layer."""
         parts = self._layers[layer]
         if any(isinstance(stored, dict) for stored in parts.values()):
             return FeedForwardWeights.stack(self.experts(layer))
-        return FeedForwardWeights(**{part: self._stacked(part, name) for part, name in parts.items()})
+        return FeedForwardWeights(**{part: self._stacked(layer, part, name) for part, name in parts.items()})
 
     def experts(self, layer: str) -> list[FeedForwardWeights]:
         """The experts of a layer one by one, without a copy: those of files are mapped.
@@ -95,16 +152,15 @@ class ExpertBanks(Mapping[str, FeedForwardWeights]):
                 )
         return [FeedForwardWeights(**{part: self._read(parts[part][e]) for part in parts}) for e in range(count)]
 
-    def _stacked(self, part: str, name: str) -> Tensor:
+    def _stacked(self, layer: str, part: str, name: str) -> Tensor:
         """A part of all experts, cut out of the tensor that holds it."""
-        tensor, found = self._read(name), _STACKED.fullmatch(name)
+        tensor, found, parts = self._read(name), _STACKED.fullmatch(name), self._layers[layer]
         if not found:
             return tensor
-        interleaved = found["bias"] or f"{name}_bias" in self._shapes
-        if found["up"]:
-            half = ("gate", "up").index(part.removesuffix("_bias"))
-            tensor = tensor[..., half::2] if interleaved else tensor.chunk(2, dim=1)[half]
-        return tensor.mT if interleaved and not found["bias"] else tensor
+        layout = self._layouts.get(layer, GPT_OSS if "up_bias" in parts else Layout())
+        if part.startswith("up") and "gate" not in parts:  # alone in its tensor
+            return tensor.mT if layout.transposed and not found["bias"] else tensor
+        return layout.part(part, tensor)
 
 
 def open_experts(source: nn.Module | str | Path) -> ExpertBanks:
@@ -122,5 +178,8 @@ def open_experts(source: nn.Module | str | Path) -> ExpertBanks:
         tensors = {name: parameter.detach() for name, parameter in source.named_parameters()}
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         return ExpertBanks(type(source).__name__, shapes, tensors.__getitem__)
-    shards = Shards(Path(source).expanduser())
+    path = Path(source).expanduser()
+    shards, config = Shards(path), path / "config.json"
+    if config.exists() and (quantization := json.loads(config.read_text()).get("quantization_config")):
+        shards = Dequantised(shards, quantization)
     return ExpertBanks(str(shards.path), shards.shapes, shards.read)

@@ -19,14 +19,15 @@ from transformers.utils.logging import tqdm
 
 from ones_lib.calibration import LayerActivations
 from ones_lib.checkpoints.activations import split_tokens, store_activations, stored_activations
-from ones_lib.checkpoints.architectures import architecture_of
+from ones_lib.checkpoints.architectures import Architecture
 from ones_lib.checkpoints.convert import local_folder, read_config
 from ones_lib.checkpoints.plan import Block, TwinPlan
+from ones_lib.checkpoints.quantised import readable
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.text import BLOCK, text_blocks, token_count
 from ones_lib.ffn import FeedForwardWeights, compute_dtype
 from ones_lib.gathering.registry import checked_experts, gather_precisely
-from ones_lib.models.causal import activation_of
+from ones_lib.models.causal import text_config
 
 SAMPLE = 256  # tokens on which all experts of a layer are run
 PAIRS = 5  # pairs of experts listed of a layer
@@ -45,8 +46,8 @@ class Inspection:
             :func:`output_correlation`.
         pairs: the strongest pairs of each layer: ``layer``, and the columns of :func:`expert_pairs`.
         errors: one row a layer and width: ``layer``; ``multiple``, the width in experts' widths (1, k, 2k, 4k, up to E);
-            ``d_ff``, its hidden units; ``tokens``; and ``output_error``, see :func:`width_errors`. NaN for GPT-OSS, whose
-            experts compute something else. Without rows of widths that memory is too small for.
+            ``d_ff``, its hidden units; ``tokens``; and ``output_error``, see :func:`width_errors`. Without rows of widths
+            that memory is too small for.
     """
 
     router: pd.DataFrame
@@ -74,16 +75,17 @@ def inspect(source: str | Path, calibration: str | Path | Tensor, calibration_to
         raise ValueError(f"calibration_tokens: expected an integer of at least 1, found {calibration_tokens!r}")
     folder = local_folder(source)
     config = read_config(folder)
-    plan = TwinPlan(Shards(folder), config, architecture_of(config, folder), "readout", d_ff=None, k=None)
+    plan = TwinPlan(readable(Shards(folder), config), Architecture(config, folder), "readout", d_ff=None, k=None)
     if isinstance(calibration, (str, Path)):
         calibration = text_blocks(calibration, folder, calibration_tokens, "train")
-    _check_ids(calibration, config.vocab_size)
+    _check_ids(calibration, text_config(config).vocab_size)
     found: dict[str, list[pd.DataFrame]] = {"router": [], "pairs": [], "errors": []}
     with TemporaryDirectory(prefix="ones-inspect-") as work:
+        plan.shards.scratch = Path(work)
         activations, memory = Path(work) / "activations", psutil.virtual_memory().available
-        store_activations(folder, calibration, activations)
+        store_activations(plan.stored, calibration, activations, plan.architecture.streams)
         for block in tqdm([block for block in plan.blocks if block.sparse], desc=folder.name, unit="layer"):
-            seen = stored_activations(activations, block.name, activation_of(config))
+            seen = stored_activations(activations, block.experts, plan.activation)
             for name, table in _layer_tables(plan, block, seen, memory).items():
                 table.insert(0, "layer", block.ffn)
                 found[name].append(table)
@@ -106,11 +108,9 @@ def _layer_tables(plan: TwinPlan, block: Block, seen: LayerActivations, memory: 
     """A layer's part of each table of an :class:`Inspection`."""
     experts, statistics = plan.experts(block), router_statistics(seen)
     widths = _widths(statistics["chosen"], plan, len(seen.inputs), memory)
-    correlation = errors = math.nan
     try:
         checked_experts(experts)
-        if not plan.architecture.gpt_oss:  # its experts' outputs are not what is computed here
-            correlation, errors = output_correlation(experts, seen), width_errors(experts, seen, widths)
+        correlation, errors = output_correlation(experts, seen), width_errors(experts, seen, widths)
     except ValueError as error:
         raise ValueError(f"{plan.shards.path}: {block.ffn}: {error}") from error
     alike = {"weight_cosine": weight_cosine(experts), "output_correlation": correlation}
@@ -126,8 +126,6 @@ def _widths(chosen: float, plan: TwinPlan, tokens: int, memory: int) -> list[int
     """
     k = max(1, round(chosen))
     widths = [m * plan.expert_width for m in sorted({1, k, 2 * k, 4 * k}) if m <= plan.num_experts]
-    if plan.architecture.gpt_oss:
-        return widths
     fitting = [width for width in widths if _solver_bytes(width) <= memory]
     if left_out := widths[len(fitting) :]:
         warnings.warn(
@@ -297,8 +295,6 @@ def _report(found: Inspection) -> str:
 def _errors_text(errors: pd.DataFrame, k: int) -> str:
     if errors.empty:
         return "No error to expect is known: memory is too small for every width."
-    if errors["output_error"].isna().all():
-        return "No error to expect is known: these experts compute something else than down(act(gate) * up)."
     errors = errors.assign(enough=_enough(errors["tokens"], errors["d_ff"]))
     grid = errors.pivot(index="layer", columns=["multiple", "d_ff"], values="output_error")
     grid = grid.loc[errors["layer"].unique()]

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ones_lib.checkpoints.architectures import Architecture, architecture_of, twin_config
-from ones_lib.checkpoints.experts import ExpertBanks
+from ones_lib.checkpoints.architectures import ONE_EXPERT, Architecture
+from ones_lib.checkpoints.experts import ExpertBanks, Layout
+from ones_lib.checkpoints.layers import ffn_parts
 from ones_lib.checkpoints.shards import Shards
-from ones_lib.ffn import FeedForwardWeights, count_non_finite
+from ones_lib.checkpoints.stored import StoredModel, in_files
+from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering.registry import check_width
-from ones_lib.models.causal import language_class, model_class
+from ones_lib.models.causal import block_of
 
 ACTIVE = "active"  # the width that a token passes through
-_ROUTER = ("gate.", "router.", "moe_statics.")
 
 
 @dataclass
@@ -27,27 +29,28 @@ class Block:
 
     Args:
         name: such as ``model.layers.3``; empty outside of the blocks.
-        copies: names of the tensors that are copied.
-        ffn: module of the feed-forward network that is rewritten; empty: there is none.
-        sparse: whether that is an MoE layer.
-        parts: names of the tensors of the dense network, or of an MoE layer's shared experts, by part.
+        copies: by name in the twin, names in the MoE of the tensors that are copied.
+        experts: module of the routed experts that are gathered; empty: there are none.
+        ffn: module in the MoE of the network that is rewritten: an MoE layer, or a dense network that gets wider.
+        target: its name in the twin.
+        shared: module of the shared experts that are joined to the gathered network.
     """
 
     name: str
-    copies: list[str] = field(default_factory=list)
+    copies: dict[str, str] = field(default_factory=dict)
+    experts: str = ""
     ffn: str = ""
-    sparse: bool = False
-    parts: dict[str, str] = field(default_factory=dict)
+    target: str = ""
+    shared: str = ""
 
-
-def block_of(name: str) -> str:
-    """The transformer block of a tensor or module, such as ``model.layers.3``; empty for embeddings and the like."""
-    found = re.match(r".*?\.(?:layers|block)\.\d+", name)
-    return found[0] if found else ""
+    @property
+    def sparse(self) -> bool:
+        """Whether it has an MoE layer that is gathered."""
+        return bool(self.experts)
 
 
 class TwinPlan:
-    """The dense twin of a checkpoint: its ``config`` and its ``blocks``.
+    """The dense twin of a checkpoint: its ``config``, its ``blocks``, and ``dropped``, names of tensors that are left out.
 
     ``d_ff`` is the width to gather to: a number, or None for one expert's.
 
@@ -58,161 +61,214 @@ class TwinPlan:
     def __init__(
         self,
         shards: Shards | Shapes,
-        config: PreTrainedConfig,
         architecture: Architecture,
         method: str,
         d_ff: int | str | None,
         k: int | None,
     ) -> None:
-        self.shards, self.source_config, self.architecture = shards, config, architecture
-        self.banks = ExpertBanks(str(shards.path), shards.shapes, shards.read)
-        self.blocks = self._find_blocks()
-        experts = self.experts(next(block for block in self.blocks if block.sparse))
-        self.num_experts, self.expert_width, self.d_model = len(experts), experts[0].d_ff, experts[0].d_model
+        self.shards, self.architecture, self.source_config = shards, architecture, architecture.config
+        self.stored = StoredModel(shards, architecture.model, architecture.experts)
+        layouts = {name: Layout.of(module) for name, module in architecture.experts.items()}
+        self.banks = ExpertBanks(str(shards.path), self._expert_shapes(), self.stored.read, layouts)
+        self.names = [name for name in architecture.experts if name in self.banks]  # others are tied to these
+        first = ExpertBanks(str(shards.path), self._expert_shapes(), self._empty, layouts).experts(self.names[0])
+        self.num_experts, self.expert_width, self.d_model = len(first), first[0].d_ff, first[0].d_model
         if isinstance(d_ff, str):
             if d_ff != ACTIVE:
                 raise ValueError(f"d_ff: expected a number, {ACTIVE!r} or None, found {d_ff!r}")
             d_ff = self.experts_a_token * self.expert_width
         check_width(d_ff, method, self.num_experts, self.expert_width)
         self.d_ff, self.routed_width = d_ff, self.num_experts * k if k else d_ff or self.expert_width
-        self.width = max(self.routed_width * b.sparse + self._width(b.parts) for b in self.blocks)
-        self.config = twin_config(config, architecture, self.width)
-        self.config.architectures = [language_class(self.config).__name__]
-        self._check_tensors()
+        self.width = self._full_width()
+        self.twin = architecture.twin(self.width)
+        self.config, self.dropped = self.twin.config, self.stored.dropped
+        self.blocks = self._find_blocks()
+
+    def _expert_shapes(self) -> dict[str, list[int]]:
+        layers = tuple(f"{name}." for name in self.architecture.experts)
+        return {name: shape for name, shape in self.stored.shapes.items() if name.startswith(layers)}
+
+    def _empty(self, name: str) -> Tensor:
+        """A tensor without data."""
+        return torch.empty(self.stored.shapes[name], device="meta")
+
+    def _full_width(self) -> int:
+        """Of the twin's layers: the gathered networks with shared experts, and not less than layers that are dense already."""
+        architecture = self.architecture
+        if architecture.kind == ONE_EXPERT:
+            count, each = architecture.spread(self.routed_width)
+            return count * each
+        shared = [architecture.shared(name) for name in architecture.experts]
+        widths = [self.routed_width + self._width(module) for module in shared]
+        sites = {architecture.site(name).rpartition(".")[2] for name in architecture.experts}
+        stacks = {block_of(name).rpartition(".")[0] for name in architecture.experts}
+        for name, module in architecture.model.named_modules():
+            stack, _, last = block_of(name).rpartition(".")[0], *name.rpartition(".")[1:]
+            if last in sites and stack in stacks and ffn_parts(module):
+                widths.append(self._width(name))
+        return max(widths)
+
+    def _width(self, module: str) -> int:
+        """Hidden units of a dense network of the MoE; 0 for no module."""
+        return self.ffn_of(module, meta=True).d_ff if module else 0
 
     def _find_blocks(self) -> list[Block]:
-        unused = getattr(language_class(self.source_config), "_keys_to_ignore_on_load_unexpected", None) or []
+        """Everything that the twin has, and where it comes from."""
         blocks: dict[str, Block] = {}
-
-        def block_with(name: str) -> Block:
-            return blocks.setdefault(block_of(name), Block(block_of(name)))
-
-        def loaded(name: str) -> bool:
-            """Whether transformers loads it. Layers beyond the last, which predict further tokens, it does not."""
-            if number := re.search(r"\.layers\.(\d+)\.", name):
-                beyond = int(number[1]) >= self.source_config.num_hidden_layers
-                return not beyond and not name.endswith("rotary_emb.inv_freq")
-            return not any(re.search(pattern, name) for pattern in unused)
-
-        for layer in filter(loaded, self.banks):
-            block = block_with(layer)
-            block.ffn, block.sparse = layer.removesuffix(".experts"), True
-        for name in filter(loaded, self.shards.shapes):
-            if name not in self.banks.names:
-                self._place(name, block_with(name))
+        targets = {self.architecture.target(name): name for name in self.names}
+        dense = self._dense_networks(targets)
+        routers = {n for name in targets.values() for n in self.architecture.router(self.twin, name)}
+        for target, experts in targets.items():
+            block = blocks.setdefault(block_of(target), Block(block_of(target)))
+            block.experts, block.target, block.ffn = experts, target, self.architecture.site(experts)
+            if self.architecture.kind != ONE_EXPERT:
+                block.shared = self.architecture.shared(experts)
+        made = {f"{target}.{name}" for target in targets for name in self._made_in(target)}
+        missing, wrong = [], []
+        for name, tensor in self.twin.state_dict().items():
+            block = blocks.setdefault(block_of(name), Block(block_of(name)))
+            source = self.architecture.source_name(name)
+            if (module := name.rpartition(".")[0].rpartition(".")[0]) in dense:
+                block.target, block.ffn = module, self.architecture.source_name(module)
+            elif name in routers or name in made:
+                continue
+            elif source in self.stored.shapes:
+                block.copies[name] = source
+                if self.stored.shapes[source] != list(tensor.shape):
+                    wrong.append(f"{source} {self.stored.shapes[source]}, not {list(tensor.shape)}")
+            elif name not in self._tied:
+                missing.append(name)
+        self._check_all(missing, wrong, blocks)
         return [blocks[name] for name in sorted(blocks, key=_natural)]
 
-    def _place(self, name: str, block: Block) -> None:
-        """Decide what becomes of a tensor that is not a routed expert's."""
-        architecture, where = self.architecture, f"{block.ffn}."
-        modules = {module: part for part, module in architecture.names.items()}
-        module, part = "", ""
-        if found := re.fullmatch(rf"(.+)\.({'|'.join(modules)})\.(weight|bias)", name):
-            module, part = found[1], modules[found[2]] + ("_bias" if found[3] == "bias" else "")
-        if block.sparse and name.startswith(where):
-            rest, shared = name.removeprefix(where), architecture.shared
-            if shared and module == where + shared:
-                block.parts[part] = name
-            elif rest.startswith(tuple(f"{kept}." for kept in architecture.kept)):
-                block.copies.append(name)
-            elif not rest.startswith((*_ROUTER, f"{shared}_gate.") if architecture.mean_gated else _ROUTER):
-                raise ValueError(f"{self.shards.path}: expected a router and experts in {block.ffn}, found {rest} too")
-        elif module.endswith(".mlp") and not block.sparse and not architecture.one_expert:
-            block.ffn, block.parts[part] = module, name
-        else:
-            block.copies.append(name)
+    def _made_in(self, target: str) -> list[str]:
+        """Names of the tensors that a gathered network becomes in a module of the twin: not a norm of all experts."""
+        names = [name for name, _ in self.twin.get_submodule(target).named_parameters()]
+        return [name for name in names if "norm" not in name]
 
-    def _width(self, parts: Mapping[str, str]) -> int:
-        return self.shards.shapes[parts["up"]][0] if "up" in parts else 0
+    def _dense_networks(self, targets: Mapping[str, str]) -> set[str]:
+        """Networks that are dense already and get wider."""
+        if self.architecture.kind == ONE_EXPERT:
+            return set()
+        found, shapes = set(), self.stored.shapes
+        for name, module in self.twin.named_modules():
+            if name in targets or not ffn_parts(module):
+                continue
+            source = self.architecture.source_name(name)
+            parts = {f"{source}.{part}": list(t.shape) for part, t in module.named_parameters()}
+            if parts.keys() <= shapes.keys() and any(shapes[part] != shape for part, shape in parts.items()):
+                found.add(name)
+        return found
+
+    @property
+    def _tied(self) -> set[str]:
+        return set(self.twin.all_tied_weights_keys)
+
+    def _check_all(self, missing: list[str], wrong: list[str], blocks: Mapping[str, Block]) -> None:
+        """Raise ValueError unless every tensor of the twin is there, and every tensor of the MoE is used or in an MoE layer."""
+        self.bytes = sum(t.numel() * (self.config.dtype or torch.float32).itemsize for t in self.twin.parameters())
+        used = {name for block in blocks.values() for name in block.copies.values()}
+        rewritten = [module for block in blocks.values() for module in (block.ffn, block.shared) if module]
+        inside = tuple(f"{module}." for module in rewritten)
+        lost = [name for name in self.stored.shapes if name not in used and not name.startswith(inside)]
+        lost = [name for name in lost if name not in self.architecture.model.all_tied_weights_keys]
+        if missing or wrong or lost:
+            raise ValueError(
+                f"{self.shards.path}: expected the tensors of {self.config.architectures[0]}, missing: {missing[:5]},"
+                f" of another shape: {wrong[:5]}, without a place: {lost[:5]}"
+            )
+
+    # --- reading ------------------------------------------------------------------------------------------------------
 
     @property
     def experts_a_token(self) -> int:
-        """k, the number of experts that a token is sent to."""
-        return getattr(self.source_config, "num_experts_per_tok", None) or 1
+        return self.architecture.experts_a_token
+
+    @property
+    def activation(self):
+        return self.architecture.activation
 
     def router(self, block: Block) -> tuple[Tensor, Tensor | None]:
-        """Weight [E, d] and bias [E] of a sparse block's router."""
-        names = [n for n in self.shards.shapes if n.startswith(tuple(f"{block.ffn}.{part}" for part in _ROUTER))]
-        sizes = {1: [self.num_experts], 2: [self.num_experts, self.d_model]}
-        weight = next(n for n in names if self.shards.shapes[n] == sizes[2])
-        bias = weight.removesuffix("weight") + "bias"
-        return self.read(weight), self.read(bias) if bias in names else None
+        """Weight [E, d] and bias [E] of a sparse block's router.
+
+        Raises:
+            ValueError: it is not one matrix.
+        """
+        shapes, wanted = self.stored.shapes, [self.num_experts, self.d_model]
+        names = [n for n in shapes if n.startswith(f"{block.ffn}.") and not n.startswith(f"{block.experts}.")]
+        weights = [n for n in names if shapes[n] == wanted]
+        if len(weights) != 1:
+            raise ValueError(
+                f"{self.shards.path}: {block.ffn}: expected a router of one matrix {wanted}, found {names[:5]}"
+            )
+        bias = weights[0].removesuffix("weight") + "bias"
+        return self.read(weights[0]), self.read(bias) if bias in names else None
 
     def experts(self, block: Block) -> list[FeedForwardWeights]:
         """The routed experts of a sparse block."""
-        return self.banks.experts(f"{block.ffn}.experts")
-
-    def ffn(self, block: Block) -> FeedForwardWeights:
-        """The dense network of a block, or the shared experts of a sparse one."""
-        return FeedForwardWeights(**{part: self.read(name) for part, name in block.parts.items()})
+        return self.banks.experts(block.experts)
 
     def read(self, name: str) -> Tensor:
-        """A tensor that is not an expert's; ValueError: it has NaN or infinity."""
-        tensor = self.shards.read(name)
-        if count := count_non_finite(tensor):
-            raise ValueError(f"{self.shards.path}: {name}: expected finite weights, found {count} NaN or infinite")
-        return tensor
+        """A tensor of the MoE that is not an expert's; ValueError: it has NaN or infinity."""
+        return self.stored.read_finite(name)
 
-    def _name(self, module: str, part: str) -> str:
-        """Name in the twin of a part of the feed-forward network in ``module``."""
-        old, new = self.architecture.rename
-        module = f"{module.removesuffix(old)}{new}" if module.endswith(old) else module
-        kind = "bias" if part.endswith("_bias") else "weight"
-        return f"{module}.{self.architecture.names[part.removesuffix('_bias')]}.{kind}"
+    def ffn_of(self, module: str, meta: bool = False) -> FeedForwardWeights:
+        """A dense network of the MoE. ``meta``: without its data."""
+        parts: dict[str, Tensor] = {}
+        for name, held in ffn_parts(self.architecture.model.get_submodule(module)).items():
+            name = f"{module}.{name}"
+            tensor = self._empty(name) if meta else self.read(name)
+            parts |= dict(zip(held, tensor.chunk(len(held)), strict=True))
+        return FeedForwardWeights(**parts)
 
-    def dense_tensors(self, module: str, ffn: FeedForwardWeights) -> dict[str, Tensor]:
-        """The tensors of a feed-forward network by their names in the twin."""
-        return {self._name(module, part): tensor for part, tensor in ffn.tensors()}
+    # --- writing ------------------------------------------------------------------------------------------------------
 
-    def gathered_tensors(self, module: str, ffn: FeedForwardWeights) -> dict[str, Tensor]:
-        """The tensors of a gathered network by their names in the twin, with a router of zeros if the twin has one expert."""
-        if not self.architecture.one_expert:
-            return self.dense_tensors(module, ffn)
-        sizes = {"weight": (1, self.d_model), "bias": (1,)}
-        router = {f"{module}.{n}": ffn.up.new_zeros(sizes[n.split(".")[-1]]) for n in self.architecture.one_expert}
-        if not self.architecture.gpt_oss:
-            return router | self.dense_tensors(f"{module}.experts.0", ffn)
-        both = torch.stack([ffn.gate, ffn.up], dim=1).flatten(0, 1)  # gate and up interleaved, [2h, d]
-        stacked = {"gate_up_proj": both.T, "down_proj": ffn.down.T, "down_proj_bias": ffn.down_bias}
-        stacked["gate_up_proj_bias"] = torch.stack([ffn.gate_bias, ffn.up_bias], dim=1).flatten()
-        return router | {f"{module}.experts.{name}": tensor[None].contiguous() for name, tensor in stacked.items()}
+    def factor(self, block: Block) -> float:
+        """What the output of a block's gathered network is multiplied by, beside the sum of its gates."""
+        return self.architecture.factor(self.twin, block.experts)
 
-    def _check_tensors(self) -> None:
-        """Raise ValueError unless the tensors to be written are the twin's, with their shapes; set ``bytes``, their size."""
-        with torch.device("meta"):
-            twin = model_class(self.config).from_config(self.config)
-        self.bytes = sum(t.numel() * (self.config.dtype or torch.float32).itemsize for t in twin.parameters())
-        expected = {name: list(tensor.shape) for name, tensor in twin.state_dict().items()}
-        tied = set(twin.all_tied_weights_keys) if self.config.tie_word_embeddings else set()
-        made = {name: self.shards.shapes[name] for block in self.blocks for name in block.copies}
-        for block in self.blocks:
-            if block.ffn and self.architecture.one_expert:  # in memory these have other names than in files
-                expected = {n: s for n, s in expected.items() if not n.startswith(f"{block.ffn}.") or n in made}
-            elif block.ffn:
-                made |= self._ffn_shapes(block)
-        missing = sorted(set(expected) - set(made) - tied)
-        wrong = [f"{n} {made[n]}" for n in made if expected.get(n, made[n] if n in tied else None) != made[n]]
-        if missing or wrong:
-            raise ValueError(
-                f"{self.shards.path}: expected the tensors of {self.config.architectures[0]}, missing: {missing[:5]},"
-                f" unknown or of another shape: {wrong[:5]}"
-            )
+    def ffn_tensors(self, block: Block, ffn: FeedForwardWeights) -> dict[str, Tensor]:
+        """The tensors of a network by their names in the twin; of a twin with one expert its router's too."""
+        if block.sparse and self.architecture.kind == ONE_EXPERT:
+            made = self.architecture.router(self.twin, block.experts)
+            made = {name: tensor.to(self.stored.read(name).dtype) for name, tensor in made.items()}
+            return made | self._one_expert(block, ffn)
+        parts, made = dict(ffn.tensors()), {}
+        for name, held in ffn_parts(self.twin.get_submodule(block.target)).items():
+            made[f"{block.target}.{name}"] = torch.cat([parts[part] for part in held])
+        return made
 
-    def _ffn_shapes(self, block: Block) -> dict[str, list[int]]:
-        h, d = self.width, self.d_model
-        shapes = {"up": [h, d], "gate": [h, d], "down": [d, h], "up_bias": [h], "gate_bias": [h], "down_bias": [d]}
-        parts = [*(self.architecture.names if block.sparse else []), *block.parts]
-        return {self._name(block.ffn, part): shapes[part] for part in parts}
+    def _one_expert(self, block: Block, ffn: FeedForwardWeights) -> dict[str, Tensor]:
+        target, bank = block.target, self._spread(ffn, self.architecture.one_gate(self.twin, block.experts))
+        experts = self.twin.get_submodule(target)
+        names = [name for name, _ in experts.named_parameters()]
+        if "down_proj" in names:
+            return {f"{target}.{name}": tensor for name, tensor in Layout.of(experts).joined(bank).items()}
+        expert, made = next(name for name, _ in experts.named_children()), {}  # a module of its own
+        for name, (part,) in ffn_parts(experts.get_submodule(expert)).items():
+            made[f"{target}.{expert}.{name}"] = dict(ffn.tensors())[part]
+        return made
+
+    @staticmethod
+    def _spread(ffn: FeedForwardWeights, gates: Sequence[float]) -> FeedForwardWeights:
+        """A network as a bank of one expert, or of a few with a part of the hidden units each, that have these gates."""
+        parts = [ffn.with_neurons(part) for part in torch.arange(ffn.d_ff).chunk(len(gates))]
+        pairs = zip(parts, gates, strict=True)
+        return FeedForwardWeights.stack(
+            [part.times({"down": 1 / gate, "down_bias": 1 / gate / len(gates)}) for part, gate in pairs]
+        )
+
+    def in_files(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the twin as its files hold them."""
+        return in_files(self.twin, tensors)
 
 
 class Shapes:
     """What a model's checkpoint would hold, without the tensors; for a plan."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        with torch.device("meta"):
-            model = model_class(config).from_config(config)
-        self.path = config.model_type
-        self.shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    def __init__(self, architecture: Architecture) -> None:
+        self.path = Path(architecture.config.model_type)
+        self.shapes = {name: list(tensor.shape) for name, tensor in architecture.model.state_dict().items()}
 
     def read(self, name: str) -> Tensor:
         """The tensor on the device ``meta``."""
@@ -221,8 +277,8 @@ class Shapes:
 
 def dense_config(config: PreTrainedConfig, d_ff: int | str | None) -> PreTrainedConfig:
     """The config of an MoE's dense twin with its routed experts gathered to ``d_ff``, as in :class:`TwinPlan`."""
-    architecture = architecture_of(config, config.model_type)
-    return TwinPlan(Shapes(config), config, architecture, "topk", d_ff, None).config
+    architecture = Architecture(config, config.model_type)
+    return TwinPlan(Shapes(architecture), architecture, "topk", d_ff, None).config
 
 
 def _natural(text: str) -> list:

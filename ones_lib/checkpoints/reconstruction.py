@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +25,12 @@ from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
 from ones_lib.calibration import Activation, LayerActivations, squared_error_on
+from ones_lib.checkpoints.architectures import ONE_EXPERT
 from ones_lib.checkpoints.plan import Block, TwinPlan
-from ones_lib.checkpoints.stream import BlockStream, Slices, replaced, watched
+from ones_lib.checkpoints.stream import BlockStream, Slices, equal_slices, replaced, watched
 from ones_lib.data.files import opened, save_tensors
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering.regression import readout_on, relative_adam
-from ones_lib.models.causal import activation_of, load_language_model
 
 LEAST_STEPS = 200  # optimizer steps of a layer, at least; more where a pass over the stream takes more
 BATCH = 1024  # tokens of a step
@@ -204,9 +205,6 @@ class Reconstruction:
 
     def __init__(self, plan: TwinPlan, folder: Path, student_inputs: bool) -> None:
         self.plan, self.folder, self.student_inputs = plan, folder, student_inputs
-        self.config = plan.source_config
-        self.activation = activation_of(self.config)
-        self.scale = getattr(self.config, "residual_multiplier", 1.0)  # of what a block adds to its input
 
     def fitted(self, block: Block) -> tuple[FeedForwardWeights, dict] | None:
         """A layer's network in float32, and its row with the ``course`` of :func:`regress`; None: it is not there yet."""
@@ -229,15 +227,13 @@ class Reconstruction:
         sparse = {block.name: block for block in self.plan.blocks if block.sparse}
         if all(self._fitted_path(name).exists() for name in sparse):
             return
-        model = load_language_model(self.plan.shards.path, device_map="auto", offload_folder=self.folder / "offload")
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
-        stream = BlockStream(model, ids[order])
-        self._check_room(stream.tokens * self.plan.d_model * model.dtype.itemsize)
-        names = {id(block): name for name, block in model.named_modules()}
-        last = max(i for i, block in enumerate(stream.blocks) if names[id(block)] in sparse)
+        stream = BlockStream(self.plan.stored, equal_slices(ids[order]))
+        self._check_room(stream.tokens * self.plan.d_model * stream.dtype.itemsize)
+        last = max(i for i in range(len(stream.blocks)) if stream.name(i) in sparse)
         first = max((i for i in range(last + 1) if self._done(f"block-{i}")), default=0)
         for i in range(first, last + 1):
-            block = sparse.get(names[id(stream.blocks[i])])
+            block = sparse.get(stream.name(i))
             if block is not None:
                 self._fit(stream, i, block, start, f"layer {i + 1} of {len(stream.blocks)}")
             if i < last:
@@ -245,7 +241,6 @@ class Reconstruction:
             for j in range(i + 1):  # the first ones may be left of an interrupted run
                 shutil.rmtree(self.folder / f"block-{j}", ignore_errors=True)
                 shutil.rmtree(self.folder / f"tokens-{j}", ignore_errors=True)
-        shutil.rmtree(self.folder / "offload", ignore_errors=True)
 
     def _check_room(self, size: int) -> None:
         """Raise OSError unless the disk has room for the hidden states before and behind a block, and its layer's tokens."""
@@ -273,10 +268,34 @@ class Reconstruction:
         """What block i gets for a slice: in the ``teacher`` and, where it differs, in the ``student``."""
         return {"teacher": stream.embedded(number)} if i == 0 else Slices(self.folder / f"block-{i}").read(number)
 
-    def _site(self, block: nn.Module) -> nn.Module:
+    def _site(self, stream: BlockStream, block: Block) -> nn.Module:
         """The module whose place a network takes: the MoE layer, or its routed experts if the twin keeps the rest of it."""
-        name = next(n for n, m in block.named_modules() if n.endswith("experts") and hasattr(m, "num_experts"))
-        return block.get_submodule(name if self.plan.architecture.one_expert else name.rpartition(".")[0])
+        return stream.model.get_submodule(block.experts if self.plan.architecture.kind == ONE_EXPERT else block.ffn)
+
+    def _scale(self, stream: BlockStream, i: int, site: nn.Module) -> float:
+        """What a block multiplies its network's output by before it adds it.
+
+        Raises:
+            ValueError: it does something else to it, such as norm it.
+        """
+        refusal = ValueError(
+            f"student_inputs: expected blocks that add their network's output as it is, found {stream.name(i)}, which changes it"
+        )
+        hidden, outputs = self._hidden(stream, i, 0)["teacher"], []
+        with watched(site) as found:
+            stream.run(i, 0, hidden)
+        if found["outputs"].shape != hidden.flatten(0, -2).shape:
+            raise refusal
+        noise = torch.randn(found["outputs"].shape, generator=torch.Generator().manual_seed(0)).to(found["outputs"])
+        noise = noise * found["outputs"].float().std()
+        for output in (noise, torch.zeros_like(noise)):
+            with replaced(site, lambda x, output=output: output.view_as(x)):
+                outputs.append(stream.run(i, 0, hidden).flatten(0, -2).float())
+        added, noise = outputs[0] - outputs[1], noise.float()
+        scale = float((added * noise).sum() / noise.square().sum())
+        if (added - scale * noise).norm() > 0.05 * added.norm():
+            raise refusal
+        return scale
 
     def _fit(
         self,
@@ -288,24 +307,12 @@ class Reconstruction:
     ) -> None:
         if self._fitted_path(block.name).exists():
             return
-        site = self._site(stream.blocks[i])
-
-        def tokens_of(number: int) -> dict[str, Tensor]:
-            hidden = self._hidden(stream, i, number)
-            with watched(site) as found:
-                after = stream.run(i, hidden["teacher"])
-            if not self.student_inputs:
-                return {"inputs": found["inputs"], "targets": found["outputs"], "after": after}
-            with replaced(site, torch.zeros_like), watched(site) as found:
-                without = stream.run(i, hidden.get("student", hidden["teacher"]))
-            targets = (after - without).flatten(0, -2) / self.scale
-            return {"inputs": found["inputs"], "targets": targets, "after": after, "without": without}
-
-        self._write_all(f"tokens-{i}", len(stream), tokens_of)
-        device = stream.model.device
-        tokens = LayerTokens(Slices(self.folder / f"tokens-{i}"), len(stream), self.activation, device)
+        if not self._done(f"tokens-{i}"):
+            with stream.block(i):
+                self._write_all(f"tokens-{i}", len(stream), self._tokens_of(stream, i, block))
+        tokens = LayerTokens(Slices(self.folder / f"tokens-{i}"), len(stream), self.plan.activation, stream.device)
         checkpoint = self.folder / f"fit-{i}.safetensors"
-        mixed = stream.model.dtype != torch.float32
+        mixed = stream.dtype != torch.float32
         first, row = start(block)
         ffn, course = regress(first, tokens, checkpoint, description, mixed)
         path = self._fitted_path(block.name)
@@ -314,19 +321,39 @@ class Reconstruction:
         save_tensors(path, dict(ffn.tensors()), {"facts": json.dumps(row)})
         checkpoint.unlink(missing_ok=True)
 
+    def _tokens_of(self, stream: BlockStream, i: int, block: Block) -> Callable[[int], dict[str, Tensor]]:
+        """What makes a slice of a layer's tokens."""
+        site = self._site(stream, block)
+        scale = self._scale(stream, i, site) if self.student_inputs else 1.0
+
+        def tokens_of(number: int) -> dict[str, Tensor]:
+            hidden = self._hidden(stream, i, number)
+            with watched(site) as found:
+                after = stream.run(i, number, hidden["teacher"])
+            if not self.student_inputs:
+                return {"inputs": found["inputs"], "targets": found["outputs"], "after": after}
+            with replaced(site, torch.zeros_like), watched(site) as found:
+                without = stream.run(i, number, hidden.get("student", hidden["teacher"]))
+            targets = (after - without).flatten(0, -2) / scale
+            scales = torch.tensor([scale])
+            return {"inputs": found["inputs"], "targets": targets, "after": after, "without": without, "scale": scales}
+
+        return tokens_of
+
     def _pass_on(self, stream: BlockStream, i: int, block: Block | None) -> None:
         """Write what the next block gets."""
         tokens, ffn = Slices(self.folder / f"tokens-{i}"), None
         if block is not None:
-            ffn = self.fitted(block)[0].map(lambda t: t.to(stream.model.device, stream.model.dtype))
+            ffn = self.fitted(block)[0].map(lambda t: t.to(stream.device, stream.dtype))
 
         def next_of(number: int) -> dict[str, Tensor]:
             if ffn is None:
-                return {who: stream.run(i, hidden) for who, hidden in self._hidden(stream, i, number).items()}
+                return {who: stream.run(i, number, hidden) for who, hidden in self._hidden(stream, i, number).items()}
             if not self.student_inputs:
                 return {"teacher": tokens.read(number, "after")["after"]}
-            found = tokens.read(number, "inputs", "after", "without")
-            added = ffn.apply(found["inputs"].to(stream.model.device), self.activation).view_as(found["without"])
-            return {"teacher": found["after"], "student": found["without"].to(added) + self.scale * added}
+            found = tokens.read(number, "inputs", "after", "without", "scale")
+            added = ffn.apply(found["inputs"].to(stream.device), self.plan.activation).view_as(found["without"])
+            return {"teacher": found["after"], "student": found["without"].to(added) + found["scale"].to(added) * added}
 
-        self._write_all(f"block-{i + 1}", len(stream), next_of)
+        with stream.block(i) if ffn is None else nullcontext():
+            self._write_all(f"block-{i + 1}", len(stream), next_of)

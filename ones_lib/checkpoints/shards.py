@@ -17,6 +17,9 @@ from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32}  # tables
+_QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
+_QUANTISED |= {"U8": torch.uint8, "I8": torch.int8}
 _LONGEST_HEADER = 100_000_000  # bytes, the library's limit
 
 
@@ -24,12 +27,15 @@ class Shards:
     """The tensors of a safetensors file or of a folder of them.
 
     A folder's files are those that its index names; without an index, ``model.safetensors``; without that, all.
-    ``shapes`` has the shape of every tensor by name.
+    ``shapes`` and ``dtypes`` have the shape and the dtype, as safetensors calls it, of every tensor by name. ``scratch`` is a
+    folder for what is made of tensors, by a reader that makes some.
 
     Raises:
         FileNotFoundError: there is no safetensors file, or one that the index names is missing.
         ValueError: a file is damaged, or the index does not fit the files or names files outside the folder.
     """
+
+    scratch: Path | None = None
 
     def __init__(self, path: Path) -> None:
         self.path, index = path, path / INDEX
@@ -38,6 +44,7 @@ class Shards:
         # By tensor: its file, dtype, shape, and the bytes from start to stop.
         self._stored = {name: (file, *rest) for file in files for name, rest in _read_header(file).items()}
         self.files = {name: file.name for name, (file, *_) in self._stored.items()}
+        self.dtypes = {name: dtype for name, (_, dtype, *_) in self._stored.items()}
         self.shapes = {name: shape for name, (_, _, shape, *_) in self._stored.items()}
         if indexed is not None and indexed != self.files:
             odd = sorted(name for name, _ in indexed.items() ^ self.files.items())
@@ -52,10 +59,23 @@ class Shards:
         Raises:
             ValueError: it is not floating point, so quantised, or its bytes do not fit its shape.
         """
-        file, stored, shape, start, stop = self._stored[name]
+        file, stored, *_ = self._stored[name]
         if stored not in _DTYPES:
             raise ValueError(f"{file}: {name}: expected weights that are not quantised, found {stored}")
-        dtype, size = _DTYPES[stored], stop - start
+        return self.raw(name)
+
+    def raw(self, name: str) -> Tensor:
+        """A tensor as it is stored, quantised ones too, mapped.
+
+        Raises:
+            ValueError: it has a dtype that torch does not have, or its bytes do not fit its shape.
+        """
+        file, stored, shape, start, stop = self._stored[name]
+        if stored == "F4":  # two in a byte
+            stored, shape = "U8", [*shape[:-1], shape[-1] // 2]
+        if (dtype := (_DTYPES | _QUANTISED).get(stored)) is None:
+            raise ValueError(f"{file}: {name}: expected a dtype that torch has, found {stored}")
+        size = stop - start
         if not 0 <= start <= stop <= file.stat().st_size or size != prod(shape) * dtype.itemsize:
             raise ValueError(f"{file}: {name}: expected {stored} of shape {shape}, found {size} bytes")
         if not size:
@@ -69,6 +89,8 @@ def _files(path: Path) -> list[Path]:
     if (path / "model.safetensors").exists():
         return [path / "model.safetensors"]
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if path.is_dir() and not files and any(path.glob("*.gguf")):
+        raise FileNotFoundError(f"{path}: expected safetensors files, found GGUF; take the release in safetensors")
     if not files:
         found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "none"
         raise FileNotFoundError(f"{path}: expected a safetensors file or a folder of them, found {found}")

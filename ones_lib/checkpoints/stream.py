@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
+from ones_lib.checkpoints.stored import StoredModel
 from ones_lib.data.files import opened, save_tensors
+from ones_lib.models.causal import block_of
 
 TOKENS_A_SLICE = 4096  # tokens that go through a block at a time
 LEAST_SLICES = 8
+See = Callable[[nn.Module, str, int], AbstractContextManager]
 
 
 class Slices:
@@ -35,20 +43,102 @@ class Slices:
         save_tensors(self.path(number), tensors)
 
 
-class BlockStream:
-    """The blocks of a model, each with what it is called with beside the hidden states.
+class LazyModel:
+    """A checkpoint's model, of which only what stands outside of the transformer blocks is in memory all the time.
+
+    A block's weights are read from the files when it is opened, and given up when it is closed.
 
     Args:
-        model: a causal language model, in eval mode, wherever its weights are.
-        ids: token ids [n, L], n at least :data:`LEAST_SLICES`; they are cut into slices of equal size, and a rest that fills none
-            is left out.
+        stored: the checkpoint, with an empty model.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
-        self.model, self.blocks = model, model.base_model.layers
-        rows = max(1, min(TOKENS_A_SLICE // ids.shape[1], len(ids) // LEAST_SLICES))
-        self.ids = ids[: len(ids) // rows * rows].long().split(rows)
-        self._arguments = self._find_arguments()
+    def __init__(self, stored: StoredModel) -> None:
+        self.stored, self.model = stored, deepcopy(stored.model)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._float32 = self.model._get_dtype_plan(self.dtype)
+        self._names: dict[str, list[str]] = {}  # of the tensors, by block
+        for name in self.model.state_dict():
+            self._names.setdefault(block_of(name), []).append(name)
+        self._fill_buffers()
+        self._load("")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def _fill_buffers(self) -> None:
+        """Compute what a model has beside its weights, such as rotary frequencies, by transformers' own initialisation."""
+        for module in self.model.modules():
+            for name in module._non_persistent_buffers_set:
+                if (buffer := module._buffers[name]) is not None:
+                    module._buffers[name] = torch.empty_like(buffer, device=self.device)
+            module._is_hf_initialized = False
+        self.model.initialize_weights()
+
+    def _load(self, block: str) -> None:
+        for name in self._names.get(block, []):
+            source = name if name in self.stored else self.model.all_tied_weights_keys.get(name)
+            if source in self.stored:
+                self._set(name, self.stored.read(source))
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        module, _, last = name.rpartition(".")
+        module = self.model.get_submodule(module)
+        kept = any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in self._float32)
+        tensor = tensor.to(self.device, torch.float32 if kept else getattr(module, last).dtype)
+        if last in module._buffers:
+            module._buffers[last] = tensor
+        else:
+            module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
+
+    def _give_up(self, block: str) -> None:
+        for name in self._names[block]:
+            module, _, last = name.rpartition(".")
+            module = self.model.get_submodule(module)
+            if last in module._parameters:
+                empty = torch.empty_like(module._parameters[last], device="meta")
+                module._parameters[last] = nn.Parameter(empty, requires_grad=False)
+
+    @contextmanager
+    def block(self, name: str) -> Iterator[nn.Module]:
+        """A block with its weights, while it is open."""
+        self._load(name)
+        try:
+            yield self.model.get_submodule(name)
+        finally:
+            self._give_up(name)
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model, whose blocks open when they are called, and close."""
+        hooks = []
+        for name in filter(None, self._names):
+            block = self.model.get_submodule(name)
+            hooks.append(block.register_forward_pre_hook(lambda module, inputs, name=name: self._load(name)))
+            hooks.append(block.register_forward_hook(lambda module, inputs, y, name=name: self._give_up(name)))
+        try:
+            yield self.model
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class BlockStream:
+    """The blocks of a causal model, read from its checkpoint one at a time, each with what it is called with beside the hidden
+    states.
+
+    Args:
+        stored: the checkpoint, with an empty model. A block gets hidden states of the one before, and nothing else.
+        ids: token ids of each slice [rows, L], see :func:`equal_slices`.
+    """
+
+    def __init__(self, stored: StoredModel, ids: Sequence[Tensor]) -> None:
+        self._lazy, self.ids = LazyModel(stored), ids
+        self.model, self.device, self.dtype = self._lazy.model, self._lazy.device, self._lazy.dtype
+        self.body = text_model(self.model)
+        self.blocks = self.body.layers
+        self._names = {id(module): name for name, module in self.model.named_modules()}
+        self._last: tuple[int, list[tuple]] = (-1, [])  # the last slice that was run, and its calls
 
     def __len__(self) -> int:
         """Number of slices."""
@@ -58,49 +148,93 @@ class BlockStream:
     def tokens(self) -> int:
         return sum(ids.numel() for ids in self.ids)
 
+    def name(self, index: int) -> str:
+        """Of a block, such as ``model.layers.3``."""
+        return self._names[id(self.blocks[index])]
+
+    def block(self, index: int) -> AbstractContextManager[nn.Module]:
+        """A block with its weights, which are in memory while it is open."""
+        return self._lazy.block(self.name(index))
+
     @torch.no_grad()
-    def _find_arguments(self) -> list[dict]:
-        """What the model calls each block with: masks and position embeddings, the same for every slice."""
-        found: list[dict] = []
+    def _calls(self, number: int) -> list[tuple[Tensor, tuple, dict]]:
+        """What the model calls each block with for a slice, if blocks change nothing: hidden states, and the rest."""
+        if self._last[0] == number:
+            return self._last[1]
+        found: list[tuple[Tensor, tuple, dict]] = []
 
-        def see(block: nn.Module, inputs: tuple, arguments: dict) -> None:
-            found.append({name: value for name, value in arguments.items() if name != "hidden_states"})
+        def pass_on(hidden_states: Tensor, *rest: object, **arguments: object) -> Tensor:
+            found.append((hidden_states, rest, arguments))
+            return hidden_states
 
-        hooks = [block.register_forward_pre_hook(see, with_kwargs=True) for block in self.blocks]
-        try:
-            self.model.base_model(self.ids[0].to(self.model.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(_replaced(block, pass_on))
+            self.body(input_ids=self.ids[number].to(self.device), use_cache=False)
+        self._last = number, found
         return found
 
-    @torch.no_grad()
     def embedded(self, number: int) -> Tensor:
         """What the first block gets for a slice, [rows, L, d]."""
-
-        class Found(Exception):
-            pass
-
-        hidden: list[Tensor] = []
-
-        def see(block: nn.Module, inputs: tuple, arguments: dict) -> None:
-            hidden.append(inputs[0] if inputs else arguments["hidden_states"])
-            raise Found
-
-        hook = self.blocks[0].register_forward_pre_hook(see, with_kwargs=True)
-        try:
-            self.model.base_model(self.ids[number].to(self.model.device), use_cache=False)
-        except Found:
-            pass
-        finally:
-            hook.remove()
-        return hidden[0]
+        return self._calls(number)[0][0]
 
     @torch.no_grad()
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """A block's output for a slice."""
-        output = self.blocks[index](hidden.to(self.model.device), **self._arguments[index])
+    def run(self, index: int, number: int, hidden: Tensor) -> Tensor:
+        """A block's output for hidden states of a slice; the block has to be open."""
+        _, rest, arguments = self._calls(number)[index]
+        output = self.blocks[index](hidden.to(self.device), *rest, **arguments)
         return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, number: int, hidden: Tensor) -> Tensor:
+        """The model's logits for a slice, of the hidden states behind the last block."""
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(replaced(block, lambda x: hidden.to(self.device)))
+            return self.model(input_ids=self.ids[number].to(self.device), use_cache=False).logits
+
+
+def run_blocks(stream: BlockStream, folder: Path, count: int, description: str, see: See | None = None) -> Slices:
+    """Run the first ``count`` blocks on all slices, one block after the other. An interrupted run goes on at its block.
+
+    Args:
+        folder: of the work; what is in the way of nothing else.
+        see: called with a block's name and a slice's number, makes the context in which the block runs.
+
+    Returns:
+        The ``hidden`` states behind the last of them.
+    """
+    done = (i for i in range(1, count + 1) if (folder / f"block-{i}").exists())
+    first = max(done, default=0)
+    for i in tqdm(range(first, count), desc=description, unit="block", initial=first, total=count):
+        before, after = Slices(folder / f"block-{i}"), Slices(folder / f"block-{i + 1}.unfinished")
+        with stream.block(i) as block:
+            for number in range(len(stream)):
+                hidden = before.read(number)["hidden"] if i else stream.embedded(number)
+                with see(block, stream.name(i), number) if see else nullcontext():
+                    after.write(number, {"hidden": stream.run(i, number, hidden)})
+        os.replace(after.folder, folder / f"block-{i + 1}")
+        shutil.rmtree(before.folder, ignore_errors=True)
+    return Slices(folder / f"block-{count}")
+
+
+def text_model(model: PreTrainedModel) -> nn.Module:
+    """The stack of blocks of a causal or composite model: what holds ``layers``."""
+    body = model
+    while not hasattr(body, "layers"):
+        inner = [getattr(body, name) for name in ("thinker", "language_model", "model") if hasattr(body, name)]
+        if not inner:
+            raise ValueError(
+                f"{type(model).__name__}: expected a model with a stack of blocks, named layers, found none"
+            )
+        body = inner[0]
+    return body
+
+
+def equal_slices(ids: Tensor) -> tuple[Tensor, ...]:
+    """Token ids [n, L], n at least :data:`LEAST_SLICES`, cut into slices of equal size; a rest that fills none is left out."""
+    rows = max(1, min(TOKENS_A_SLICE // ids.shape[1], len(ids) // LEAST_SLICES))
+    return ids[: len(ids) // rows * rows].long().split(rows)
 
 
 @contextmanager
@@ -119,15 +253,15 @@ def watched(module: nn.Module) -> Iterator[dict[str, Tensor]]:
         hook.remove()
 
 
-@contextmanager
-def replaced(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replaced(module: nn.Module, function: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
     """While it is open, the module computes ``function`` of its first argument."""
-    own = module.__dict__.get("forward")  # an offloaded module has one
-    module.forward = lambda x, *_, **__: function(x)
+    return _replaced(module, lambda x, *_, **__: function(x))
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    module.forward = forward
     try:
         yield
     finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+        del module.forward

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,12 +27,14 @@ from ones_lib.checkpoints.card import model_card
 from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.reconstruction import Reconstruction
 from ones_lib.checkpoints.shards import INDEX, Shards
+from ones_lib.checkpoints.stored import StoredModel
+from ones_lib.checkpoints.stream import BlockStream, run_blocks
 from ones_lib.checkpoints.text import block_length
 from ones_lib.data.files import file_stamps, remove_unfinished, save_tensors, write_text
 from ones_lib.ffn import FeedForwardWeights, concatenate
 from ones_lib.gathering.registry import gather_precisely, options_of
 from ones_lib.gathering.scale import scaled_output
-from ones_lib.models.causal import activation_of, load_language_model, perplexity
+from ones_lib.models.causal import load_language_model, perplexity, text_config, token_losses
 
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # tokenizer and generation files; never code
 
@@ -82,16 +86,19 @@ class Work:
         for folder in (self.model, self.rows, self.reconstruction.folder):
             folder.mkdir(parents=True, exist_ok=True)
         write_text(mark, identity)
+        self.plan.shards.scratch = self.folder
 
     def run_moe(self, ids: Tensor | None) -> None:
         """Run the MoE on ``ids`` [n, L], or on random tokens if its gates have to be measured and there is no text."""
         config, architecture = self.plan.source_config, self.plan.architecture
-        if ids is None and (architecture.gates(config) is None or architecture.mean_gated):
+        known = all(gates.total is not None for gates in architecture.gates.values())
+        if ids is None and not (known and not architecture.special.mean_gated):
             length = block_length(config)
             shape = (max(1, self.arguments["calibration_tokens"] // length), length)
-            ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+            size = text_config(config).vocab_size
+            ids = torch.randint(size, shape, generator=torch.Generator().manual_seed(0))
         if ids is not None:
-            store_activations(self.plan.shards.path, ids, self.activations)
+            store_activations(self.plan.stored, ids, self.activations, self.plan.architecture.streams)
 
     def reconstruct(self, ids: Tensor) -> None:
         """Regress the gathered networks onto the MoE layers, on ``ids`` [n, L]."""
@@ -128,31 +135,30 @@ class Work:
     def convert_block(self, block: Block) -> tuple[dict[str, Tensor], dict | None]:
         """The tensors of a block in the twin, and the row of its MoE layer, if it has one."""
         plan, started = self.plan, time.perf_counter()
-        tensors = {name: plan.read(name) for name in block.copies}
+        tensors = {name: plan.read(source) for name, source in block.copies.items()}
         if block.sparse:
             ffn, row = self.reconstruction.fitted(block) or self.gather_layer(block)
-            tensors |= plan.gathered_tensors(block.ffn, ffn.map(lambda t: t.to(plan.config.dtype)))
-            return tensors, {**row, "seconds": time.perf_counter() - started}
+            tensors |= plan.ffn_tensors(block, ffn.map(lambda t: t.to(plan.config.dtype)))
+            return plan.in_files(tensors), {**row, "seconds": time.perf_counter() - started}
         if block.ffn:
-            tensors |= plan.dense_tensors(block.ffn, plan.ffn(block).widened(plan.width))
-        return tensors, None
+            tensors |= plan.ffn_tensors(block, plan.ffn_of(block.ffn).widened(plan.width))
+        return plan.in_files(tensors), None
 
     def gather_layer(self, block: Block) -> tuple[FeedForwardWeights, dict]:
         """The network that replaces a block's MoE layer, and the layer's row."""
-        plan, config = self.plan, self.plan.source_config
-        seen = stored_activations(self.activations, block.name, activation_of(config))
+        plan = self.plan
+        seen = stored_activations(self.activations, block.experts, plan.activation)
         text = seen is not None and self.arguments["calibration"] is not None
-        gate_sum, gates = plan.architecture.gates(config), "architecture"
+        gate_sum, gates = plan.architecture.gates[block.experts].total, "architecture"
         if gate_sum is None:
             gate_sum, gates = seen.gate_sum(), "calibration" if text else "random tokens"
         experts = plan.experts(block)
-        if text:
+        if text and self.arguments["method"] == "expert_selection":
             seen = replace(seen, probabilities=self._probabilities(block, seen.inputs))
         given, held_out = split_tokens(seen) if text else (None, None)
         routed = self._gather(block.ffn, experts, given, gate_sum)
-        known = text and not plan.architecture.gpt_oss
-        error = held_out.squared_error(routed) ** 0.5 if known else float("nan")
-        ffn = self._with_shared(block, routed, seen)
+        error = held_out.squared_error(routed) ** 0.5 if text else float("nan")
+        ffn = self._with_shared(block, scaled_output(routed, plan.factor(block)), seen)
         row = {"layer": block.ffn, "experts": len(experts), "d_ff": routed.d_ff, "shared": ffn.d_ff - routed.d_ff}
         row |= {"width": plan.width, "gate_sum": gate_sum, "gates": gates, "output_error": error}
         if text:
@@ -164,7 +170,8 @@ class Work:
         """The router's probabilities of all experts [N, E]."""
         weight, bias = (None if t is None else t.float() for t in self.plan.router(block))
         logits = F.linear(inputs, weight, bias)
-        return logits.sigmoid() if self.plan.architecture.sigmoid else logits.softmax(dim=-1)
+        sigmoid = self.plan.architecture.gates[block.experts].sigmoid
+        return logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
 
     def _gather(
         self, layer: str, experts: list[FeedForwardWeights], given: LayerActivations | None, gate_sum: float
@@ -190,11 +197,11 @@ class Work:
         self, block: Block, routed: FeedForwardWeights, seen: LayerActivations | None
     ) -> FeedForwardWeights:
         """A gathered network joined to the shared experts of its block, if there are any."""
-        if not block.parts:
+        if not block.shared:
             return routed
-        shared = self.plan.ffn(block).map(lambda t: t.float())
-        if self.plan.architecture.mean_gated:
-            gate = self.plan.read(f"{block.ffn}.{self.plan.architecture.shared}_gate.weight")
+        shared = self.plan.ffn_of(block.shared).map(lambda t: t.float())
+        if self.plan.architecture.special.mean_gated:
+            gate = self.plan.read(f"{block.shared}_gate.weight")
             logits = F.linear(seen.inputs.to(gate.dtype), gate).float()
             shared = scaled_output(shared, logits.sigmoid().mean().item())
         return concatenate([routed, shared])
@@ -209,13 +216,19 @@ class Work:
 
     def perplexities(self, ids: Tensor) -> dict[str, float]:
         """Of the MoE and of the twin on blocks [n, L]."""
-        return perplexities({"MoE": self.plan.shards.path, "dense": self.model}, ids, self.folder / "offload")
+        found = {}
+        if self.plan.architecture.streams and not fits_memory(self.plan.shards):
+            found["MoE"] = streamed_perplexity(self.plan.stored, ids, self.folder / "check")
+        folders = {"MoE": self.plan.shards.path, "dense": self.model}
+        rest = {name: folder for name, folder in folders.items() if name not in found}
+        return found | perplexities(rest, ids, self.folder / "offload")
 
     def _made(self) -> dict:
         """How the twin was made: the arguments, and what a teacher must have in common with it."""
         config = self.plan.source_config
-        same = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
-        return {**self.arguments, **{name: getattr(config, name) for name in same}}
+        same = ("vocab_size", "hidden_size", "num_hidden_layers")
+        text = text_config(config)
+        return {**self.arguments, "model_type": config.model_type, **{name: getattr(text, name) for name in same}}
 
     def finish(self, perplexities: Mapping[str, float]) -> pd.DataFrame:
         """Write tables and model card, and move all to the destination. Returns the table of layers."""
@@ -247,6 +260,24 @@ def copy_files(source: Path, destination: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.name.endswith(COPIED) and path.name not in ("config.json", INDEX):
             shutil.copyfile(path, destination / path.name)
+
+
+def fits_memory(shards: Shards) -> bool:
+    """Whether a checkpoint's tensors, dequantised, would fit into half of the free memory."""
+    size = 2 * sum(prod(shape) for shape in shards.shapes.values())
+    return size < psutil.virtual_memory().available / 2
+
+
+def streamed_perplexity(stored: StoredModel, ids: Tensor, folder: Path) -> float:
+    """:func:`ones_lib.models.causal.perplexity` of a model that runs block by block from its files, with one block in memory."""
+    stream = BlockStream(stored, ids.long().split(4))
+    hidden = run_blocks(stream, folder, len(stream.blocks), "perplexity")
+    losses = []
+    for number, batch in enumerate(stream.ids):
+        logits = stream.logits(number, hidden.read(number)["hidden"])
+        losses.append(token_losses(logits, batch.to(logits.device)))
+    shutil.rmtree(folder)
+    return torch.cat(losses).double().mean().exp().item()
 
 
 def perplexities(folders: Mapping[str, Path], ids: Tensor, offload: Path) -> dict[str, float]:

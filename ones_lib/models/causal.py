@@ -2,49 +2,84 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging as hf_logging
 
 from ones_lib.calibration import Activation, LayerActivations
+from ones_lib.ffn import GatedActivation
+
+# Which of a type's classes is meant where its config doesn't say. A causal one is a composite model's text alone.
+_CLASSES = [
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    modeling_auto.MODEL_MAPPING,
+]
 
 
-def model_class(config: PreTrainedConfig) -> type:
-    """The Auto class for a config's language model."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of a config's model, such as MixtralForCausalLM.
+
+    Raises:
+        ValueError: the type has none: it is only a part of other models.
+    """
+    for name in config.architectures or []:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
+            return found
+    for mapping in _CLASSES[1 if text_config(config) is not config else 0 :]:
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ValueError(f"{config.model_type}: expected a type that has a model class, found a part of other models")
 
 
-def language_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of a config's language model, such as MixtralForCausalLM."""
-    return model_class(config)._model_mapping[type(config)]
+def new_model(config: PreTrainedConfig, **options) -> PreTrainedModel:
+    """A model with new weights. ``options``: ``dtype``."""
+    return model_class(config)._from_config(config, **options)
 
 
-def activation_of(config: PreTrainedConfig) -> Activation:
-    """The activation of a model's feed-forward networks."""
-    return ACT2FN[getattr(config, "hidden_act", None) or config.dense_act_fn]
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without weights, on the device ``meta``, in eval mode."""
+    with torch.device("meta"):
+        return new_model(config).eval()
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the language model in a composite one; any other config itself."""
+    thinker = getattr(config, "thinker_config", None)  # Qwen-Omni's
+    return (config if thinker is None else thinker).get_text_config()
 
 
 def load_language_model(folder: str | Path, **options) -> PreTrainedModel:
     """The language model in a folder, in eval mode, in the dtype of its files, which have to be safetensors.
 
-    ``options`` are those of ``from_pretrained``.
+    Weights in FP8 or MXFP4 are dequantised. ``options`` are those of ``from_pretrained``.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, **options}
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") in ("fp8", "mxfp4"):  # else on a GPU its activations would be quantised too
+        quantization["dequantize"] = True
+    options = {"dtype": "auto", "use_safetensors": True, **options}
     return model_class(config).from_pretrained(folder, config=config, **options).eval()
 
 
-def model_inputs(config: PreTrainedConfig, ids: Tensor) -> dict[str, Tensor]:
+def model_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """Keyword arguments of a model for blocks [B, L]. An encoder-decoder reads the first half, continues with the second."""
     ids = ids.long()
-    if not config.is_encoder_decoder:
+    if "decoder_input_ids" not in signature(model.forward).parameters:
         return {"input_ids": ids}
     source, target = ids.tensor_split(2, dim=1)
     return {"input_ids": source, "decoder_input_ids": target}
@@ -55,11 +90,14 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
     """``exp`` of the mean negative log-likelihood of the tokens that a model predicts in blocks ``ids`` [n, L]."""
     losses = []
     for batch in hf_logging.tqdm(ids.split(4), desc="perplexity", unit="batch"):
-        inputs = model_inputs(model.config, batch.to(model.device))
-        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-        labels = list(inputs.values())[-1][:, 1:]
-        losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none"))
+        inputs = model_inputs(model, batch.to(model.device))
+        losses.append(token_losses(model(**inputs, use_cache=False).logits, list(inputs.values())[-1]))
     return torch.cat(losses).double().mean().exp().item()
+
+
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Negative log-likelihoods, in nats, of the tokens ``ids`` [B, L] that logits [B, L, vocabulary] predict, all but the first."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
 
 
 @contextmanager
@@ -74,29 +112,66 @@ def without_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def block_of(name: str) -> str:
+    """The transformer block of a tensor or module, such as ``model.layers.3``; empty for embeddings and the like."""
+    found = re.match(r"(?:.*?\.)?(?:layers|blocks?)\.\d+", name)
+    return found[0] if found else ""
+
+
+def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold the routed experts of an MoE layer, by name."""
+    modules = model.named_modules()
+    return {name: m for name, m in modules if name.split(".")[-1] == "experts" and hasattr(m, "num_experts")}
+
+
+def activation_of(experts: nn.Module) -> Activation:
+    """The activation of a module of routed experts."""
+    gate = getattr(experts, "_apply_gate", None)
+    if (
+        gate is None
+        or not getattr(experts, "has_gate", True)
+        or gate.__func__.__module__ == "transformers.integrations.moe"
+    ):
+        one = experts if hasattr(experts, "act_fn") else next(experts.children())  # each may be a module of its own
+        return next(getattr(one, name) for name in ("act_fn", "act", "activation_fn") if hasattr(one, name))
+
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        both = (gate, up)
+        return experts._apply_gate(
+            torch.cat(both, dim=-1)
+            if getattr(experts, "is_concatenated", True)
+            else torch.stack(both, dim=-1).flatten(-2)
+        )
+
+    return GatedActivation(gated)
+
+
+def gates_by_expert(chosen: Tensor, weights: Tensor, num_experts: int) -> Tensor:
+    """Gates [N, E] of what experts are called with: the indices of the chosen [N, k] and their gates [N, k]."""
+    if chosen.ndim == 3:  # Switch: one-hot [N, 1, E], zero for tokens beyond the capacity
+        return (chosen.to(weights) * weights[..., None]).sum(dim=1)
+    return weights.new_zeros(len(weights), num_experts).scatter_add(1, chosen, weights)
+
+
 @contextmanager
-def watched_experts(model: PreTrainedModel, see: Callable[[str, LayerActivations], None]) -> Iterator[None]:
-    """While the model runs, call ``see(block, activations)`` with what passes through every MoE layer.
+def watched_experts(model: nn.Module, see: Callable[[str, LayerActivations], None]) -> Iterator[None]:
+    """While the model runs, call ``see(experts, activations)`` with what passes through every MoE layer.
 
-    The activations are those of the routed experts, without shared ones; gates include the architecture's scaling
-    factor. ``block`` is the module that holds the layer, such as ``model.layers.3``.
+    The activations are those of the routed experts, without shared ones, and without a factor that the layer multiplies
+    their output by. ``experts`` is the name of their module, such as ``model.layers.3.mlp.experts``.
     """
-    activation = activation_of(model.config)
 
-    def hook(block: str) -> Callable:
+    def hook(experts: str, activation: Activation) -> Callable:
         def see_layer(module: nn.Module, inputs: tuple, kwargs: dict, output: Tensor) -> None:
             x, chosen, weights = (*inputs, *kwargs.values())
-            if chosen.ndim == 3:  # Switch: one-hot [N, 1, E], zero for tokens beyond the capacity
-                gates = (chosen.to(weights) * weights[..., None]).sum(dim=1)
-            else:
-                gates = weights.new_zeros(len(x), module.num_experts).scatter_add(1, chosen, weights)
-            see(block, LayerActivations(*(t.detach() for t in (x, gates.to(x), output)), activation))
+            gates = gates_by_expert(chosen, weights, module.num_experts)
+            see(experts, LayerActivations(*(t.detach() for t in (x, gates.to(x), output)), activation))
 
         return see_layer
 
-    layers = {name: m for name, m in model.named_modules() if name.endswith(".experts") and hasattr(m, "num_experts")}
     hooks = [
-        module.register_forward_hook(hook(name.rsplit(".", 2)[0]), with_kwargs=True) for name, module in layers.items()
+        module.register_forward_hook(hook(name, activation_of(module)), with_kwargs=True)
+        for name, module in experts_modules(model).items()
     ]
     try:
         yield

@@ -27,7 +27,7 @@ from transformers import AutoConfig
 
 from ones_lib.data import evaluation_keys
 from ones_lib.distillation import Distillation
-from ones_lib.models.causal import model_class
+from ones_lib.models.causal import empty_model
 from ones_lib.moe import Router
 from ones_lib.study.running import Config, build_model, data_of, task_of
 from ones_lib.study.training import Task, Training, default_device, fit
@@ -131,9 +131,8 @@ def _check_memory(config: Config) -> None:
     """Raise MemoryError before a published MoE is loaded that does not fit."""
     published = config.get("teacher", config).get("model", {}).get("checkpoint")
     if published:
-        with torch.device("meta"):
-            settings = AutoConfig.from_pretrained(published, trust_remote_code=False)
-            parameters = sum(p.numel() for p in model_class(settings).from_config(settings).parameters())
+        settings = AutoConfig.from_pretrained(published, trust_remote_code=False)
+        parameters = sum(p.numel() for p in empty_model(settings).parameters())
         needed, free = 4 * parameters, psutil.virtual_memory().available
         if needed > free:
             raise MemoryError(f"{published}: expected {needed / 1e9:.0f} GB of free memory, found {free / 1e9:.0f} GB")

@@ -18,13 +18,13 @@ from transformers import (
 )
 
 from ones_lib.checkpoints.convert import convert
-from ones_lib.checkpoints.plan import block_of, dense_config
+from ones_lib.checkpoints.plan import dense_config
 from ones_lib.checkpoints.text import thinned
 from ones_lib.data.keys import WHOLE, Share, training_keys
 from ones_lib.data.text import Corpus
 from ones_lib.data.tokens import end_tokens
 from ones_lib.gathering.registry import gathering_methods
-from ones_lib.models.causal import load_language_model, model_class, without_bars
+from ones_lib.models.causal import block_of, load_language_model, new_model, without_bars
 from ones_lib.study.processes import merged, own_share
 from ones_lib.study.training import Training
 
@@ -62,8 +62,8 @@ def language_model(model: Mapping, data: Corpus, seed: int, dense: bool = False)
     """A causal model as a study configures it.
 
     Args:
-        model: either ``checkpoint``, the folder or hub name of a trained MoE, or ``model_type`` (of
-            :data:`ones_lib.checkpoints.architectures.ARCHITECTURES`) and what its configuration takes, for a new one. And
+        model: either ``checkpoint``, the folder or hub name of a trained MoE, or ``model_type`` (an MoE
+            type of transformers) and what its configuration takes, for a new one. And
             ``dense_width``, what the routed experts of its dense models are gathered to: a number, ``"active"``, or None for one
             expert's width.
         data: gives vocabulary and length.
@@ -77,7 +77,7 @@ def language_model(model: Mapping, data: Corpus, seed: int, dense: bool = False)
         config = dense_config(config, model.get("dense_width"))
     with torch.random.fork_rng():
         set_seed(seed)
-        return LanguageModel(model_class(config).from_config(config, dtype=torch.float32))
+        return LanguageModel(new_model(config, dtype=torch.float32))
 
 
 def language_config(model: Mapping, data: Corpus) -> PreTrainedConfig:

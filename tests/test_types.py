@@ -1,0 +1,185 @@
+"""Every MoE type of transformers made dense, against transformers' own models, on tiny random ones with all their features."""
+
+import moe_images
+import moe_table
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_moes import CONFIGS, moe
+from transformers import AutoConfig
+
+from ones_lib.checkpoints import activations, convert
+from ones_lib.checkpoints.activations import store_activations, stored_activations
+from ones_lib.checkpoints.architectures import REFUSED, Architecture, moe_types
+from ones_lib.checkpoints.plan import TwinPlan
+from ones_lib.checkpoints.shards import Shards
+from ones_lib.models.causal import load_language_model, model_class, model_inputs, watched_experts
+
+IDS = torch.randint(11, 55, (2, 24), generator=torch.Generator().manual_seed(1))  # no special tokens of any type
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@torch.no_grad()
+def outputs(model, inputs=None):
+    """Logits, or the last hidden states of a type that has no head."""
+    model = getattr(model, "thinker", model)  # Qwen-Omni as a whole has no forward pass
+    found = model(**(model_inputs(model, IDS) if inputs is None else inputs))
+    return (found.last_hidden_state if getattr(found, "logits", None) is None else found.logits).float()
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_every_type_is_converted_or_refused():
+    """Fails for a type of a new release of transformers: add a tiny config, or a reason."""
+    parts = set()
+    for kind in moe_types():
+        try:
+            model_class(transformers.CONFIG_MAPPING[kind]())
+        except ValueError as error:
+            if "a part of other models" in str(error):
+                parts.add(kind)
+        except transformers.utils.import_utils.OptionalDependencyNotAvailable:
+            pass
+    known = {*CONFIGS, *REFUSED, *parts}
+    assert sorted(set(moe_types()) - known - {"widenet_text"}) == []  # that one is this library's own
+    assert sorted({*CONFIGS, *REFUSED} - set(moe_types())) == []
+    assert len(CONFIGS) >= 60
+    assert all(reason.endswith(tuple("abcdefghijklmnopqrstuvwxyz")) for reason in REFUSED.values())
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_equal_experts_give_the_same_logits_text_and_bytes(kind, tmp_path):
+    """From one tensor an expert and from stacked ones; with an image, where the type takes one; in bfloat16."""
+    gates = Architecture(moe(kind).config, kind).gates.values()
+    model = moe(kind, equal=True, same_gates=any(found.total is None for found in gates))
+    model.save_pretrained(tmp_path / "hub")
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    for layout in ("hub", "stacked"):
+        convert(tmp_path / layout, tmp_path / f"{layout}_dense", "average")
+    assert weights(tmp_path / "hub_dense") == weights(tmp_path / "stacked_dense")
+
+    twin = load_language_model(tmp_path / "hub_dense")
+    torch.testing.assert_close(outputs(twin), outputs(model), atol=1e-5, rtol=0)
+    if kind in moe_images.KINDS:
+        inputs = moe_images.image_inputs(kind, model.config)
+        torch.testing.assert_close(outputs(twin, inputs), outputs(model, inputs), atol=1e-5, rtol=0)
+    if model.can_generate() and not hasattr(model, "thinker"):
+        made = [m.generate(IDS[:1], max_new_tokens=6, do_sample=False) for m in (model, twin)]
+        assert kind == "diffusion_gemma" or torch.equal(*made)  # that one starts from noise
+
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    stored = {t.dtype for path in (tmp_path / "half").glob("*.safetensors") for t in load_file(path).values()}
+    convert(tmp_path / "half", tmp_path / "half_dense", "topk", d_ff="active")
+    dtypes = {t.dtype for path in (tmp_path / "half_dense").glob("*.safetensors") for t in load_file(path).values()}
+    assert torch.bfloat16 in dtypes
+    assert dtypes <= stored
+    assert outputs(load_language_model(tmp_path / "half_dense")).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_block_by_block_the_experts_see_what_they_see_in_the_model(kind, tmp_path, monkeypatch):
+    """Different experts; the model runs from its files, with one block in memory, on two batches of tokens."""
+    monkeypatch.setattr(activations, "TOKENS_A_PASS", 24)
+    model, seen = moe(kind), {}
+    model.save_pretrained(tmp_path / "moe")
+    with watched_experts(model, lambda name, found: seen.update({name: found})):
+        outputs(model)
+    architecture = Architecture(model.config, kind)
+    plan = TwinPlan(Shards(tmp_path / "moe"), architecture, "topk", None, None)
+    store_activations(plan.stored, IDS, tmp_path / "activations", architecture.streams)
+    for block in plan.blocks:
+        if block.sparse:
+            found, expected = (
+                stored_activations(tmp_path / "activations", block.experts, plan.activation),
+                seen[block.experts],
+            )
+            for name in ("inputs", "gates", "outputs"):
+                torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-4, rtol=1e-4)
+
+
+def test_a_plan_reads_no_tensor(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    monkeypatch.setattr(Shards, "raw", None)
+    plan = TwinPlan(Shards(tmp_path / "moe"), Architecture(moe("mixtral").config, "here"), "topk", "active", None)
+    assert (plan.num_experts, plan.expert_width, plan.d_model, plan.width) == (4, 24, 32, 48)
+
+
+def with_one_expert(config):
+    """The same tiny config with one expert, which every token is sent to."""
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_group", "topk_group")
+    ones = {*counts, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"}
+    changed = {name: 1 if name in ones else value for name, value in config.items()}
+    parts = ("text_config", "thinker_config")
+    return changed | {name: with_one_expert(config[name]) for name in parts if name in config}
+
+
+# Their routers add up the best two of each group, so that the classes can't have one expert.
+TWO_AT_LEAST = [
+    "axk1",
+    "axk2",
+    "bailing_hybrid",
+    "beam",
+    "deepseek_v3",
+    "deepseek_v32",
+    "dots1",
+    "dots3_note",
+    "dots3_note_text",
+]
+TWO_AT_LEAST += [
+    "exaone_moe",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm4v_moe",
+    "glm4v_moe_text",
+    "glm5_next",
+    "glm5_next_text",
+]
+TWO_AT_LEAST += [
+    "glm_moe_dsa",
+    "hy_v4",
+    "hy_v4_vl",
+    "hy_v4_vl_text",
+    "kimi_k25",
+    "kimi_linear",
+    "mimo_v2_flash",
+    "mistral4",
+]
+TWO_AT_LEAST += ["mistral_large4", "mistral_large4_text", "nemo_speechlm", "nemotron_h", "nemotron_h_omni", "phimoe"]
+TWO_AT_LEAST += ["sarvam_mla", "sarvam_moe", "solar_open"]
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k in CONFIGS if k not in TWO_AT_LEAST and k != "jamba"]
+)  # Jamba's is dense then
+def test_one_expert_comes_back(kind, tmp_path):
+    changes = with_one_expert(CONFIGS[kind])
+    gates = Architecture(moe(kind, **changes).config, kind).gates.values()
+    model = moe(kind, same_gates=any(found.total is None for found in gates), **changes)
+    model.save_pretrained(tmp_path / "moe")
+    convert(tmp_path / "moe", tmp_path / "dense", "topk")
+    # Lfm2's sigmoids are divided by a little more than their sum.
+    atol = 1e-4 if kind == "lfm2_moe" else 2e-5
+    torch.testing.assert_close(outputs(load_language_model(tmp_path / "dense")), outputs(model), atol=atol, rtol=0)
+
+
+def test_a_value_that_the_dense_class_does_not_keep_is_an_error(monkeypatch):
+    config = AutoConfig.for_model("qwen3_moe", **CONFIGS["qwen3_moe"])
+    architecture, dense = Architecture(config, "here"), transformers.CONFIG_MAPPING["qwen3"]
+    architecture.twin(24)
+    kept = dense.to_dict
+    monkeypatch.setattr(dense, "to_dict", lambda self: kept(self) | {"attention_bias": "another"})
+    with pytest.raises(ValueError, match=r"here: expected values that qwen3 keeps, lost: \['attention_bias True'\]"):
+        architecture.twin(24)
+
+
+def test_the_table_in_the_readme_is_up_to_date():
+    """``python tests/moe_table.py`` writes it."""
+    assert moe_table.written(moe_table.README.read_text()).strip() == moe_table.table().strip()
