@@ -449,6 +449,12 @@ def test_bad_arguments(tmp_path, monkeypatch):
         ((tmp_path / "gone", dense), {}, FileNotFoundError, "source: expected a folder or a hub name"),
         (
             (tmp_path / "moe", dense),
+            {"check": TOKENS + 60},
+            ValueError,
+            "check: expected token ids from 0 to 63, found 63 to",
+        ),
+        (
+            (tmp_path / "moe", dense),
             {"calibration": "docstrings"},
             ValueError,
             "moe: expected a tokenizer beside the model",

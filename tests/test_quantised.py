@@ -13,14 +13,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_moes import moe
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from ones_lib.checkpoints import quantised
+from ones_lib.checkpoints import convert, quantised
 from ones_lib.checkpoints.quantised import Dequantised, readable
 from ones_lib.checkpoints.shards import Shards
+from ones_lib.models.causal import perplexity
 
 FP8, EXPONENT = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
@@ -523,3 +525,33 @@ def test_scales_that_are_not_finite(scale, count, stored):
         ValueError, match=rf"model\.safetensors: a\.weight_scale: expected finite scales, found {count} NaN"
     ):
         checkpoint.read("a.weight")
+
+
+def test_the_perplexity_is_that_of_the_dequantised_model(tmp_path):
+    """With blocks that do not divide the rows, which transformers' own dequantisation refuses."""
+    model = moe("deepseek_v3").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "moe")
+    file, config = tmp_path / "moe" / "model.safetensors", tmp_path / "moe" / "config.json"
+    tensors, ids = load_file(file), torch.randint(3, 60, (4, 24), generator=torch.Generator().manual_seed(2))
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, columns = tensors[name].shape
+        scales = 0.5 + torch.rand(-(-rows // 16), -(-columns // 16))
+        numbers = tensors[name].float().to(torch.float8_e4m3fn)
+        spread = scales.repeat_interleave(16, 0)[:rows].repeat_interleave(16, 1)[:, :columns]
+        with torch.no_grad():
+            _parameter_of(model, name).copy_(numbers.float() * spread)
+        tensors |= {name: numbers, f"{name}_scale_inv": scales}
+    save_file(tensors, file, {"format": "pt"})
+    quantization = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": quantization}))
+    table = convert(tmp_path / "moe", tmp_path / "dense", "topk", check=ids)
+    assert table.attrs["perplexity"]["MoE"] == pytest.approx(perplexity(model, ids), rel=5e-3)  # of bfloat16
+
+
+def _parameter_of(model, name):
+    """What a tensor of the files is in memory: a parameter, or a part of that of all experts."""
+    if not (found := re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)):
+        return model.get_parameter(name)
+    experts, part = model.get_submodule(found[1]), found[3]
+    stacked = experts.down_proj if part == "down" else experts.gate_up_proj.chunk(2, dim=1)[part == "up"]
+    return stacked[int(found[2])]

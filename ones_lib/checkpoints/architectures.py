@@ -19,8 +19,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers import PreTrainedConfig as Config
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from ones_lib.checkpoints.layers import Gates, computes, ffn_parts, gates_of, router_fill
+from ones_lib.checkpoints.layers import LINEAR, Gates, computes, ffn_parts, gates_of, router_fill
 from ones_lib.models.causal import activation_of, block_of, empty_model, experts_modules, text_config
 
 DENSE_CLASS, DENSE_LAYERS, ONE_EXPERT = "dense class", "dense layers", "one expert"
@@ -31,7 +32,7 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", 
 _WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "intermediate_size_mlp", "d_ff")
 _GROUPS = ("n_group", "topk_group", "num_expert_group")
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
-_MOST = 64  # experts that a twin's hidden units are spread over
+_ROUND = 8
 # Values that make every layer of n dense.
 _ALL_DENSE: list[Callable[[int], dict]] = [
     lambda n: {"mlp_layer_types": ["dense"] * n},
@@ -177,8 +178,9 @@ class Architecture:
     def __init__(self, config: Config, source: str | Path, approximate: bool = False) -> None:
         self.config, self.source = deepcopy(config), source
         for part in {id(part): part for part in (self.config, text_config(self.config))}.values():
-            if hasattr(part, "quantization_config"):
-                del part.quantization_config  # the twin is not quantised
+            for name in ("quantization_config", "auto_map"):  # the twin is not quantised, and has no code of its own
+                if hasattr(part, name):
+                    delattr(part, name)
         kind = config.model_type
         self.special = SPECIAL.get(kind, Special())
         if kind in REFUSED:
@@ -193,8 +195,8 @@ class Architecture:
         if not self.experts:
             raise ValueError(f"{source}: expected a model with experts, found {type(self.model).__name__} without")
         self.name = next(iter(self.experts))
-        self.activation = activation_of(self.experts[self.name])
-        self._least, self._shared_width, self._shared_count = 1, 0, ""  # see _spread
+        self._known: dict[tuple, Gates] = {}
+        self._least, self._shared_width, self._shared_count = 1, 0, ""  # see spread
         self.kind, self._changes, self._width = self._find_twin()
 
     # --- what the MoE is ----------------------------------------------------------------------------------------------
@@ -210,9 +212,7 @@ class Architecture:
     @property
     def experts_a_token(self) -> int:
         """k, the number of experts that a token is sent to."""
-        text = text_config(self.config)
-        found = next((getattr(text, name) for name in _CHOSEN if getattr(text, name, None)), 1)
-        return max(found) if isinstance(found, list) else found  # Hunyuan's is by layer
+        return max(gates.chosen for gates in self.gates.values())
 
     def site(self, experts: str) -> str:
         """The module of an MoE layer, by that of its experts."""
@@ -239,22 +239,23 @@ class Architecture:
     @cached_property
     def gates(self) -> dict[str, Gates]:
         """By module of experts. Layers of the same classes have the same."""
-        return {name: self._by_class(self.model, name, False) for name in self.experts}
+        return {name: self._gates(self.model, name, False) for name in self.experts}
 
-    def _by_class(self, model: PreTrainedModel, experts: str, blank: bool) -> Gates:
-        classes = tuple(type(m).__name__ for m in model.get_submodule(self.site(experts)).modules())
-        key = blank, model.get_submodule(experts).num_experts, classes
-        if (known := self._known.get(key)) is None:
+    def _gates(self, model: PreTrainedModel, experts: str, blank: bool) -> Gates:
+        """:func:`gates_of`, once for all layers that are alike in classes and settings.
+
+        Raises:
+            ValueError: the layer can't be run by itself.
+        """
+        key = blank, tuple(_settings(module) for module in model.get_submodule(self.site(experts)).modules())
+        if key not in self._known:
             try:
-                known = gates_of(model, experts, blank)
-            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
-                known = Gates(None)  # the layer can't be run by itself
-            self._known[key] = known
-        return known
-
-    @cached_property
-    def _known(self) -> dict[tuple, Gates]:
-        return {}
+                self._known[key] = gates_of(model, experts, blank)
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+                raise ValueError(
+                    f"{self.source}: {experts}: expected an MoE layer that can be run by itself, found {error!r}"
+                ) from error
+        return self._known[key]
 
     # --- what it becomes ----------------------------------------------------------------------------------------------
 
@@ -275,7 +276,7 @@ class Architecture:
                 if (twin := self._changed(changes | {width: 7})) is None:
                     continue
                 fits = all(_width_of(twin.get_submodule(name)) == 7 for name in self.experts)
-                if fits and all(min(self.one_gate(twin, name), default=0) > 0 for name in self.experts):
+                if fits and all(self._constant(twin, name) for name in self.experts):
                     self._least = count
                     self._tie_shared(twin, changes | {width: 7})
                     return ONE_EXPERT, changes, width
@@ -283,6 +284,13 @@ class Architecture:
             f"{self.source}: no dense twin for this {self.config.model_type}: its layers can't be dense, nor have one expert, or"
             " two that are always chosen, with constant gates"
         )
+
+    def _constant(self, twin: PreTrainedModel, experts: str) -> bool:
+        """Whether the gates of a twin with one expert are the same for every token, and none is zero."""
+        try:
+            return min(self.one_gate(twin, experts), default=0) > 0
+        except ValueError:  # a router that can't choose of so few
+            return False
 
     def _tie_shared(self, twin: PreTrainedModel, changes: Mapping) -> None:
         """Note whether the width of shared experts depends on an expert's, which ``changes`` have set, and on their number."""
@@ -300,14 +308,20 @@ class Architecture:
                         self._shared_count = count
 
     def spread(self, width: int) -> tuple[int, int]:
-        """Number of experts in a twin of the kind one expert, and hidden units of each: ``width`` in all, or a few more."""
+        """Number of experts in a twin of the kind one expert, and hidden units of each: ``width`` in all, or a few more.
+
+        The grouped matrix products of torch want rows of 16 bytes, so of 8 units. Where the width of shared experts is a multiple
+        of an expert's, so that it limits the choice: as few experts as a tenth more units allow.
+        """
         if not self._shared_width:
-            return self._least, -(-width // self._least)
+            return self._least, _ROUND * -(-width // (_ROUND * self._least))
         widths = [w for w in range(1, self._shared_width + 1) if self._shared_width % w == 0]
+        widths = [w for w in widths if w % _ROUND == 0] or widths
         if not self._shared_count:
             widths = [self._shared_width]
         found = [(max(self._least, -(-width // w)), w) for w in widths]
-        return min((pair for pair in found if pair[0] <= _MOST), key=lambda pair: (pair[0] * pair[1], pair[0]))
+        near = [(count, w) for count, w in found if count * w <= 1.1 * width]
+        return min(near) if near else min(found, key=lambda pair: (pair[0] * pair[1], pair[0]))
 
     def _joinable(self) -> bool:
         """Whether the layers hold nothing but router, experts, and shared experts that compute what an expert does."""
@@ -315,7 +329,8 @@ class Architecture:
             site = self.model.get_submodule(self.site(name))
             others = [child for child, module in site.named_children() if "shared" in child]
             others = [f"{self.site(name)}.{child}" for child in others]
-            if len(others) > 1 or any(not computes(self.model.get_submodule(o), self.activation) for o in others):
+            activation = activation_of(self.experts[name])
+            if len(others) > 1 or any(not computes(self.model.get_submodule(o), activation) for o in others):
                 return False
             if any("norm" in child or "proj" in child for child, _ in site.named_children()):
                 return False
@@ -335,8 +350,10 @@ class Architecture:
                 [name for name in model.state_dict() if not name.startswith(tuple(f"{place}." for place in places))]
                 for model in (self.model, twin)
             ]
+            activations = [activation_of(module) for module in self.experts.values()]
             if outside[0] == outside[1] and all(
-                _width_of(site) == 8 * 9 and computes(site, self.activation) for site in sites
+                _width_of(site) == 8 * 9 and computes(site, activation)
+                for site, activation in zip(sites, activations, strict=True)
             ):
                 return width
         return ""
@@ -389,6 +406,8 @@ class Architecture:
         own = ("model_type", "architectures", "transformers_version")
         carried = {k: v for k, v in self.config.to_dict().items() if k in known and k not in own}
         config = kind(**carried | changes)
+        if type(self.model) is MODEL_MAPPING[type(self.config)]:  # a model without a head
+            config.architectures = [MODEL_MAPPING[kind].__name__]
         found = config.to_dict()
         if lost := [f"{k} {v}" for k, v in carried.items() if k not in changes and v is not None and found[k] != v]:
             raise ValueError(f"{self.source}: expected values that {self.special.twin} keeps, lost: {lost}")
@@ -415,11 +434,11 @@ class Architecture:
         factor = self.gates[experts].factor
         if self.kind != ONE_EXPERT:
             return factor
-        return factor / self._by_class(twin, experts, True).factor
+        return factor / self._gates(twin, experts, True).factor
 
     def one_gate(self, twin: PreTrainedModel, experts: str) -> tuple[float, ...]:
         """The gates of the experts of a twin of the kind one expert."""
-        return self._by_class(twin, experts, True).each
+        return self._gates(twin, experts, True).each
 
     def router(self, twin: PreTrainedModel, experts: str) -> dict[str, Tensor]:
         """The tensors of the router of a twin with one expert that differ in shape from the MoE's, filled."""
@@ -429,15 +448,21 @@ class Architecture:
         site, found = f"{self.site(experts)}.", {}
         for name, tensor in twin.state_dict().items():
             inside = name.startswith(site) and not name.startswith((f"{experts}.", f"{site}shared"))
-            if inside and old.get(name) != tensor.shape:
+            if inside and (old.get(name) != tensor.shape or not tensor.is_floating_point()):
                 found[name] = router_fill(name, torch.empty_like(tensor, device="cpu"))
         return found
+
+
+def _settings(module: nn.Module) -> tuple:
+    """A module's class and the numbers and words that it is set to, but for its place."""
+    values = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+    return type(module).__name__, *sorted((n, v) for n, v in values.items() if n not in ("layer_idx", "training"))
 
 
 def _width_of(module: nn.Module) -> int:
     """Hidden units of a feed-forward network or of each of a module of experts; 0 if it is none."""
     for name, parameter in module.named_parameters():
         last = name.removesuffix(".weight").rpartition(".")[2]
-        if last in ("down_proj", "output_linear", "w2", "wo", "fc2"):
+        if LINEAR.get(last) == ("down",):
             return parameter.shape[-2 if getattr(module, "is_transposed", False) else -1]
     return 0

@@ -62,8 +62,8 @@ def _approximations(plan: TwinPlan, arguments: Mapping) -> list[str]:
     facts = []
     if plan.architecture.kind == ONE_EXPERT:
         facts.append(
-            "Transformers has no dense class with the attention and norms of this MoE. This is the same class with one expert,"
-            " whose gate is constant: dense in function."
+            "Transformers has no dense class with the attention and norms of this MoE. This is the same class with one expert, or"
+            " a few that are always chosen, whose gates are constant: dense in function."
         )
     if plan.architecture.special.mean_gated:
         data = "random tokens" if arguments["calibration"] is None else "the calibration"

@@ -30,6 +30,7 @@ from ones_lib.checkpoints.work import COPIED, Work
 from ones_lib.data.files import is_free
 from ones_lib.gathering.registry import check_options, needs_calibration, options_of
 from ones_lib.gathering.scale import ROUTER_SCALES
+from ones_lib.models.causal import text_config
 
 
 def convert(
@@ -121,6 +122,10 @@ def convert(
             f"reconstruct, reconstruct_tokens: expected at least {LEAST_SLICES} blocks of {length} tokens, found {len(reconstruct)}"
         )
 
+    for name, ids in {"calibration": calibration, "reconstruct": reconstruct, "check": check}.items():
+        if ids is not None:
+            check_ids(name, ids, text_config(config).vocab_size)
+
     arguments = named(source, folder)
     arguments |= {"method": method, "d_ff": plan.d_ff, "options": options, "calibration": described(calibration)}
     arguments |= {"calibration_tokens": calibration_tokens, "approximate": approximate}
@@ -132,6 +137,10 @@ def convert(
         _check_free(destination)  # another process may have made it meanwhile
         work.begin()
         try:
+            if method == "expert_selection":
+                plan.check_router()
+            if reconstruct is not None:
+                work.reconstruction.check(reconstruct)
             work.run_moe(calibration)
             if reconstruct is not None:
                 work.reconstruct(reconstruct)
@@ -200,8 +209,19 @@ def read_config(folder: Path) -> PreTrainedConfig:
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.dtype is None:
-        config.dtype = torch.bfloat16 if hasattr(config, "quantization_config") else torch.float32
+        config.dtype = text_config(config).dtype or Shards(folder).dtype
     return config
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Raise an error that names the parameter unless it is token ids [n, L] of a vocabulary."""
+    if not torch.is_tensor(ids):
+        raise TypeError(f"{name}: expected a text or token ids [n, L], found {type(ids).__name__}")
+    if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+        raise ValueError(f"{name}: expected token ids [n, L], found {ids.dtype} {list(ids.shape)}")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        found = f"{int(ids.min())} to {int(ids.max())}"
+        raise ValueError(f"{name}: expected token ids from 0 to {vocab_size - 1}, found {found}")
 
 
 def named(source: str | Path, folder: Path) -> dict[str, str]:

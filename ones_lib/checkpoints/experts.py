@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ones_lib.checkpoints.layers import LINEAR
 from ones_lib.checkpoints.quantised import Dequantised
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.ffn import FeedForwardWeights
+from ones_lib.models.causal import experts_modules
 
 # Names of expert tensors:
 # - this library's: all experts in one tensor a part, "up" [E, h, d], "down" [E, d, h], ...;
@@ -25,8 +27,7 @@ _STACKED = re.compile(
     r"(?P<bias>_bias)?"
 )
 _SEPARATE = re.compile(r"(?P<layer>.+\.experts)\.(?:expert_)?(?P<expert>\d+)\.(?P<part>\w+)\.(?P<kind>weight|bias)")
-_PARTS = {"up_proj": "up", "gate_proj": "gate", "down_proj": "down", "w3": "up", "w1": "gate", "w2": "down"}
-_PARTS |= {"wi": "up", "wo": "down", "fc1": "up", "fc2": "down"}
+_PARTS = {name: parts[0] for name, parts in LINEAR.items() if len(parts) == 1}
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ def open_experts(source: nn.Module | str | Path) -> ExpertBanks:
     if isinstance(source, nn.Module):
         tensors = {name: parameter.detach() for name, parameter in source.named_parameters()}
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        return ExpertBanks(type(source).__name__, shapes, tensors.__getitem__)
+        layouts = {name: Layout.of(module) for name, module in experts_modules(source).items()}
+        return ExpertBanks(type(source).__name__, shapes, tensors.__getitem__, layouts)
     path = Path(source).expanduser()
     shards, config = Shards(path), path / "config.json"
     if config.exists() and (quantization := json.loads(config.read_text()).get("quantization_config")):

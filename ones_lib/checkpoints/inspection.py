@@ -20,7 +20,7 @@ from transformers.utils.logging import tqdm
 from ones_lib.calibration import LayerActivations
 from ones_lib.checkpoints.activations import split_tokens, store_activations, stored_activations
 from ones_lib.checkpoints.architectures import Architecture
-from ones_lib.checkpoints.convert import local_folder, read_config
+from ones_lib.checkpoints.convert import check_ids, local_folder, read_config
 from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.quantised import readable
 from ones_lib.checkpoints.shards import Shards
@@ -78,30 +78,20 @@ def inspect(source: str | Path, calibration: str | Path | Tensor, calibration_to
     plan = TwinPlan(readable(Shards(folder), config), Architecture(config, folder), "readout", d_ff=None, k=None)
     if isinstance(calibration, (str, Path)):
         calibration = text_blocks(calibration, folder, calibration_tokens, "train")
-    _check_ids(calibration, text_config(config).vocab_size)
+    check_ids("calibration", calibration, text_config(config).vocab_size)
+    if calibration.numel() < LEAST:
+        raise ValueError(f"calibration: expected {LEAST} tokens or more, found {calibration.numel()}")
     found: dict[str, list[pd.DataFrame]] = {"router": [], "pairs": [], "errors": []}
     with TemporaryDirectory(prefix="ones-inspect-") as work:
         plan.shards.scratch = Path(work)
         activations, memory = Path(work) / "activations", psutil.virtual_memory().available
         store_activations(plan.stored, calibration, activations, plan.architecture.streams)
         for block in tqdm([block for block in plan.blocks if block.sparse], desc=folder.name, unit="layer"):
-            seen = stored_activations(activations, block.experts, plan.activation)
+            seen = stored_activations(activations, block.experts, plan.activation(block))
             for name, table in _layer_tables(plan, block, seen, memory).items():
                 table.insert(0, "layer", block.ffn)
                 found[name].append(table)
     return Inspection(**{name: pd.concat(parts, ignore_index=True) for name, parts in found.items()})
-
-
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    if not torch.is_tensor(ids):
-        raise TypeError(f"calibration: expected a text or token ids [n, L], found {type(ids).__name__}")
-    if ids.ndim != 2 or ids.numel() < LEAST or ids.is_floating_point():
-        found = f"{ids.dtype} {list(ids.shape)}"
-        raise ValueError(f"calibration: expected token ids [n, L], {LEAST} or more, found {found}")
-    if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise ValueError(
-            f"calibration: expected token ids from 0 to {vocab_size - 1}, found {int(ids.min())} to {int(ids.max())}"
-        )
 
 
 def _layer_tables(plan: TwinPlan, block: Block, seen: LayerActivations, memory: int) -> dict[str, pd.DataFrame]:

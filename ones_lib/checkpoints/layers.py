@@ -12,15 +12,16 @@ from math import isclose
 from zlib import crc32
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ones_lib.calibration import Activation
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.models.causal import gates_by_expert
+from ones_lib.models.causal import gates_by_expert, text_config
 
 TOKENS, UNITS = 64, 6  # of the copies
-# Linear layers of a feed-forward network, and the parts that each holds, in order.
-_LINEAR = {
+#: Linear layers of a feed-forward network, and the parts that each holds, in order.
+LINEAR = {
     **dict.fromkeys(("gate_up_proj", "input_linear"), ("gate", "up")),
     **dict.fromkeys(("gate_proj", "w1"), ("gate",)),
     **dict.fromkeys(("up_proj", "w3", "fc1", "wi"), ("up",)),
@@ -36,9 +37,9 @@ def ffn_parts(module: nn.Module) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, _ in module.named_parameters():
         layer, _, kind = name.rpartition(".")
-        if layer not in _LINEAR or kind not in ("weight", "bias"):
+        if layer not in LINEAR or kind not in ("weight", "bias"):
             return {}
-        found[name] = [part + ("_bias" if kind == "bias" else "") for part in _LINEAR[layer]]
+        found[name] = [part + ("_bias" if kind == "bias" else "") for part in LINEAR[layer]]
     return found if {"up", "down"} <= {part for parts in found.values() for part in parts} else {}
 
 
@@ -50,7 +51,7 @@ def computes(module: nn.Module, activation: Activation) -> bool:
         return False
     small = deepcopy(module)
     for name in dict.fromkeys(name.rpartition(".")[0] for name in parts):
-        held, old = _LINEAR[name], module.get_submodule(name)
+        held, old = LINEAR[name], module.get_submodule(name)
         sizes = (UNITS, TOKENS) if held == ("down",) else (TOKENS, UNITS * len(held))
         setattr(small, name, nn.utils.skip_init(nn.Linear, *sizes, bias=old.bias is not None))
     tensors = dict(small.named_parameters())
@@ -68,16 +69,19 @@ class Gates:
     """What is known of a layer's gates without its weights.
 
     Args:
-        total: sum of a token's gates at the call of the experts; None: it differs between tokens.
+        total: sum of a token's gates at the call of the experts; None: it differs between tokens, or depends on the weights.
         each: each expert's gate, if it is the same for every token; else empty.
-        factor: what the layer multiplies the experts' output by.
-        sigmoid: whether the router's probabilities are sigmoids of its logits; else their softmax.
+        chosen: number of experts a token.
+        factor: mean size of the layer's output where its experts' is one. Without norms or projections around them, it is what
+            their output is multiplied by.
+        scores: ``"softmax"`` or ``"sigmoid"``, the function of a linear router's logits that gates are in the ratio of; else empty.
     """
 
     total: float | None
-    factor: float = 1.0
-    sigmoid: bool = False
-    each: tuple[float, ...] = ()
+    each: tuple[float, ...]
+    chosen: int
+    factor: float
+    scores: str
 
 
 class _Stub(nn.Module):
@@ -88,6 +92,7 @@ class _Stub(nn.Module):
         self.num_experts, self.weights, self.gates = experts.num_experts, torch.empty(0), torch.empty(0)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, *_: object) -> Tensor:
+        self.d_model = x.shape[-1]
         self.weights, self.gates = weights, gates_by_expert(chosen, weights, self.num_experts).float()
         return torch.ones_like(x)
 
@@ -138,16 +143,40 @@ def _gates(model: nn.Module, experts: str, blank: bool, seed: int) -> Gates:
     logits: list[Tensor] = []
     for child in layer.children():
         child.register_forward_hook(lambda module, x, y: logits.append(y[0]) if isinstance(y, tuple) else None)
-    x = torch.randn(1, TOKENS, router_inputs(model, experts), generator=_generator("inputs", seed))
+    x = torch.randn(1, TOKENS, _d_model(model, experts), generator=_generator("inputs", seed))
     outputs = _run(layer, x, stub)
-    sums, sigmoid = stub.gates.sum(dim=1), bool(logits) and _is_sigmoid(logits[0], stub.weights)
-    each = tuple(stub.gates[0].tolist()) if _same(stub.gates) else ()
-    return Gates(sums.mean().item() if _same(sums) else None, outputs.mean().item(), sigmoid, each)
+    sums = stub.gates.sum(dim=1)
+    return Gates(
+        total=sums.mean().item() if _same(sums) else None,
+        each=tuple(stub.gates[0].tolist()) if _same(stub.gates) else (),
+        chosen=stub.weights.shape[-1],
+        factor=outputs.abs().mean().item(),
+        scores=_scores(layer, x[0], logits[0], stub.gates) if logits and stub.d_model == x.shape[-1] else "",
+    )
 
 
 def _same(gates: Tensor) -> bool:
     """Whether all tokens have the same."""
     return bool((gates - gates[:1]).abs().max() <= 1e-5 * gates.abs().max())
+
+
+def _scores(layer: nn.Module, x: Tensor, logits: Tensor, gates: Tensor) -> str:
+    """The function of a linear router's logits that the gates of the chosen experts are in the ratio of, or nothing.
+
+    One chosen expert shows none.
+    """
+    weights = [p for p in layer.parameters() if list(p.shape) == [gates.shape[1], x.shape[1]]]
+    if len(weights) != 1 or (gates > 0).sum(dim=1).max() < 2 or logits.numel() != gates.numel():
+        return ""
+    logits = logits.view_as(gates).float()
+    if not torch.allclose(logits, F.linear(x, weights[0]), atol=1e-4):
+        return ""
+    for name, scores in {"softmax": logits.softmax(dim=1), "sigmoid": logits.sigmoid()}.items():
+        chosen = scores * (gates > 0)
+        one, two = (t / t.sum(dim=1, keepdim=True) for t in (chosen, gates))
+        if torch.allclose(one, two, atol=1e-4):
+            return name
+    return ""
 
 
 def _run(layer: nn.Module, x: Tensor, stub: _Stub) -> Tensor:
@@ -177,16 +206,16 @@ def _is_sigmoid(logits: Tensor, weights: Tensor) -> bool:
     return torch.allclose(best / best.sum(dim=1, keepdim=True), found / found.sum(dim=1, keepdim=True), atol=1e-4)
 
 
-def router_inputs(model: nn.Module, experts: str) -> int:
+def _d_model(model: nn.Module, experts: str) -> int:
     """Width of the tokens that an MoE layer gets."""
     layer = model.get_submodule(experts.rpartition(".")[0])
     count = model.get_submodule(experts).num_experts
     shapes = [p.shape for n, p in layer.named_parameters() if not n.startswith("experts.")]
-    return next((s[1] for s in shapes if len(s) == 2 and s[0] == count), model.config.get_text_config().hidden_size)
+    return next((s[1] for s in shapes if len(s) == 2 and s[0] == count), text_config(model.config).hidden_size)
 
 
 def router_fill(name: str, like: Tensor) -> Tensor:
-    """A router's tensor in a twin with one expert: zeros; ones for what multiplies; each expert once in a table [N, k]."""
+    """A router's tensor in a twin with one expert: zeros; ones for what multiplies; a table [N, k] names each expert once."""
     if not like.is_floating_point() and like.ndim == 2:
         return torch.arange(like.shape[1]).expand_as(like).contiguous()
     return torch.ones_like(like) if "scale" in name or "norm" in name else torch.zeros_like(like)

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ones_lib.calibration import Activation
 from ones_lib.checkpoints.architectures import ONE_EXPERT, Architecture
 from ones_lib.checkpoints.experts import ExpertBanks, Layout
 from ones_lib.checkpoints.layers import ffn_parts
@@ -18,7 +20,7 @@ from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stored import StoredModel, in_files
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering.registry import check_width
-from ones_lib.models.causal import block_of
+from ones_lib.models.causal import activation_of, block_of
 
 ACTIVE = "active"  # the width that a token passes through
 
@@ -68,6 +70,7 @@ class TwinPlan:
     ) -> None:
         self.shards, self.architecture, self.source_config = shards, architecture, architecture.config
         self.stored = StoredModel(shards, architecture.model, architecture.experts)
+        self.stored.check()
         layouts = {name: Layout.of(module) for name, module in architecture.experts.items()}
         self.banks = ExpertBanks(str(shards.path), self._expert_shapes(), self.stored.read, layouts)
         self.names = [name for name in architecture.experts if name in self.banks]  # others are tied to these
@@ -124,7 +127,7 @@ class TwinPlan:
             if self.architecture.kind != ONE_EXPERT:
                 block.shared = self.architecture.shared(experts)
         made = {f"{target}.{name}" for target in targets for name in self._made_in(target)}
-        missing, wrong = [], []
+        missing = []
         for name, tensor in self.twin.state_dict().items():
             block = blocks.setdefault(block_of(name), Block(block_of(name)))
             source = self.architecture.source_name(name)
@@ -135,10 +138,10 @@ class TwinPlan:
             elif source in self.stored.shapes:
                 block.copies[name] = source
                 if self.stored.shapes[source] != list(tensor.shape):
-                    wrong.append(f"{source} {self.stored.shapes[source]}, not {list(tensor.shape)}")
+                    missing.append(f"{name} {list(tensor.shape)}")
             elif name not in self._tied:
                 missing.append(name)
-        self._check_all(missing, wrong, blocks)
+        self._check_all(missing, blocks)
         return [blocks[name] for name in sorted(blocks, key=_natural)]
 
     def _made_in(self, target: str) -> list[str]:
@@ -164,7 +167,7 @@ class TwinPlan:
     def _tied(self) -> set[str]:
         return set(self.twin.all_tied_weights_keys)
 
-    def _check_all(self, missing: list[str], wrong: list[str], blocks: Mapping[str, Block]) -> None:
+    def _check_all(self, missing: list[str], blocks: Mapping[str, Block]) -> None:
         """Raise ValueError unless every tensor of the twin is there, and every tensor of the MoE is used or in an MoE layer."""
         self.bytes = sum(t.numel() * (self.config.dtype or torch.float32).itemsize for t in self.twin.parameters())
         used = {name for block in blocks.values() for name in block.copies.values()}
@@ -172,10 +175,10 @@ class TwinPlan:
         inside = tuple(f"{module}." for module in rewritten)
         lost = [name for name in self.stored.shapes if name not in used and not name.startswith(inside)]
         lost = [name for name in lost if name not in self.architecture.model.all_tied_weights_keys]
-        if missing or wrong or lost:
+        if missing or lost:
             raise ValueError(
                 f"{self.shards.path}: expected the tensors of {self.config.architectures[0]}, missing: {missing[:5]},"
-                f" of another shape: {wrong[:5]}, without a place: {lost[:5]}"
+                f" without a place: {lost[:5]}"
             )
 
     # --- reading ------------------------------------------------------------------------------------------------------
@@ -184,29 +187,41 @@ class TwinPlan:
     def experts_a_token(self) -> int:
         return self.architecture.experts_a_token
 
-    @property
-    def activation(self):
-        return self.architecture.activation
+    def activation(self, block: Block) -> Activation:
+        """Of a block's routed experts."""
+        return activation_of(self.architecture.experts[block.experts])
 
-    def router(self, block: Block) -> tuple[Tensor, Tensor | None]:
-        """Weight [E, d] and bias [E] of a sparse block's router.
+    def probabilities(self, block: Block, inputs: Tensor) -> Tensor:
+        """The router's probabilities of all experts [N, E], of the experts' inputs [N, d]."""
+        weight, bias = (None if t is None else t.float() for t in self._router(block))
+        logits = F.linear(inputs, weight, bias)
+        return (
+            logits.sigmoid() if self.architecture.gates[block.experts].scores == "sigmoid" else logits.softmax(dim=-1)
+        )
 
-        Raises:
-            ValueError: it is not one matrix.
-        """
+    def check_router(self) -> None:
+        """Raise ValueError unless :meth:`probabilities` are known."""
+        for block in self.blocks:
+            if block.sparse and not self.architecture.gates[block.experts].scores:
+                raise ValueError(
+                    f"method: expected a linear router with gates by softmax or sigmoid, of two experts a token or more, found"
+                    f" another in {block.ffn} of {self.source_config.model_type}"
+                )
+
+    def _router(self, block: Block) -> tuple[Tensor, Tensor | None]:
+        """Weight [E, d] and bias [E] of a sparse block's router."""
         shapes, wanted = self.stored.shapes, [self.num_experts, self.d_model]
         names = [n for n in shapes if n.startswith(f"{block.ffn}.") and not n.startswith(f"{block.experts}.")]
-        weights = [n for n in names if shapes[n] == wanted]
-        if len(weights) != 1:
-            raise ValueError(
-                f"{self.shards.path}: {block.ffn}: expected a router of one matrix {wanted}, found {names[:5]}"
-            )
-        bias = weights[0].removesuffix("weight") + "bias"
-        return self.read(weights[0]), self.read(bias) if bias in names else None
+        weight = next(n for n in names if shapes[n] == wanted)
+        bias = weight.removesuffix("weight") + "bias"
+        return self.read(weight), self.read(bias) if bias in names else None
 
     def experts(self, block: Block) -> list[FeedForwardWeights]:
         """The routed experts of a sparse block."""
-        return self.banks.experts(block.experts)
+        try:
+            return self.banks.experts(block.experts)
+        except ValueError as error:  # mixed dtypes
+            raise ValueError(f"{self.shards.path}: {block.ffn}: {error}") from error
 
     def read(self, name: str) -> Tensor:
         """A tensor of the MoE that is not an expert's; ValueError: it has NaN or infinity."""
@@ -240,14 +255,8 @@ class TwinPlan:
 
     def _one_expert(self, block: Block, ffn: FeedForwardWeights) -> dict[str, Tensor]:
         target, bank = block.target, self._spread(ffn, self.architecture.one_gate(self.twin, block.experts))
-        experts = self.twin.get_submodule(target)
-        names = [name for name, _ in experts.named_parameters()]
-        if "down_proj" in names:
-            return {f"{target}.{name}": tensor for name, tensor in Layout.of(experts).joined(bank).items()}
-        expert, made = next(name for name, _ in experts.named_children()), {}  # a module of its own
-        for name, (part,) in ffn_parts(experts.get_submodule(expert)).items():
-            made[f"{target}.{expert}.{name}"] = dict(ffn.tensors())[part]
-        return made
+        layout = Layout.of(self.twin.get_submodule(target))
+        return {f"{target}.{name}": tensor for name, tensor in layout.joined(bank).items()}
 
     @staticmethod
     def _spread(ffn: FeedForwardWeights, gates: Sequence[float]) -> FeedForwardWeights:

@@ -242,6 +242,15 @@ class Reconstruction:
                 shutil.rmtree(self.folder / f"block-{j}", ignore_errors=True)
                 shutil.rmtree(self.folder / f"tokens-{j}", ignore_errors=True)
 
+    def check(self, ids: Tensor) -> None:
+        """Raise ValueError if a layer's network can't be regressed onto the teacher's residual stream."""
+        sparse = next(block for block in self.plan.blocks if block.sparse)
+        if self.student_inputs and not self.begun():
+            stream = BlockStream(self.plan.stored, [ids[:1].long()])
+            i = next(i for i in range(len(stream.blocks)) if stream.name(i) == sparse.name)
+            with stream.block(i):
+                self._scale(stream, i, self._site(stream, sparse))
+
     def _check_room(self, size: int) -> None:
         """Raise OSError unless the disk has room for the hidden states before and behind a block, and its layer's tokens."""
         needed, free = (7 if self.student_inputs else 5) * size, shutil.disk_usage(self.folder).free
@@ -281,7 +290,7 @@ class Reconstruction:
         refusal = ValueError(
             f"student_inputs: expected blocks that add their network's output as it is, found {stream.name(i)}, which changes it"
         )
-        hidden, outputs = self._hidden(stream, i, 0)["teacher"], []
+        hidden, outputs = stream.embedded(0), []  # any would do
         with watched(site) as found:
             stream.run(i, 0, hidden)
         if found["outputs"].shape != hidden.flatten(0, -2).shape:
@@ -310,7 +319,9 @@ class Reconstruction:
         if not self._done(f"tokens-{i}"):
             with stream.block(i):
                 self._write_all(f"tokens-{i}", len(stream), self._tokens_of(stream, i, block))
-        tokens = LayerTokens(Slices(self.folder / f"tokens-{i}"), len(stream), self.plan.activation, stream.device)
+        tokens = LayerTokens(
+            Slices(self.folder / f"tokens-{i}"), len(stream), self.plan.activation(block), stream.device
+        )
         checkpoint = self.folder / f"fit-{i}.safetensors"
         mixed = stream.dtype != torch.float32
         first, row = start(block)
@@ -352,7 +363,7 @@ class Reconstruction:
             if not self.student_inputs:
                 return {"teacher": tokens.read(number, "after")["after"]}
             found = tokens.read(number, "inputs", "after", "without", "scale")
-            added = ffn.apply(found["inputs"].to(stream.device), self.plan.activation).view_as(found["without"])
+            added = ffn.apply(found["inputs"].to(stream.device), self.plan.activation(block)).view_as(found["without"])
             return {"teacher": found["after"], "student": found["without"].to(added) + found["scale"].to(added) * added}
 
         with stream.block(i) if ffn is None else nullcontext():

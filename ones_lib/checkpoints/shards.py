@@ -8,6 +8,7 @@ JSON with dtype, shape and byte offsets of every tensor; the data.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from math import prod
 from pathlib import Path
 
@@ -52,6 +53,13 @@ class Shards:
 
     def paths(self) -> list[Path]:
         return sorted({file for file, *_ in self._stored.values()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The most common one that is not quantised; of a quantised checkpoint bfloat16."""
+        kinds = Counter(dtype for dtype in self.dtypes.values() if dtype in _DTYPES)
+        quantised = any(dtype in _QUANTISED for dtype in self.dtypes.values())
+        return torch.bfloat16 if quantised or not kinds else _DTYPES[kinds.most_common(1)[0][0]]
 
     def read(self, name: str) -> Tensor:
         """A tensor, mapped from its file: only the pages that are used get into memory.

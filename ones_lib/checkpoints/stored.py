@@ -114,6 +114,27 @@ class StoredModel:
             self.shapes |= {name: list(tensor.shape) for name, tensor in made.items()}
             self._sources |= dict.fromkeys(made, source)
 
+    def check(self) -> None:
+        """Raise ValueError unless all that the model has is there, in its shape. What it ties to others need not be."""
+        tied, found = set(self.model.all_tied_weights_keys), dict(self.shapes)
+        for name, experts in self._stacks.items():
+            found[name] = self._stacked_shape(experts)
+        wrong = [f"{n} {found[n]}, not {shape}" for n, shape in self._expected.items() if found.get(n, shape) != shape]
+        missing = [name for name in self._expected if name not in found and name not in tied]
+        if missing or wrong:
+            raise ValueError(
+                f"{self.path}: expected the tensors of {type(self.model).__name__}, missing: {missing[:5]}, of another shape:"
+                f" {wrong[:5]} (of a model in several files, give the folder)"
+            )
+
+    def _stacked_shape(self, experts: Mapping[int, list[str]]) -> list[int]:
+        """Of experts stored one by one; their number is what has all parts."""
+        shapes = [[self.shapes[single] for single in singles] for singles in experts.values()]
+        if max(experts) + 1 != len(experts) or any(shape != shapes[0] for shape in shapes):
+            return [len(experts)]  # there are gaps
+        rows = sum(self.shapes[single][0] for single in experts[0])
+        return [len(experts), rows, *self.shapes[experts[0][0]][1:]]
+
     def _convert(self, name: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """What a converter makes of its tensors."""
         converter, sources = self._converted[name]

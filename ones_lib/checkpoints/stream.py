@@ -73,7 +73,8 @@ class LazyModel:
                 if (buffer := module._buffers[name]) is not None:
                     module._buffers[name] = torch.empty_like(buffer, device=self.device)
             module._is_hf_initialized = False
-        self.model.initialize_weights()
+        with torch.random.fork_rng():
+            self.model.initialize_weights()
 
     def _load(self, block: str) -> None:
         for name in self._names.get(block, []):
@@ -198,7 +199,7 @@ def run_blocks(stream: BlockStream, folder: Path, count: int, description: str, 
     """Run the first ``count`` blocks on all slices, one block after the other. An interrupted run goes on at its block.
 
     Args:
-        folder: of the work; what is in the way of nothing else.
+        folder: of the work; nothing else may be in it.
         see: called with a block's name and a slice's number, makes the context in which the block runs.
 
     Returns:

@@ -25,10 +25,10 @@ from ones_lib.calibration import LayerActivations
 from ones_lib.checkpoints.activations import split_tokens, store_activations, stored_activations
 from ones_lib.checkpoints.card import model_card
 from ones_lib.checkpoints.plan import Block, TwinPlan
+from ones_lib.checkpoints.quantised import Dequantised
 from ones_lib.checkpoints.reconstruction import Reconstruction
 from ones_lib.checkpoints.shards import INDEX, Shards
-from ones_lib.checkpoints.stored import StoredModel
-from ones_lib.checkpoints.stream import BlockStream, run_blocks
+from ones_lib.checkpoints.stream import BlockStream, LazyModel, run_blocks
 from ones_lib.checkpoints.text import block_length
 from ones_lib.data.files import file_stamps, remove_unfinished, save_tensors, write_text
 from ones_lib.ffn import FeedForwardWeights, concatenate
@@ -147,14 +147,14 @@ class Work:
     def gather_layer(self, block: Block) -> tuple[FeedForwardWeights, dict]:
         """The network that replaces a block's MoE layer, and the layer's row."""
         plan = self.plan
-        seen = stored_activations(self.activations, block.experts, plan.activation)
+        seen = stored_activations(self.activations, block.experts, plan.activation(block))
         text = seen is not None and self.arguments["calibration"] is not None
         gate_sum, gates = plan.architecture.gates[block.experts].total, "architecture"
         if gate_sum is None:
             gate_sum, gates = seen.gate_sum(), "calibration" if text else "random tokens"
         experts = plan.experts(block)
         if text and self.arguments["method"] == "expert_selection":
-            seen = replace(seen, probabilities=self._probabilities(block, seen.inputs))
+            seen = replace(seen, probabilities=plan.probabilities(block, seen.inputs))
         given, held_out = split_tokens(seen) if text else (None, None)
         routed = self._gather(block.ffn, experts, given, gate_sum)
         error = held_out.squared_error(routed) ** 0.5 if text else float("nan")
@@ -165,13 +165,6 @@ class Work:
             row["frequency"] = seen.expert_frequencies().tolist()
             row["mean_gate"] = seen.gates.mean(dim=0).tolist()
         return ffn.widened(plan.width), row
-
-    def _probabilities(self, block: Block, inputs: Tensor) -> Tensor:
-        """The router's probabilities of all experts [N, E]."""
-        weight, bias = (None if t is None else t.float() for t in self.plan.router(block))
-        logits = F.linear(inputs, weight, bias)
-        sigmoid = self.plan.architecture.gates[block.experts].sigmoid
-        return logits.sigmoid() if sigmoid else logits.softmax(dim=-1)
 
     def _gather(
         self, layer: str, experts: list[FeedForwardWeights], given: LayerActivations | None, gate_sum: float
@@ -217,8 +210,8 @@ class Work:
     def perplexities(self, ids: Tensor) -> dict[str, float]:
         """Of the MoE and of the twin on blocks [n, L]."""
         found = {}
-        if self.plan.architecture.streams and not fits_memory(self.plan.shards):
-            found["MoE"] = streamed_perplexity(self.plan.stored, ids, self.folder / "check")
+        if isinstance(self.plan.shards, Dequantised) or not fits_memory(self.plan.shards):
+            found["MoE"] = perplexity_by_block(self.plan, ids, self.folder / "check")
         folders = {"MoE": self.plan.shards.path, "dense": self.model}
         rest = {name: folder for name, folder in folders.items() if name not in found}
         return found | perplexities(rest, ids, self.folder / "offload")
@@ -268,12 +261,16 @@ def fits_memory(shards: Shards) -> bool:
     return size < psutil.virtual_memory().available / 2
 
 
-def streamed_perplexity(stored: StoredModel, ids: Tensor, folder: Path) -> float:
-    """:func:`ones_lib.models.causal.perplexity` of a model that runs block by block from its files, with one block in memory."""
-    stream = BlockStream(stored, ids.long().split(4))
+def perplexity_by_block(plan: TwinPlan, ids: Tensor, folder: Path) -> float:
+    """:func:`ones_lib.models.causal.perplexity` of an MoE that runs block by block from its files, with one block in memory."""
+    batches = ids.long().split(4)
+    if not plan.architecture.streams:
+        with LazyModel(plan.stored).whole() as model:
+            return perplexity(model, ids)
+    stream = BlockStream(plan.stored, batches)
     hidden = run_blocks(stream, folder, len(stream.blocks), "perplexity")
     losses = []
-    for number, batch in enumerate(stream.ids):
+    for number, batch in enumerate(batches):
         logits = stream.logits(number, hidden.read(number)["hidden"])
         losses.append(token_losses(logits, batch.to(logits.device)))
     shutil.rmtree(folder)

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
 from ones_lib.calibration import Activation, LayerActivations
@@ -53,7 +54,7 @@ def new_model(config: PreTrainedConfig, **options) -> PreTrainedModel:
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A model without weights, on the device ``meta``, in eval mode."""
-    with torch.device("meta"):
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return new_model(config).eval()
 
 
@@ -70,7 +71,10 @@ def load_language_model(folder: str | Path, **options) -> PreTrainedModel:
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     quantization = getattr(config, "quantization_config", None) or {}
-    if quantization.get("quant_method") in ("fp8", "mxfp4"):  # else on a GPU its activations would be quantised too
+    method = quantization.get("quant_method")
+    if quantization and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise ValueError(f"{folder}: expected weights that transformers can dequantise, found quant_method {method!r}")
+    if method in ("fp8", "mxfp8", "mxfp4"):  # else on a GPU its activations would be quantised too
         quantization["dequantize"] = True
     options = {"dtype": "auto", "use_safetensors": True, **options}
     return model_class(config).from_pretrained(folder, config=config, **options).eval()
