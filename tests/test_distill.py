@@ -160,9 +160,9 @@ def test_an_interrupted_distillation_goes_on_to_the_same_weights(place, whole, t
 
 
 def test_a_teacher_that_does_not_fit_is_placed_elsewhere(place, whole, tmp_path, monkeypatch):
-    loaded, real = [], module.load_language_model
+    loaded, real = [], module.load_checkpoint
     monkeypatch.setattr(module, "get_max_memory", lambda: {"cpu": 60_000, "disk": 10**9})
-    monkeypatch.setattr(module, "load_language_model", lambda *a, **o: loaded.append(real(*a, **o)) or loaded[-1])
+    monkeypatch.setattr(module, "load_checkpoint", lambda *a, **o: loaded.append(real(*a, **o)) or loaded[-1])
     run(place, tmp_path / "out", device_batch=2)
     assert any(parameter.is_meta for parameter in loaded[1].parameters())
     same(tmp_path / "out", whole[1], atol=1e-4, rtol=1e-3)

@@ -11,13 +11,16 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+from accelerate import dispatch_model, infer_auto_device_map
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.logging import tqdm
 
+from ones_lib.checkpoints.quantised import Dequantised, readable
+from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stored import StoredModel
 from ones_lib.data.files import opened, save_tensors
-from ones_lib.models.causal import block_of
+from ones_lib.models.causal import block_of, empty_model, load_language_model
 
 TOKENS_A_SLICE = 4096  # tokens that go through a block at a time
 LEAST_SLICES = 8
@@ -50,11 +53,12 @@ class LazyModel:
 
     Args:
         stored: the checkpoint, with an empty model.
+        device: of the weights. None: the GPU, if there is one.
     """
 
-    def __init__(self, stored: StoredModel) -> None:
+    def __init__(self, stored: StoredModel, device: torch.device | None = None) -> None:
         self.stored, self.model = stored, deepcopy(stored.model)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._float32 = self.model._get_dtype_plan(self.dtype)
         self._names: dict[str, list[str]] = {}  # of the tensors, by block
         for name in self.model.state_dict():
@@ -122,6 +126,31 @@ class LazyModel:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def all(self) -> PreTrainedModel:
+        """The model with all of its weights."""
+        for name in self._names:
+            self._load(name)
+        return self.model
+
+
+def load_checkpoint(folder: Path, **options) -> PreTrainedModel:
+    """:func:`ones_lib.models.causal.load_language_model`; a quantised model is dequantised as everywhere here, into memory.
+
+    Transformers' own dequantisation refuses blocks that don't divide a matrix, which DeepSeek-V3 has. Of ``options``, such a
+    model takes ``device_map`` and what goes with it.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    shards = readable(Shards(folder), config)
+    if not isinstance(shards, Dequantised):
+        return load_language_model(folder, **options)
+    del config.quantization_config
+    config.dtype = config.dtype or torch.bfloat16
+    model = LazyModel(StoredModel(shards, empty_model(config), ()), torch.device("cpu")).all()
+    if torch.cuda.is_available() and "device_map" in options:
+        places = infer_auto_device_map(model, options.get("max_memory"), model._no_split_modules)
+        model = dispatch_model(model, places, offload_dir=options.get("offload_folder"))
+    return model
 
 
 class BlockStream:

@@ -28,13 +28,13 @@ from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.quantised import Dequantised
 from ones_lib.checkpoints.reconstruction import Reconstruction
 from ones_lib.checkpoints.shards import INDEX, Shards
-from ones_lib.checkpoints.stream import BlockStream, LazyModel, run_blocks
+from ones_lib.checkpoints.stream import BlockStream, LazyModel, load_checkpoint, run_blocks
 from ones_lib.checkpoints.text import block_length
 from ones_lib.data.files import file_stamps, remove_unfinished, save_tensors, write_text
 from ones_lib.ffn import FeedForwardWeights, concatenate
 from ones_lib.gathering.registry import gather_precisely, options_of
 from ones_lib.gathering.scale import scaled_output
-from ones_lib.models.causal import load_language_model, perplexity, text_config, token_losses
+from ones_lib.models.causal import perplexity, text_config, token_losses
 
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # tokenizer and generation files; never code
 
@@ -281,7 +281,7 @@ def perplexities(folders: Mapping[str, Path], ids: Tensor, offload: Path) -> dic
     """Of the models in ``folders``, by name, on blocks [n, L]. ``offload`` is a folder for what memory can't hold."""
     found = {}
     for name, folder in folders.items():
-        model = load_language_model(folder, device_map="auto", offload_folder=offload)
+        model = load_checkpoint(folder, device_map="auto", offload_folder=offload)
         found[name] = perplexity(model, ids)
         del model
         shutil.rmtree(offload, ignore_errors=True)

@@ -30,6 +30,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from ones_lib.checkpoints.convert import described, local_folder, named, only_one, read_config
 from ones_lib.checkpoints.shards import Shards
+from ones_lib.checkpoints.stream import load_checkpoint
 from ones_lib.checkpoints.text import block_length, text_blocks, token_count
 from ones_lib.checkpoints.work import copy_files, perplexities
 from ones_lib.data.files import file_stamps, is_free, model_tensors, remove_unfinished, write_text
@@ -233,14 +234,14 @@ class _Work:
         """Student and teacher, for passes of ``tokens``."""
         student = LanguageModel(load_language_model(self.dense, dtype=torch.float32))
         if world_size() > 1:
-            return student, LanguageModel(load_language_model(self.moe))
+            return student, LanguageModel(load_checkpoint(self.moe))
         # Weights, the guard's copy, gradients and two moments; logits of three models and what the loss makes of them.
         needed = 20 * sum(p.numel() for p in student.parameters()) + 32 * tokens * student.model.config.vocab_size
         memory = get_max_memory()
         first = next(iter(memory))
         memory[first] = max(0, memory[first] - needed)
         placed = {"device_map": "auto", "max_memory": memory, "offload_folder": self.offload}
-        return student, LanguageModel(load_language_model(self.moe, **placed))
+        return student, LanguageModel(load_checkpoint(self.moe, **placed))
 
     def write(self, weights: Mapping[str, Tensor], history: pd.DataFrame) -> None:
         """Write the model, with the other files of ``dense``, and the course of the training."""
