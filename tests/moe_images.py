@@ -18,6 +18,7 @@ _IMAGES = {
     "inkling2": ((4, 4, 4, 3), 4, {"image_grid_thw": [[1, 2, 2]]}),  # patches come merged
     "inkling2_loop": ((4, 4, 4, 3), 4, {"image_grid_thw": [[1, 2, 2]]}),
     "kimi_k25": ((16, 3, 2, 2), 4, _GRID),
+    "llama4": ((1, 3, 8, 8), 4, {}),
     "minimax_m3_vl": ((16, 3 * 2 * 2 * 2), 4, _GRID),
     "mistral_large4": ((1, 3, 8, 8), 4, {"image_sizes": [[8, 8]]}),
     "muse_spark": ((16, 3 * 2 * 2 * 2), 4, _GRID),

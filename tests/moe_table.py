@@ -26,9 +26,10 @@ def row(kind):
     experts = "itself, one expert" if count == 1 else "itself, a few experts, all chosen"
     methods = "of weights alone" if architecture.normed else "all" if architecture.streams else "all, no reconstruction"
     total = gates(architecture, config)
-    exact = {"measured": "but for a measured sum"}.get(
-        total, "yes" if "measured" not in total else "yes, where not measured"
-    )
+    if architecture.input_gates:
+        total = "measured, at the inputs"
+    exact = "yes, where not measured" if " or measured" in total else "but for a measured sum"
+    exact = exact if "measured" in total else "yes"
     return TYPES[kind]["models"], becomes.get(architecture.kind, experts), total, exact, methods
 
 

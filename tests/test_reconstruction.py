@@ -19,7 +19,7 @@ from ones_lib.checkpoints.stream import Slices
 from ones_lib.models.causal import load_language_model, watched_experts
 
 KINDS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "deepseek_v3", "glm4_moe", "granitemoe", "gpt_oss"]
-KINDS += ["qwen3_5_moe", "nemotron_h", "step3p7", "lfm2_moe"]
+KINDS += ["qwen3_5_moe", "nemotron_h", "step3p7", "lfm2_moe", "llama4_text"]
 IDS = torch.randint(3, 64, (192, 16), generator=torch.Generator().manual_seed(1))
 
 

@@ -22,26 +22,33 @@ from transformers import PreTrainedConfig as Config
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from ones_lib.checkpoints.layers import LINEAR, Gates, computes, ffn_parts, gates_of, router_fill
-from ones_lib.models.causal import activation_of, block_of, empty_model, experts_modules, text_config
+from ones_lib.models.causal import (
+    activation_of,
+    block_of,
+    empty_model,
+    experts_modules,
+    has_input_gates,
+    text_config,
+)
 
 DENSE_CLASS, DENSE_LAYERS, ONE_EXPERT = "dense class", "dense layers", "one expert"
 
 # Names in configs: of the number of experts, of experts a token, of widths, of groups of experts.
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-_WIDTHS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "intermediate_size_mlp", "d_ff")
-_GROUPS = ("n_group", "topk_group", "num_expert_group")
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+_GROUPS = ("n_group", "topk_group")
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
-_ROUND = 8
+_TRIAL = 72  # a width that no published model has
+_ROUND = 8  # hidden units of an expert are a multiple of this
 # Values that make every layer of n dense.
 _ALL_DENSE: list[Callable[[int], dict]] = [
     lambda n: {"mlp_layer_types": ["dense"] * n},
     lambda n: {"first_k_dense_replace": n},
     lambda n: {"num_dense_layers": n},
     lambda n: {"mlp_only_layers": list(range(n))},
-    lambda n: {"moe_layers": []},
     lambda n: {"expert_layer_period": n + 1, "expert_layer_offset": n},
-    lambda n: {"moe_layer_start_index": n, "moe_layer_end_index": n},
+    lambda n: {"moe_layers": []},
 ]
 
 
@@ -124,10 +131,6 @@ SPECIAL: dict[str, Special] = {
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
         ("vitpose", "vitpose_backbone"), "its experts are one for each data set, chosen by the user: there is no router"
-    ),
-    **dict.fromkeys(
-        ("llama4", "llama4_text"),
-        "its gates multiply the experts' inputs, so that an expert's output is not a constant times what a dense network gives",
     ),
     **dict.fromkeys(
         ("inkling_mm_model", "inkling_text"),
@@ -232,6 +235,11 @@ class Architecture:
         return self.special.streams and not self.config.is_encoder_decoder
 
     @property
+    def input_gates(self) -> bool:
+        """Whether gates multiply the experts' inputs. Then the twin has their mean there, which is not exact."""
+        return has_input_gates(self.experts[self.name])
+
+    @property
     def normed(self) -> bool:
         """Whether each expert's output is normed, so that it is not what its weights alone compute."""
         return getattr(self.experts[self.name], "has_post_expert_norm", False)
@@ -247,6 +255,8 @@ class Architecture:
         Raises:
             ValueError: the layer can't be run by itself.
         """
+        if self.input_gates:
+            return Gates(None, (), getattr(text_config(self.config), self._canonical(_CHOSEN)), 1.0, "")
         key = blank, tuple(_settings(module) for module in model.get_submodule(self.site(experts)).modules())
         if key not in self._known:
             try:
@@ -265,20 +275,20 @@ class Architecture:
             return DENSE_CLASS, self.special.changes(text_config(self.config)), "intermediate_size"
         text = text_config(self.config)
         values, count = text.to_dict(), text.num_hidden_layers
-        if self._joinable():
-            for changes in (make(count) for make in _ALL_DENSE):
-                if changes.keys() <= values.keys() and (width := self._dense_width(changes)):
-                    return DENSE_LAYERS, changes, width
+        width = "intermediate_size_mlp" if "intermediate_size_mlp" in values else "intermediate_size"
+        for changes in (make(count) for make in _ALL_DENSE):
+            if changes.keys() <= values.keys() and self._joinable() and self._are_dense(changes, width):
+                return DENSE_LAYERS, changes, width
         for count in (1, 2):
             changes = {self._canonical(_COUNTS): count, self._canonical(_CHOSEN): count}
             changes |= {name: 1 for name in _GROUPS if values.get(name) is not None}
             for width in (name for name in _WIDTHS if name in values):
-                if (twin := self._changed(changes | {width: 7})) is None:
+                if (twin := self._changed(changes | {width: _TRIAL})) is None:
                     continue
-                fits = all(_width_of(twin.get_submodule(name)) == 7 for name in self.experts)
+                fits = all(_width_of(twin.get_submodule(name)) == _TRIAL for name in self.experts)
                 if fits and all(self._constant(twin, name) for name in self.experts):
                     self._least = count
-                    self._tie_shared(twin, changes | {width: 7})
+                    self._tie_shared(twin, changes | {width: _TRIAL})
                     return ONE_EXPERT, changes, width
         raise ValueError(
             f"{self.source}: no dense twin for this {self.config.model_type}: its layers can't be dense, nor have one expert, or"
@@ -336,27 +346,18 @@ class Architecture:
                 return False
         return True
 
-    def _dense_width(self, changes: dict) -> str:
-        """The name of the width of dense layers, if ``changes`` make the layers dense ones that can take an expert's place."""
-        for width in ("intermediate_size", "intermediate_size_mlp", "d_ff"):
-            if width not in text_config(self.config).to_dict():
-                continue
-            twin = self._changed(changes | {width: 8 * 9})
-            if twin is None or self.experts.keys() & experts_modules(twin).keys():
-                return ""
-            places = [self.site(name) for name in self.experts]
-            sites = [twin.get_submodule(place) for place in places]
-            outside = [
-                [name for name in model.state_dict() if not name.startswith(tuple(f"{place}." for place in places))]
-                for model in (self.model, twin)
-            ]
-            activations = [activation_of(module) for module in self.experts.values()]
-            if outside[0] == outside[1] and all(
-                _width_of(site) == 8 * 9 and computes(site, activation)
-                for site, activation in zip(sites, activations, strict=True)
-            ):
-                return width
-        return ""
+    def _are_dense(self, changes: dict, width: str) -> bool:
+        """Whether ``changes`` make the MoE layers dense ones that compute what an expert does, and nothing else another."""
+        twin = self._changed(changes | {width: _TRIAL})
+        if twin is None or self.experts.keys() & experts_modules(twin).keys():
+            return False
+        sites = {self.site(name): activation_of(module) for name, module in self.experts.items()}
+        inside = tuple(f"{site}." for site in sites)
+        outside = [[name for name in model.state_dict() if not name.startswith(inside)] for model in (self.model, twin)]
+        networks = {twin.get_submodule(site): activation for site, activation in sites.items()}
+        return outside[0] == outside[1] and all(
+            _width_of(network) == _TRIAL and computes(network, activation) for network, activation in networks.items()
+        )
 
     def _canonical(self, names: tuple[str, ...]) -> str:
         """The first of the names that the config has, as it is stored."""

@@ -46,7 +46,10 @@ class Layout:
     @classmethod
     def of(cls, experts: nn.Module) -> Layout:
         """That of a module of experts."""
-        return cls(getattr(experts, "is_transposed", False), not getattr(experts, "is_concatenated", True))
+        transposed = getattr(experts, "is_transposed", None)
+        if transposed is None and hasattr(experts, "gate_up_proj"):
+            transposed = experts.gate_up_proj.shape[2] == 2 * experts.down_proj.shape[1]
+        return cls(bool(transposed), not getattr(experts, "is_concatenated", True))
 
     def part(self, name: str, stored: Tensor) -> Tensor:
         """``gate`` or ``up``, or its bias, out of the tensor that holds both; of ``down`` all of it."""

@@ -298,7 +298,7 @@ class Reconstruction:
         noise = torch.randn(found["outputs"].shape, generator=torch.Generator().manual_seed(0)).to(found["outputs"])
         noise = noise * found["outputs"].float().std()
         for output in (noise, torch.zeros_like(noise)):
-            with replaced(site, lambda x, output=output: output.view_as(x)):
+            with replaced(site, lambda x, output=output: output.view_as(x), found["rest"]):
                 outputs.append(stream.run(i, 0, hidden).flatten(0, -2).float())
         added, noise = outputs[0] - outputs[1], noise.float()
         scale = float((added * noise).sum() / noise.square().sum())
@@ -343,7 +343,7 @@ class Reconstruction:
                 after = stream.run(i, number, hidden["teacher"])
             if not self.student_inputs:
                 return {"inputs": found["inputs"], "targets": found["outputs"], "after": after}
-            with replaced(site, torch.zeros_like), watched(site) as found:
+            with replaced(site, torch.zeros_like, found["rest"]), watched(site) as found:
                 without = stream.run(i, number, hidden.get("student", hidden["teacher"]))
             targets = (after - without).flatten(0, -2) / scale
             scales = torch.tensor([scale])

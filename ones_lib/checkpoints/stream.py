@@ -268,13 +268,15 @@ def equal_slices(ids: Tensor) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def watched(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While it is open, the dictionary has ``inputs`` and ``outputs`` of the module's last call, [N, d]."""
-    found: dict[str, Tensor] = {}
+def watched(module: nn.Module) -> Iterator[dict]:
+    """While it is open, the dictionary has ``inputs`` and ``outputs`` of the module's last call, [N, d], and the ``rest`` of what
+    it returned, a tuple."""
+    found: dict = {}
 
-    def see(module: nn.Module, inputs: tuple, arguments: dict, output: Tensor) -> None:
+    def see(module: nn.Module, inputs: tuple, arguments: dict, output: Tensor | tuple) -> None:
         x = inputs[0] if inputs else arguments["hidden_states"]
-        found.update(inputs=x.flatten(0, -2), outputs=output.flatten(0, -2))
+        output, *rest = output if isinstance(output, tuple) else (output,)
+        found.update(inputs=x.flatten(0, -2), outputs=output.flatten(0, -2), rest=tuple(rest))
 
     hook = module.register_forward_hook(see, with_kwargs=True)
     try:
@@ -283,9 +285,13 @@ def watched(module: nn.Module) -> Iterator[dict[str, Tensor]]:
         hook.remove()
 
 
-def replaced(module: nn.Module, function: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-    """While it is open, the module computes ``function`` of its first argument."""
-    return _replaced(module, lambda x, *_, **__: function(x))
+def replaced(module: nn.Module, function: Callable[[Tensor], Tensor], rest: tuple = ()) -> AbstractContextManager[None]:
+    """While it is open, the module computes ``function`` of its first argument, and returns it with the ``rest``, if any."""
+
+    def forward(x: Tensor, *_: object, **__: object) -> Tensor | tuple:
+        return (function(x), *rest) if rest else function(x)
+
+    return _replaced(module, forward)
 
 
 @contextmanager

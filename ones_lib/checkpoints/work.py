@@ -184,7 +184,12 @@ class Work:
             ffn = gather_precisely(experts, method, given, self.plan.d_ff, **options)
         except ValueError as error:
             raise ValueError(f"{self.plan.shards.path}: {layer}: {error}") from error
-        return scaled_output(ffn, gate_sum) if given is None else ffn
+        if given is not None:
+            return ffn
+        if self.plan.architecture.input_gates:  # as many experts add up, of inputs times the mean gate
+            count = self.plan.experts_a_token
+            return scaled_output(ffn.times(dict.fromkeys(("up", "gate"), gate_sum / count)), count)
+        return scaled_output(ffn, gate_sum)
 
     def _with_shared(
         self, block: Block, routed: FeedForwardWeights, seen: LayerActivations | None

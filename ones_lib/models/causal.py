@@ -150,6 +150,11 @@ def activation_of(experts: nn.Module) -> Activation:
     return GatedActivation(gated)
 
 
+def has_input_gates(experts: nn.Module) -> bool:
+    """Whether gates multiply the inputs of a module of experts, not their outputs, as Llama 4's do."""
+    return len(signature(experts.forward).parameters) == 1
+
+
 def gates_by_expert(chosen: Tensor, weights: Tensor, num_experts: int) -> Tensor:
     """Gates [N, E] of what experts are called with: the indices of the chosen [N, k] and their gates [N, k]."""
     if chosen.ndim == 3:  # Switch: one-hot [N, 1, E], zero for tokens beyond the capacity
@@ -165,18 +170,31 @@ def watched_experts(model: nn.Module, see: Callable[[str, LayerActivations], Non
     their output by. ``experts`` is the name of their module, such as ``model.layers.3.mlp.experts``.
     """
 
-    def hook(experts: str, activation: Activation) -> Callable:
+    routed: dict[
+        str, tuple[Tensor, Tensor]
+    ] = {}  # of experts with gates at their inputs: the layer's inputs, and gates [N, E]
+
+    def see_router(experts: str) -> Callable:
+        return lambda module, inputs, output: routed.update({experts: (inputs[0], output[0])})
+
+    def see_experts(experts: str, activation: Activation) -> Callable:
         def see_layer(module: nn.Module, inputs: tuple, kwargs: dict, output: Tensor) -> None:
-            x, chosen, weights = (*inputs, *kwargs.values())
-            gates = gates_by_expert(chosen, weights, module.num_experts)
+            if experts in routed:
+                x, gates = routed.pop(experts)
+                output = output.view(module.num_experts, *x.shape).sum(dim=0)
+            else:
+                x, chosen, weights = (*inputs, *kwargs.values())
+                gates = gates_by_expert(chosen, weights, module.num_experts)
             see(experts, LayerActivations(*(t.detach() for t in (x, gates.to(x), output)), activation))
 
         return see_layer
 
-    hooks = [
-        module.register_forward_hook(hook(name, activation_of(module)), with_kwargs=True)
-        for name, module in experts_modules(model).items()
-    ]
+    hooks = []
+    for name, module in experts_modules(model).items():
+        hooks.append(module.register_forward_hook(see_experts(name, activation_of(module)), with_kwargs=True))
+        if has_input_gates(module):
+            router = model.get_submodule(f"{name.removesuffix('experts')}router")
+            hooks.append(router.register_forward_hook(see_router(name)))
     try:
         yield
     finally:
