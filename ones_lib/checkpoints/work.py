@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from math import prod
@@ -155,9 +156,7 @@ class Work:
         experts = plan.experts(block)
         if text and self.arguments["method"] == "expert_selection":
             seen = replace(seen, probabilities=plan.probabilities(block, seen.inputs))
-        given, held_out = split_tokens(seen) if text else (None, None)
-        routed = self._gather(block.ffn, experts, given, gate_sum)
-        error = held_out.squared_error(routed) ** 0.5 if text else float("nan")
+        routed, error = self._gather_measured(block, experts, seen if text else None, gate_sum)
         ffn = self._with_shared(block, scaled_output(routed, plan.factor(block)), seen)
         row = {"layer": block.ffn, "experts": len(experts), "d_ff": routed.d_ff, "shared": ffn.d_ff - routed.d_ff}
         row |= {"width": plan.width, "gate_sum": gate_sum, "gates": gates, "output_error": error}
@@ -165,6 +164,25 @@ class Work:
             row["frequency"] = seen.expert_frequencies().tolist()
             row["mean_gate"] = seen.gates.mean(dim=0).tolist()
         return ffn.widened(plan.width), row
+
+    def _gather_measured(
+        self, block: Block, experts: list[FeedForwardWeights], seen: LayerActivations | None, gate_sum: float
+    ) -> tuple[FeedForwardWeights, float]:
+        """The routed experts gathered, and the relative error on tokens that the method did not see; with data on the GPU, if there
+        is one with room for a layer."""
+        if seen is None:
+            return self._gather(block.ffn, experts, None, gate_sum), float("nan")
+
+        def on(device: str) -> tuple[FeedForwardWeights, float]:
+            given, held_out = split_tokens(seen.map(lambda t: t.to(device)))
+            moved = [expert.map(lambda t: t.to(device)) for expert in experts]
+            routed = self._gather(block.ffn, moved, given, gate_sum)
+            return routed.map(torch.Tensor.cpu), held_out.squared_error(routed) ** 0.5
+
+        if torch.cuda.is_available():
+            with suppress(torch.OutOfMemoryError):
+                return on("cuda")
+        return on("cpu")
 
     def _gather(
         self, layer: str, experts: list[FeedForwardWeights], given: LayerActivations | None, gate_sum: float
