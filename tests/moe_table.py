@@ -28,7 +28,7 @@ def row(kind):
     total = gates(architecture, config)
     if architecture.input_gates:
         total = "measured, at the inputs"
-    exact = "yes, where not measured" if " or measured" in total else "but for a measured sum"
+    exact = "yes, unless measured" if " or measured" in total else "no: gates are averaged"
     exact = exact if "measured" in total else "yes"
     return TYPES[kind]["models"], becomes.get(architecture.kind, experts), total, exact, methods
 
@@ -54,7 +54,7 @@ def table():
     """The rows as Markdown. A type that is the text part of another, and alike, has no row of its own."""
     rows = {kind: row(kind) for kind in CONFIGS}
     lines = [
-        "| type | models | becomes | its gates sum to | exact | methods |",
+        "| type | models | becomes | sum of gates | exact | methods |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for kind, cells in rows.items():

@@ -447,7 +447,7 @@ def compressed(*weights, **other):
 )
 def test_what_is_not_supported_is_refused_by_name(quantization, found, tmp_path):
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    message = f"{tmp_path}: expected weights that are not quantised, or quantised to FP8 or MXFP4 by one of"
+    message = f"{tmp_path}: expected weights in full precision, FP8, MXFP8 or MXFP4 by one of"
     with pytest.raises(ValueError, match=f"{re.escape(message)}.* found .*{re.escape(found)}"):
         Dequantised(Shards(tmp_path), quantization)
 
@@ -465,12 +465,12 @@ B, X = numbers(2, 4, 3, 16, dtype=torch.uint8), scales(2, 4, 3, dtype=torch.uint
             r"a\.weight: expected one tensor of scales .*found \{",
         ),
         ({"a.weight": W, "a.weight_scale": S.to(FP8)}, r"a\.weight: expected one tensor of scales .* 'F8_E4M3'"),
-        ({"a.weight": W.to(torch.bfloat16), "a.weight_scale_inv": S}, r"a\.weight_scale_inv: expected a tensor in FP8"),
-        ({"a.weight_scale": S}, r"a\.weight_scale: expected a tensor in FP8 or MXFP4 .*found F32 \[3, 2\] alone"),
-        ({"a.weight": W, "a.weight_scale": S, "a.weight_scale_2": S}, r"a\.weight_scale_2: expected a tensor in FP8"),
+        ({"a.weight": W.to(torch.bfloat16), "a.weight_scale_inv": S}, r"a\.weight_scale_inv: expected the quantised tensor"),
+        ({"a.weight_scale": S}, r"a\.weight_scale: expected the quantised tensor that it belongs to, found F32 \[3, 2\] alone"),
+        ({"a.weight": W, "a.weight_scale": S, "a.weight_scale_2": S}, r"a\.weight_scale_2: expected the quantised tensor"),
         (
             {"a.weight": W.view(torch.uint8), "a.weight_scale": S},
-            r"a\.weight: expected a tensor .*found U8 \[48, 32\] alone",
+            r"a\.weight: expected the quantised tensor .*found U8 \[48, 32\] alone",
         ),
         ({"a.weight": W, "a.weight_scale": scales(3, 3)}, r"a\.weight_scale: expected .*\[3, 2\].*, found \[3, 3\]"),
         ({"a.weight": W, "a.weight_scale": scales(32)}, r"a\.weight_scale: expected .*found \[32\]"),
@@ -485,13 +485,13 @@ B, X = numbers(2, 4, 3, 16, dtype=torch.uint8), scales(2, 4, 3, dtype=torch.uint
             r"a\.weight: expected a matrix or a stack of them, found \[0, 32\]",
         ),
         ({"a_blocks": B}, r"a_blocks: expected one tensor of scales for this one of U8, of \['a_scales'\].*found none"),
-        ({"a_scales": X}, r"a_scales: expected a tensor in FP8 or MXFP4 .*found U8 \[2, 4, 3\] alone"),
+        ({"a_scales": X}, r"a_scales: expected the quantised tensor that it belongs to, found U8 \[2, 4, 3\] alone"),
         (
             {"a_blocks": B[0], "a_scales": X[0]},
             r"a_blocks: expected blocks \[E, rows, groups, 16\], found \[4, 3, 16\]",
         ),
         ({"a_blocks": B, "a_scales": X[:, :3]}, r"a_scales: expected .*\[2, 4, 3\].*found \[2, 3, 3\]"),
-        ({"a_blocks": B, "a_scales": X, "a": S}, r"a: expected a tensor in FP8 .*found F32 \[3, 2\] alone"),
+        ({"a_blocks": B, "a_scales": X, "a": S}, r"a: expected the quantised tensor .*found F32 \[3, 2\] alone"),
     ],
 )
 def test_tensors_that_do_not_belong_together(tensors, message, stored, tmp_path):

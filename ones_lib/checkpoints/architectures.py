@@ -2,7 +2,7 @@
 
 Nearly all of it is derived from a type's configuration and an empty model: where the experts are, which configuration makes all
 layers dense or leaves one expert, what is joined and what is copied. The tables here hold what can't be: dense classes to prefer,
-refusals, and names that people know.
+refusals, and config keys.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class Architecture:
         if kind in REFUSED:
             raise ValueError(f"{source}: {kind} has no dense twin: {REFUSED[kind]}")
         if approximate and self.special.approximation is None:
-            raise ValueError(f"approximate: expected False for {kind}, whose twin is exact")
+            raise ValueError(f"approximate: expected False for {kind}, which has no approximation")
         self.special = self.special.approximation if approximate else self.special
         if reason := self.special.refuse(config):
             raise ValueError(f"{source}: no dense twin for this {kind}: {reason}")
@@ -222,7 +222,7 @@ class Architecture:
         return experts.rpartition(".")[0]
 
     def shared(self, experts: str) -> str:
-        """The shared experts that every token of a layer passes through, if they are all there is beside router and experts."""
+        """Module of the shared experts that every token of a layer passes through; empty if none or several."""
         if self.special.shared:
             return f"{block_of(experts)}.{self.special.shared}"
         site = self.model.get_submodule(self.site(experts))
@@ -291,8 +291,8 @@ class Architecture:
                     self._tie_shared(twin, changes | {width: _TRIAL})
                     return ONE_EXPERT, changes, width
         raise ValueError(
-            f"{self.source}: no dense twin for this {self.config.model_type}: its layers can't be dense, nor have one expert, or"
-            " two that are always chosen, with constant gates"
+            f"{self.source}: no dense twin for this {self.config.model_type}: no config makes its layers dense, or leaves"
+            " one or two experts with constant gates"
         )
 
     def _constant(self, twin: PreTrainedModel, experts: str) -> bool:
@@ -320,8 +320,8 @@ class Architecture:
     def spread(self, width: int) -> tuple[int, int]:
         """Number of experts in a twin of the kind one expert, and hidden units of each: ``width`` in all, or a few more.
 
-        The grouped matrix products of torch want rows of 16 bytes, so of 8 units. Where the width of shared experts is a multiple
-        of an expert's, so that it limits the choice: as few experts as a tenth more units allow.
+        The grouped matrix products of torch want rows of 16 bytes, so of 8 units. Where the shared experts' width must be a
+        multiple of an expert's, it takes the fewest experts with at most a tenth more units, if any.
         """
         if not self._shared_width:
             return self._least, _ROUND * -(-width // (_ROUND * self._least))
@@ -347,7 +347,7 @@ class Architecture:
         return True
 
     def _are_dense(self, changes: dict, width: str) -> bool:
-        """Whether ``changes`` make the MoE layers dense ones that compute what an expert does, and nothing else another."""
+        """Whether ``changes`` make MoE layers dense, computing what an expert does, and change nothing else."""
         twin = self._changed(changes | {width: _TRIAL})
         if twin is None or self.experts.keys() & experts_modules(twin).keys():
             return False
@@ -428,7 +428,7 @@ class Architecture:
         return f"{name}.".replace(f".{new}.", f".{old}.")[:-1] if new and self.kind == DENSE_CLASS else name
 
     def factor(self, twin: PreTrainedModel, experts: str) -> float:
-        """What a gathered network's output has to be multiplied by in the twin, beside the sum of its gates there.
+        """What a gathered network's output is multiplied by in the twin, besides the MoE's sum of gates.
 
         That is what the MoE layer multiplies its experts' output by, and the twin's, if it has experts, does not.
         """

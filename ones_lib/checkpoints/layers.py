@@ -74,7 +74,8 @@ class Gates:
         chosen: number of experts a token.
         factor: mean size of the layer's output where its experts' is one. Without norms or projections around them, it is what
             their output is multiplied by.
-        scores: ``"softmax"`` or ``"sigmoid"``, the function of a linear router's logits that gates are in the ratio of; else empty.
+        scores: ``"softmax"`` or ``"sigmoid"``, if gates are proportional to that function of a linear router's logits; else
+            empty.
     """
 
     total: float | None
@@ -85,7 +86,7 @@ class Gates:
 
 
 class _Stub(nn.Module):
-    """Stands for the routed experts: returns ones, and notes the sum of each token's gates."""
+    """Stands for the routed experts: returns ones, and notes each token's gates."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -195,15 +196,6 @@ def _run(layer: nn.Module, x: Tensor, stub: _Stub) -> Tensor:
 
 def _generator(name: str, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(crc32(f"{name} {seed}".encode()))
-
-
-def _is_sigmoid(logits: Tensor, weights: Tensor) -> bool:
-    """Whether gates are in the ratio of their logits' sigmoids."""
-    if logits.numel() % len(weights) or weights.ndim != 2 or weights.shape[1] < 2:
-        return False
-    best = logits.reshape(len(weights), -1).float().sigmoid().sort(dim=1, descending=True).values[:, : weights.shape[1]]
-    found = weights.float().sort(dim=1, descending=True).values
-    return torch.allclose(best / best.sum(dim=1, keepdim=True), found / found.sum(dim=1, keepdim=True), atol=1e-4)
 
 
 def _d_model(model: nn.Module, experts: str) -> int:

@@ -34,7 +34,7 @@ class Block:
         copies: by name in the twin, names in the MoE of the tensors that are copied.
         experts: module of the routed experts that are gathered; empty: there are none.
         ffn: module in the MoE of the network that is rewritten: an MoE layer, or a dense network that gets wider.
-        target: its name in the twin.
+        target: the module in the twin that takes its place; in a twin with one expert, its experts.
         shared: module of the shared experts that are joined to the gathered network.
     """
 
@@ -54,7 +54,7 @@ class Block:
 class TwinPlan:
     """The dense twin of a checkpoint: its ``config``, its ``blocks``, and ``dropped``, names of tensors that are left out.
 
-    ``d_ff`` is the width to gather to: a number, or None for one expert's.
+    ``d_ff``, the gathered width: a number, ``"active"`` (k experts'), or None for one expert's.
 
     Raises:
         ValueError: ``d_ff`` is not a width of the method, or the checkpoint's tensors do not make the twin.
@@ -145,7 +145,7 @@ class TwinPlan:
         return [blocks[name] for name in sorted(blocks, key=_natural)]
 
     def _made_in(self, target: str) -> list[str]:
-        """Names of the tensors that a gathered network becomes in a module of the twin: not a norm of all experts."""
+        """Names of the tensors in a module of the twin that hold a gathered network: all but norms."""
         names = [name for name, _ in self.twin.get_submodule(target).named_parameters()]
         return [name for name in names if "norm" not in name]
 
@@ -239,7 +239,7 @@ class TwinPlan:
     # --- writing ------------------------------------------------------------------------------------------------------
 
     def factor(self, block: Block) -> float:
-        """What the output of a block's gathered network is multiplied by, beside the sum of its gates."""
+        """What the output of a block's gathered network is multiplied by, besides the sum of its gates."""
         return self.architecture.factor(self.twin, block.experts)
 
     def ffn_tensors(self, block: Block, ffn: FeedForwardWeights) -> dict[str, Tensor]:

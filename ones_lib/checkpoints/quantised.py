@@ -1,6 +1,6 @@
 """Reads the tensors of quantised checkpoints in bfloat16, one at a time.
 
-Supported is what stores a tensor of 8 or 4 bit floats and a tensor of scales that it is multiplied by: FP8 and MXFP8 by
+Supported are tensors of 8 or 4 bit floats with a tensor of scales that multiplies them: FP8 and MXFP8 by
 block, row or tensor, experts in FP4, and MXFP4 as GPT-OSS has it. Formats: https://arxiv.org/abs/2209.05433 (FP8),
 https://arxiv.org/abs/2310.10537 (MX).
 """
@@ -57,7 +57,7 @@ class _Pair:
     matrices: list[int]
     grid: list[int]  # [E, R, C], or [1, R, C] if the matrices have the same
     block: tuple[int, int]
-    transposed: bool  # MXFP4's blocks, which are along the rows of the matrices that a model has
+    transposed: bool  # MXFP4: the model's matrices are these, transposed
 
     @property
     def name(self) -> str:
@@ -103,7 +103,7 @@ class Dequantised:
         if name := min(odd, default=""):
             found = f"{self._dtypes[name]} {shards.shapes[name]}"
             raise ValueError(
-                f"{self._place(name)}: expected a tensor in FP8 or MXFP4 that it belongs to, found {found} alone"
+                f"{self._place(name)}: expected the quantised tensor that it belongs to, found {found} alone"
             )
         self.shapes = {name: shards.shapes[name] for name in plain} | {name: p.shape for name, p in self._pairs.items()}
         self.files = {name: shards.files[name] for name in plain}
@@ -212,7 +212,7 @@ def _supported_method(path: Path, quantization: Mapping) -> str:
         if method in _UNDONE:
             advice = f"load it with transformers, dequantised, and save that, or {advice}"
         raise ValueError(
-            f"{path}: expected weights that are not quantised, or quantised to FP8 or MXFP4 by one of {list(_METHODS)},"
+            f"{path}: expected weights in full precision, FP8, MXFP8 or MXFP4 by one of {list(_METHODS)},"
             f" found quantization_config's quant_method {found}; {advice}"
         )
     return method

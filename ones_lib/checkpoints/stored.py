@@ -1,8 +1,8 @@
 """A checkpoint's tensors by the names that transformers gives them in memory.
 
-Files have names and layouts of their own: a tensor an expert, other modules' names, matrices joined or split. Which, transformers
-knows for every type (``transformers.conversion_mapping``), and its own renamings and converters are used here, but lazily: nothing
-is read until it is asked for, and the experts of a layer stay apart where they are stored one by one.
+Files have names and layouts of their own: a tensor per expert, other module names, matrices joined or split. Transformers has
+renamings and converters for every type (``transformers.conversion_mapping``). Here they run lazily: nothing is read until it is
+asked for, and the experts of a layer stay apart where they are stored one by one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.ffn import count_non_finite
 
-# Ends of names of tensors that transformers does not load: of layers that predict further tokens, and what it computes itself.
+# Parts of names of tensors that transformers does not load: of layers that predict further tokens, and what it computes itself.
 _DROPPED = re.compile(
     r"(^|\.)mtp(\.|_)|\.(rotary_emb\.)?(original_)?inv_freq$|\.eh_proj\.|\.enorm\.|\.hnorm\.|\.shared_head\."
 )
@@ -128,7 +128,7 @@ class StoredModel:
             )
 
     def _stacked_shape(self, experts: Mapping[int, list[str]]) -> list[int]:
-        """Of experts stored one by one; their number is what has all parts."""
+        """The stack's shape; just [E] if experts are missing or differ."""
         shapes = [[self.shapes[single] for single in singles] for singles in experts.values()]
         if max(experts) + 1 != len(experts) or any(shape != shapes[0] for shape in shapes):
             return [len(experts)]  # there are gaps
@@ -148,7 +148,7 @@ class StoredModel:
         return name in self.shapes or name in self._stacks
 
     def read(self, name: str) -> Tensor:
-        """A tensor, mapped from its file where it is only renamed. Of experts stored one by one also all, stacked."""
+        """A tensor, mapped from its file where it is only renamed. Experts stored one by one can be read stacked."""
         if name in self._files:
             return self.shards.read(self._files[name])
         if name in self._stacks:

@@ -71,7 +71,7 @@ class LazyModel:
         return self.model.dtype
 
     def _fill_buffers(self) -> None:
-        """Compute what a model has beside its weights, such as rotary frequencies, by transformers' own initialisation."""
+        """Compute what a model has besides its weights, such as rotary frequencies, by transformers' own initialisation."""
         for module in self.model.modules():
             for name in module._non_persistent_buffers_set:
                 if (buffer := module._buffers[name]) is not None:
@@ -137,8 +137,8 @@ class LazyModel:
 def load_checkpoint(folder: Path, **options) -> PreTrainedModel:
     """:func:`ones_lib.models.causal.load_language_model`; a quantised model is dequantised as everywhere here, into memory.
 
-    Transformers' own dequantisation refuses blocks that don't divide a matrix, which DeepSeek-V3 has. Of ``options``, such a
-    model takes ``device_map`` and what goes with it.
+    Transformers' own dequantisation refuses DeepSeek-V3's blocks, which don't divide every matrix. Of ``options``, such a model
+    takes ``device_map`` and what goes with it.
     """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     shards = readable(Shards(folder), config)
@@ -154,7 +154,7 @@ def load_checkpoint(folder: Path, **options) -> PreTrainedModel:
 
 
 class BlockStream:
-    """The blocks of a causal model, read from its checkpoint one at a time, each with what it is called with beside the hidden
+    """The blocks of a causal model, read from its checkpoint one at a time, each with what it is called with besides the hidden
     states.
 
     Args:
@@ -217,7 +217,7 @@ class BlockStream:
 
     @torch.no_grad()
     def logits(self, number: int, hidden: Tensor) -> Tensor:
-        """The model's logits for a slice, of the hidden states behind the last block."""
+        """The model's logits for a slice, from the last block's hidden states."""
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(replaced(block, lambda x: hidden.to(self.device)))
@@ -228,8 +228,8 @@ def run_blocks(stream: BlockStream, folder: Path, count: int, description: str, 
     """Run the first ``count`` blocks on all slices, one block after the other. An interrupted run goes on at its block.
 
     Args:
-        folder: of the work; nothing else may be in it.
-        see: called with a block's name and a slice's number, makes the context in which the block runs.
+        folder: of the work; its ``block-<i>`` are used here.
+        see: called with block, name and slice number, returns the context in which the block runs.
 
     Returns:
         The ``hidden`` states behind the last of them.
