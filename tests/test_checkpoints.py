@@ -559,7 +559,7 @@ def test_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "kind", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "olmoe", "nemotron_h", "qwen3_5_moe_text"]
+    "kind", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "olmoe", "nemotron_h", "qwen3_5_moe_text", "jamba"]
 )
 def test_a_twin_can_be_trained(kind, tmp_path):
     """By the study's loop: logits, a balance loss that is a number, gradients for every weight but one expert's router."""

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from ones_lib.checkpoints import convert
 from ones_lib.checkpoints.text import text_blocks, token_count
-from ones_lib.models.causal import without_bars
+from ones_lib.models.causal import load_language_model, without_bars
 from ones_lib.study import distill as module
 from ones_lib.study.distill import distill, main
 
@@ -280,3 +280,15 @@ def test_the_command_says_what_is_wrong_in_a_line(place, tmp_path, capsys):
     paths = [str(place / "moe"), str(place / "moe"), str(tmp_path / "out")]
     assert main([*paths, "--text", str(place / "splits"), "--tokens", "1k"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "gemma4"])
+def test_the_language_model_in_a_composite_one_is_distilled(kind, tmp_path):
+    """Sizes are in a part of its config. The second's blocks hand on more than hidden states."""
+    text = with_tokenizer(tmp_path / "moe", kind)
+    texts = {"calibration": text, "calibration_tokens": 512, "check": text}
+    found = convert(tmp_path / "moe", tmp_path / "dense", "readout", "active", **texts).attrs["perplexity"]
+    made = distill(tmp_path / "moe", tmp_path / "dense", tmp_path / "out", text, 512, length=32, batch_size=8)
+    assert 0 < made["perplexity"]["result"] < 2 * found["MoE"]
+    one, two = (load_language_model(tmp_path / name) for name in ("moe", "out"))
+    assert type(one) is type(two)

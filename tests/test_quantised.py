@@ -465,9 +465,18 @@ B, X = numbers(2, 4, 3, 16, dtype=torch.uint8), scales(2, 4, 3, dtype=torch.uint
             r"a\.weight: expected one tensor of scales .*found \{",
         ),
         ({"a.weight": W, "a.weight_scale": S.to(FP8)}, r"a\.weight: expected one tensor of scales .* 'F8_E4M3'"),
-        ({"a.weight": W.to(torch.bfloat16), "a.weight_scale_inv": S}, r"a\.weight_scale_inv: expected the quantised tensor"),
-        ({"a.weight_scale": S}, r"a\.weight_scale: expected the quantised tensor that it belongs to, found F32 \[3, 2\] alone"),
-        ({"a.weight": W, "a.weight_scale": S, "a.weight_scale_2": S}, r"a\.weight_scale_2: expected the quantised tensor"),
+        (
+            {"a.weight": W.to(torch.bfloat16), "a.weight_scale_inv": S},
+            r"a\.weight_scale_inv: expected the quantised tensor",
+        ),
+        (
+            {"a.weight_scale": S},
+            r"a\.weight_scale: expected the quantised tensor that it belongs to, found F32 \[3, 2\] alone",
+        ),
+        (
+            {"a.weight": W, "a.weight_scale": S, "a.weight_scale_2": S},
+            r"a\.weight_scale_2: expected the quantised tensor",
+        ),
         (
             {"a.weight": W.view(torch.uint8), "a.weight_scale": S},
             r"a\.weight: expected the quantised tensor .*found U8 \[48, 32\] alone",

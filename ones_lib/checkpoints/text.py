@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from ones_lib.data.text import read_texts
 from ones_lib.data.tokens import pack
+from ones_lib.models.causal import text_config
 
 _TOKENIZERS = (
     "tokenizer.json",
@@ -25,7 +26,7 @@ BLOCK = 512  # tokens of a block, where the model can take that many
 
 def block_length(config: PreTrainedConfig) -> int:
     """Tokens of a block for a model."""
-    return min(BLOCK, getattr(config, "max_position_embeddings", None) or BLOCK)
+    return min(BLOCK, getattr(text_config(config), "max_position_embeddings", None) or BLOCK)
 
 
 def text_blocks(
@@ -54,7 +55,7 @@ def text_blocks(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: expected a tokenizer beside the model, to read text with: {error}") from error
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = text_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     length = length or block_length(config)
     try:
         blocks = pack(read_texts(text, split), tokenizer, length)

@@ -35,7 +35,7 @@ from ones_lib.checkpoints.text import block_length, text_blocks, token_count
 from ones_lib.checkpoints.work import copy_files, perplexities
 from ones_lib.data.files import file_stamps, is_free, model_tensors, remove_unfinished, write_text
 from ones_lib.distillation import Distillation
-from ones_lib.models.causal import load_language_model
+from ones_lib.models.causal import load_language_model, text_config
 from ones_lib.study.language_task import LanguageModel, LanguageModelling
 from ones_lib.study.processes import is_main, join, main_first, said_by_main, wait_for_all, whole_tensors, world_size
 from ones_lib.study.training import Diverged, Progress, Training, fit, share_of
@@ -236,7 +236,10 @@ class _Work:
         if world_size() > 1:
             return student, LanguageModel(load_checkpoint(self.moe))
         # Weights, the guard's copy, gradients and two moments; logits of three models and what the loss makes of them.
-        needed = 20 * sum(p.numel() for p in student.parameters()) + 32 * tokens * student.model.config.vocab_size
+        needed = (
+            20 * sum(p.numel() for p in student.parameters())
+            + 32 * tokens * text_config(student.model.config).vocab_size
+        )
         memory = get_max_memory()
         first = next(iter(memory))
         memory[first] = max(0, memory[first] - needed)
@@ -309,7 +312,7 @@ def _check_numbers(device_batch: int, shard: bool, checkpoint_every: int) -> Non
 
 
 def _checked_length(length: int | None, config: PreTrainedConfig) -> int:
-    longest = getattr(config, "max_position_embeddings", None) or math.inf
+    longest = getattr(text_config(config), "max_position_embeddings", None) or math.inf
     if length is not None and not 8 <= length <= longest:
         raise ValueError(f"length: expected 8 to {longest} tokens, found {length}")
     return length or block_length(config)
@@ -329,7 +332,7 @@ def _conversion(moe: Path, dense: Path, name: str) -> dict:
         raise ValueError(f"{moe}: expected a causal model, found {teacher.model_type}, an encoder-decoder")
     pairs = {"model_type": (conversion.get("model_type"), teacher.model_type)}
     sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
-    pairs |= {key: (getattr(student, key), getattr(teacher, key)) for key in sizes}
+    pairs |= {key: tuple(getattr(text_config(config), key) for config in (student, teacher)) for key in sizes}
     for key, (made_of, found) in pairs.items():
         if made_of != found:
             raise ValueError(f"{moe}: expected the MoE that {dense} was made of, with {key} {made_of}, found {found}")

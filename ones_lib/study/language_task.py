@@ -24,7 +24,7 @@ from ones_lib.data.keys import WHOLE, Share, training_keys
 from ones_lib.data.text import Corpus
 from ones_lib.data.tokens import end_tokens
 from ones_lib.gathering.registry import gathering_methods
-from ones_lib.models.causal import block_of, load_language_model, new_model, without_bars
+from ones_lib.models.causal import block_of, experts_modules, load_language_model, new_model, without_bars
 from ones_lib.study.processes import merged, own_share
 from ones_lib.study.training import Training
 
@@ -41,12 +41,14 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self._balance: Tensor | float = 0.0
+        # An MoE's class, all of whose layers are dense, may compute the loss of no router.
+        self._sparse = getattr(model.config, "num_experts_per_tok", None) is not None and bool(experts_modules(model))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [B, L - 1, V] of the tokens after the first of ``ids`` [B, L]."""
-        sparse = self.training and getattr(self.model.config, "num_experts_per_tok", None) is not None
-        output = self.model(ids, use_cache=False, **({"output_router_logits": True} if sparse else {}))
-        found = getattr(output, "aux_loss", None)  # None where all layers of an MoE class are dense
+        routers = {"output_router_logits": True} if self.training and self._sparse else {}
+        output = self.model(ids, use_cache=False, **routers)
+        found = getattr(output, "aux_loss", None)
         self._balance = 0.0 if found is None else found
         return output.logits[:, :-1]
 
@@ -62,10 +64,9 @@ def language_model(model: Mapping, data: Corpus, seed: int, dense: bool = False)
     """A causal model as a study configures it.
 
     Args:
-        model: either ``checkpoint``, the folder or hub name of a trained MoE, or ``model_type`` (an MoE
-            type of transformers) and what its configuration takes, for a new one. And
-            ``dense_width``, what the routed experts of its dense models are gathered to: a number, ``"active"``, or None for one
-            expert's width.
+        model: either ``checkpoint``, the folder or hub name of a trained MoE, or ``model_type`` (an MoE type of transformers) and
+            what its configuration takes, for a new one. And ``dense_width``, what the routed experts of its dense models are
+            gathered to: a number, ``"active"``, or None for one expert's width.
         data: gives vocabulary and length.
         seed: of the initialisation.
         dense: make the new dense model of the MoE's architecture instead.
