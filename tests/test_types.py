@@ -2,6 +2,7 @@
 
 import json
 from inspect import signature
+from math import prod
 
 import moe_images
 import moe_table
@@ -216,6 +217,15 @@ def test_hidden_units_are_spread_over_few_experts():
     assert spread("solar_open", 96) == (2, 48)  # shared experts of 48 may be two of 24, or one of 48
     assert spread("solar_open", 25) == (2, 16)
     assert spread("deepseek_v4", 80 * 24) == (80, 24)  # shared experts of 24 can only be one
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "nemotron_h", "solar_open", "deepseek_v4", "aria"])
+def test_a_spread_width_is_spread_as_it_is(kind):
+    """So that a plan, which knows the product alone, and its twin agree."""
+    architecture = Architecture(moe(kind).config, kind)
+    for width in range(1, 300):
+        product = prod(architecture.spread(width))
+        assert width <= product == prod(architecture.spread(product))
 
 
 def test_a_width_between_experts_widths_can_be_computed(tmp_path):

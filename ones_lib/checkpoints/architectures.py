@@ -321,7 +321,8 @@ class Architecture:
         """Number of experts in a twin of the kind one expert, and hidden units of each: ``width`` in all, or a few more.
 
         The grouped matrix products of torch want rows of 16 bytes, so of 8 units. Where the shared experts' width must be a
-        multiple of an expert's, it takes the fewest experts with at most a tenth more units, if any.
+        multiple of an expert's, it takes the fewest experts without more units, else with at most a tenth more, if any. The
+        product, given as the width, gives itself.
         """
         if not self._shared_width:
             return self._least, _ROUND * -(-width // (_ROUND * self._least))
@@ -330,8 +331,10 @@ class Architecture:
         if not self._shared_count:
             widths = [self._shared_width]
         found = [(max(self._least, -(-width // w)), w) for w in widths]
-        near = [(count, w) for count, w in found if count * w <= 1.1 * width]
-        return min(near) if near else min(found, key=lambda pair: (pair[0] * pair[1], pair[0]))
+        for most in (width, 1.1 * width):
+            if near := [(count, w) for count, w in found if count * w <= most]:
+                return min(near)
+        return min(found, key=lambda pair: (pair[0] * pair[1], pair[0]))
 
     def _joinable(self) -> bool:
         """Whether the layers hold nothing but router, experts, and shared experts that compute what an expert does."""
