@@ -187,15 +187,16 @@ def layer_output(model, name, x):
 @pytest.mark.parametrize(
     "kind", ["deepseek_v4", "solar_open", "phimoe", "laguna", "lfm2_moe", "step3p7", "gpt_oss", "minimax_m3_vl_text"]
 )
-def test_different_experts_are_gathered_as_by_the_library(kind, tmp_path):
-    """At active width: tables of experts by token, several experts with unequal gates, factors behind the experts, activations of
-    gate and up together, which differ between layers."""
+@pytest.mark.parametrize("d_ff", ["active", 13, 96])
+def test_different_experts_are_gathered_as_by_the_library(kind, d_ff, tmp_path):
+    """With tables of experts by token, several experts with unequal gates, as many as the MoE has, factors behind the experts,
+    activations of gate and up together, which differ between layers."""
     model = moe(kind)
     for name, table in model.named_buffers():
         if name.endswith("tid2eid"):
             table.copy_(torch.randint(4, table.shape, generator=torch.Generator().manual_seed(0)))
     model.save_pretrained(tmp_path / "moe")
-    rows = convert(tmp_path / "moe", tmp_path / "dense", "topk", d_ff="active")
+    rows = convert(tmp_path / "moe", tmp_path / "dense", "topk", d_ff=d_ff)
     twin, banks, x = load_language_model(tmp_path / "dense"), open_experts(model), torch.randn(20, 32)
     gates = Architecture(model.config, kind).gates
     for row in rows.itertuples():

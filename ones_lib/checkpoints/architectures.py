@@ -445,14 +445,24 @@ class Architecture:
         return self._gates(twin, experts, True).each
 
     def router(self, twin: PreTrainedModel, experts: str) -> dict[str, Tensor]:
-        """The tensors of the router of a twin with one expert that differ in shape from the MoE's, filled."""
+        """The tensors of the router of a twin with one expert or a few that depend on their number, filled.
+
+        They differ in shape from the MoE's, or else the number is the same.
+        """
         if self.kind != ONE_EXPERT:
             return {}
         old = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+        count = twin.get_submodule(experts).num_experts
+        sizes = (count, count + 1) if count == self.experts[experts].num_experts > 1 else ()
         site, found = f"{self.site(experts)}.", {}
         for name, tensor in twin.state_dict().items():
-            inside = name.startswith(site) and not name.startswith((f"{experts}.", f"{site}shared"))
-            if inside and (old.get(name) != tensor.shape or not tensor.is_floating_point()):
+            if not name.startswith(site) or name.startswith((f"{experts}.", f"{site}shared")):
+                continue
+            if (
+                old.get(name) != tensor.shape
+                or not tensor.is_floating_point()
+                or tensor.shape[:1] in {(n,) for n in sizes}
+            ):
                 found[name] = router_fill(name, torch.empty_like(tensor, device="cpu"))
         return found
 
