@@ -117,10 +117,13 @@ def test_every_causal_architecture_gets_nearer_to_its_moe(kind, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"dense-{s}" for s in students), "moe"]
 
 
-def test_equal_experts_are_found_exactly(tmp_path):
-    model = moe("glm4_moe", equal=True)
+@pytest.mark.parametrize("student_inputs", [False, True])
+@pytest.mark.parametrize("kind", ["glm4_moe", "laguna", "solar_open", "openai_privacy_filter", "qwen3_5_moe"])
+def test_equal_experts_are_found_exactly(kind, student_inputs, tmp_path):
+    """With factors behind the experts, of which one depends on their number, several experts in the twin, and gated shared ones."""
+    model = moe(kind, equal=True)
     model.save_pretrained(tmp_path / "moe")
-    table = reconstructed(tmp_path / "moe", tmp_path / "dense", "average", student_inputs=True)
+    table = reconstructed(tmp_path / "moe", tmp_path / "dense", "average", student_inputs=student_inputs)
     assert (table["reconstruction_error"] < 1e-4).all()
     close(logits(load_language_model(tmp_path / "dense")), logits(model), atol=1e-3)
 

@@ -337,16 +337,19 @@ class Reconstruction:
         site = self._site(stream, block)
         scale = self._scale(stream, i, site) if self.student_inputs else 1.0
 
+        # What the MoE layer does to its experts' output, and the twin's doesn't.
+        factor = self.plan.factor(block) if self.plan.architecture.kind == ONE_EXPERT else 1.0
+
         def tokens_of(number: int) -> dict[str, Tensor]:
             hidden = self._hidden(stream, i, number)
             with watched(site) as found:
                 after = stream.run(i, number, hidden["teacher"])
             if not self.student_inputs:
-                return {"inputs": found["inputs"], "targets": found["outputs"], "after": after}
+                return {"inputs": found["inputs"], "targets": factor * found["outputs"], "after": after}
             with replaced(site, torch.zeros_like, found["rest"]), watched(site) as found:
                 without = stream.run(i, number, hidden.get("student", hidden["teacher"]))
-            targets = (after - without).flatten(0, -2) / scale
-            scales = torch.tensor([scale])
+            targets = factor * (after - without).flatten(0, -2) / scale
+            scales = torch.tensor([scale / factor])
             return {"inputs": found["inputs"], "targets": targets, "after": after, "without": without, "scale": scales}
 
         return tokens_of
