@@ -118,9 +118,12 @@ def test_every_causal_architecture_gets_nearer_to_its_moe(kind, tmp_path):
 
 
 @pytest.mark.parametrize("student_inputs", [False, True])
-@pytest.mark.parametrize("kind", ["glm4_moe", "laguna", "solar_open", "openai_privacy_filter", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "kind", ["glm4_moe", "laguna", "solar_open", "openai_privacy_filter", "qwen3_5_moe", "granitemoeshared"]
+)
 def test_equal_experts_are_found_exactly(kind, student_inputs, tmp_path):
-    """With factors behind the experts, of which one depends on their number, several experts in the twin, and gated shared ones."""
+    """With factors behind the experts, of which one depends on their number, several experts in the twin, and shared ones that are
+    gated, or stand beside the MoE layer."""
     model = moe(kind, equal=True)
     model.save_pretrained(tmp_path / "moe")
     table = reconstructed(tmp_path / "moe", tmp_path / "dense", "average", student_inputs=student_inputs)

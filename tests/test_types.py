@@ -209,6 +209,20 @@ def test_different_experts_are_gathered_as_by_the_library(kind, d_ff, tmp_path):
     assert outputs(twin).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "kind", ["llama4_text", "openai_privacy_filter", "laguna", "phimoe", "gemma4_text", "zaya", "gpt_oss"]
+)
+def test_equal_experts_are_solved_for_exactly(kind, tmp_path):
+    """By what the block-by-block run sees: with gates at the inputs, factors, unequal gates, clamps."""
+    gates = Architecture(moe(kind).config, kind).gates.values()
+    model = moe(kind, equal=True, same_gates=any(found.total is None for found in gates))
+    model.save_pretrained(tmp_path / "moe")
+    ids = torch.randint(11, 55, (24, 24), generator=torch.Generator().manual_seed(3))
+    table = convert(tmp_path / "moe", tmp_path / "dense", "readout", "active", calibration=ids)
+    assert (table["output_error"] < 1e-4).all()
+    torch.testing.assert_close(outputs(load_language_model(tmp_path / "dense")), outputs(model), atol=1e-3, rtol=0)
+
+
 def test_hidden_units_are_spread_over_few_experts():
     def spread(kind, width, **changes):
         return Architecture(moe(kind, **changes).config, kind).spread(width)

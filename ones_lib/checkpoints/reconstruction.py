@@ -281,6 +281,12 @@ class Reconstruction:
         """The module whose place a network takes: the MoE layer, or its routed experts if the twin keeps the rest of it."""
         return stream.model.get_submodule(block.experts if self.plan.architecture.kind == ONE_EXPERT else block.ffn)
 
+    def _beside(self, stream: BlockStream, block: Block) -> nn.Module | None:
+        """Shared experts outside of the MoE layer, whose place the network takes too."""
+        return (
+            stream.model.get_submodule(block.shared) if block.shared and self.plan.architecture.special.shared else None
+        )
+
     def _scale(self, stream: BlockStream, i: int, site: nn.Module) -> float:
         """What a block multiplies its network's output by before it adds it.
 
@@ -334,19 +340,20 @@ class Reconstruction:
 
     def _tokens_of(self, stream: BlockStream, i: int, block: Block) -> Callable[[int], dict[str, Tensor]]:
         """What makes a slice of a layer's tokens."""
-        site = self._site(stream, block)
+        site, beside = self._site(stream, block), self._beside(stream, block)
         scale = self._scale(stream, i, site) if self.student_inputs else 1.0
-
         # What the MoE layer does to its experts' output, and the twin's doesn't.
         factor = self.plan.factor(block) if self.plan.architecture.kind == ONE_EXPERT else 1.0
 
         def tokens_of(number: int) -> dict[str, Tensor]:
             hidden = self._hidden(stream, i, number)
-            with watched(site) as found:
+            with watched(site) as found, watched(beside) if beside else nullcontext({"outputs": 0}) as shared:
                 after = stream.run(i, number, hidden["teacher"])
             if not self.student_inputs:
-                return {"inputs": found["inputs"], "targets": factor * found["outputs"], "after": after}
-            with replaced(site, torch.zeros_like, found["rest"]), watched(site) as found:
+                targets = factor * (found["outputs"] + shared["outputs"])
+                return {"inputs": found["inputs"], "targets": targets, "after": after}
+            nothing = replaced(beside, torch.zeros_like) if beside else nullcontext()
+            with nothing, replaced(site, torch.zeros_like, found["rest"]), watched(site) as found:
                 without = stream.run(i, number, hidden.get("student", hidden["teacher"]))
             targets = factor * (after - without).flatten(0, -2) / scale
             scales = torch.tensor([scale / factor])

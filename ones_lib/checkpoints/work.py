@@ -156,7 +156,12 @@ class Work:
         experts = plan.experts(block)
         if text and self.arguments["method"] == "expert_selection":
             seen = replace(seen, probabilities=plan.probabilities(block, seen.inputs))
-        routed, error = self._gather_measured(block, experts, seen if text else None, gate_sum)
+        total = gate_sum
+        if plan.architecture.input_gates:  # experts of inputs times the mean gate, which add up
+            total = float(plan.experts_a_token)
+            experts = [expert.times(dict.fromkeys(("up", "gate"), gate_sum / total)) for expert in experts]
+            seen = replace(seen, gates=(seen.gates > 0).to(seen.gates))
+        routed, error = self._gather_measured(block, experts, seen if text else None, total)
         ffn = self._with_shared(block, scaled_output(routed, plan.factor(block)), seen)
         row = {"layer": block.ffn, "experts": len(experts), "d_ff": routed.d_ff, "shared": ffn.d_ff - routed.d_ff}
         row |= {"width": plan.width, "gate_sum": gate_sum, "gates": gates, "output_error": error}
@@ -204,9 +209,6 @@ class Work:
             raise ValueError(f"{self.plan.shards.path}: {layer}: {error}") from error
         if given is not None:
             return ffn
-        if self.plan.architecture.input_gates:  # as many experts add up, of inputs times the mean gate
-            count = self.plan.experts_a_token
-            return scaled_output(ffn.times(dict.fromkeys(("up", "gate"), gate_sum / count)), count)
         return scaled_output(ffn, gate_sum)
 
     def _with_shared(
