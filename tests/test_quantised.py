@@ -20,7 +20,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from ones_lib.checkpoints import convert, quantised
-from ones_lib.checkpoints.quantised import Dequantised, readable
+from ones_lib.checkpoints.quantised import Dequantised, readable, without_quantization
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stream import load_checkpoint
 from ones_lib.models.causal import perplexity
@@ -568,3 +568,15 @@ def _parameter_of(model, name):
     experts, part = model.get_submodule(found[1]), found[3]
     stacked = experts.down_proj if part == "down" else experts.gate_up_proj.chunk(2, dim=1)[part == "up"]
     return stacked[int(found[2])]
+
+
+def test_a_config_says_it_in_a_part_of_it(tmp_path):
+    """What is read dequantised has a config without; the given one stays as it is."""
+    config = moe("qwen3_vl_moe").config
+    config.text_config.quantization_config = {"quant_method": "fp8"}
+    save_file({"a.weight": numbers(4, 4), "a.weight_scale_inv": torch.ones(1, 1)}, tmp_path / "model.safetensors")
+    assert isinstance(readable(Shards(tmp_path), config), Dequantised)
+    found = without_quantization(config)
+    assert not hasattr(found.text_config, "quantization_config")
+    assert isinstance(readable(Shards(tmp_path), found), Shards)
+    assert config.text_config.quantization_config == {"quant_method": "fp8"}

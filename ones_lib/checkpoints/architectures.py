@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,8 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers import PreTrainedConfig as Config
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from ones_lib.checkpoints.layers import LINEAR, Gates, computes, ffn_parts, gates_of, router_fill
+from ones_lib.checkpoints.layers import LINEAR, Gates, computes, ffn_parts, gates_of, has_row_per_expert, router_fill
+from ones_lib.checkpoints.quantised import without_quantization
 from ones_lib.models.causal import (
     activation_of,
     block_of,
@@ -179,11 +179,10 @@ class Architecture:
     """
 
     def __init__(self, config: Config, source: str | Path, approximate: bool = False) -> None:
-        self.config, self.source = deepcopy(config), source
+        self.config, self.source = without_quantization(config), source
         for part in {id(part): part for part in (self.config, text_config(self.config))}.values():
-            for name in ("quantization_config", "auto_map"):  # the twin is not quantised, and has no code of its own
-                if hasattr(part, name):
-                    delattr(part, name)
+            if hasattr(part, "auto_map"):  # the twin has no code of its own
+                del part.auto_map
         kind = config.model_type
         self.special = SPECIAL.get(kind, Special())
         if kind in REFUSED:
@@ -453,16 +452,13 @@ class Architecture:
             return {}
         old = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         count = twin.get_submodule(experts).num_experts
-        sizes = (count, count + 1) if count == self.experts[experts].num_experts > 1 else ()
+        same = count == self.experts[experts].num_experts > 1
         site, found = f"{self.site(experts)}.", {}
         for name, tensor in twin.state_dict().items():
             if not name.startswith(site) or name.startswith((f"{experts}.", f"{site}shared")):
                 continue
-            if (
-                old.get(name) != tensor.shape
-                or not tensor.is_floating_point()
-                or tensor.shape[:1] in {(n,) for n in sizes}
-            ):
+            changed = old.get(name) != tensor.shape or (same and has_row_per_expert(tensor, count))
+            if changed or not tensor.is_floating_point():
                 found[name] = router_fill(name, torch.empty_like(tensor, device="cpu"))
         return found
 

@@ -136,7 +136,7 @@ def _gates(model: nn.Module, experts: str, blank: bool, seed: int) -> Gates:
             setattr(layer, child, _Zero())
     layer = layer.to_empty(device="cpu").float().eval()
     for n, t in [*layer.named_parameters(), *layer.named_buffers()]:
-        if not t.is_floating_point() or "bias" in n or (blank and t.shape and t.shape[0] in (count, count + 1)):
+        if not t.is_floating_point() or "bias" in n or (blank and has_row_per_expert(t, count)):
             t.copy_(router_fill(n, t))
         else:  # the same for the same name, so that a model and its twin can be compared
             noise = torch.randn(t.shape, generator=_generator(n, seed))
@@ -204,6 +204,11 @@ def _d_model(model: nn.Module, experts: str) -> int:
     count = model.get_submodule(experts).num_experts
     shapes = [p.shape for n, p in layer.named_parameters() if not n.startswith("experts.")]
     return next((s[1] for s in shapes if len(s) == 2 and s[0] == count), text_config(model.config).hidden_size)
+
+
+def has_row_per_expert(tensor: Tensor, count: int) -> bool:
+    """Whether a router's tensor has a row for each of ``count`` experts, or one more."""
+    return bool(tensor.shape) and tensor.shape[0] in (count, count + 1)
 
 
 def router_fill(name: str, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ones_lib.checkpoints.shards import Shards
+from ones_lib.models.causal import text_config
 
 LARGE = 64 * 2**20  # bytes of bfloat16 above which a tensor goes to a file
 _PIECE = 2**21  # numbers that are dequantised at a time
@@ -46,6 +48,15 @@ def readable(shards: Shards, config: PreTrainedConfig) -> Shards | Dequantised:
     found = getattr(config, "quantization_config", None)
     found = found or getattr(config.get_text_config(decoder=True), "quantization_config", None)  # as transformers looks
     return Dequantised(shards, found) if found else shards
+
+
+def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a config for what is dequantised."""
+    config = deepcopy(config)
+    for part in {id(part): part for part in (config, text_config(config))}.values():
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ones_lib.checkpoints.quantised import Dequantised, readable
+from ones_lib.checkpoints.quantised import Dequantised, readable, without_quantization
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stored import StoredModel
 from ones_lib.data.files import opened, save_tensors
@@ -144,7 +144,7 @@ def load_checkpoint(folder: Path, **options) -> PreTrainedModel:
     shards = readable(Shards(folder), config)
     if not isinstance(shards, Dequantised):
         return load_language_model(folder, **options)
-    del config.quantization_config
+    config = without_quantization(config)
     config.dtype = config.dtype or torch.bfloat16
     model = LazyModel(StoredModel(shards, empty_model(config), ()), torch.device("cpu")).all()
     if torch.cuda.is_available() and "device_map" in options:
