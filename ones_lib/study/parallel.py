@@ -103,7 +103,7 @@ def _bar_progress(bar: tqdm, name: str) -> Progress:
 def _run_parallel(missing: Mapping[str, Config], place: Workplace, processes: int, bar: tqdm) -> None:
     """Carry out configurations in processes of their own, each as soon as those it needs are there; the longest first, but
     before them what others need."""
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     reports, stop = context.Queue(), context.Event()
     waiting, running = dict(missing), {}  # key -> configuration; future -> key
     progress = {key: _bar_progress(bar, label(config)) for key, config in missing.items()}
@@ -135,6 +135,16 @@ def _run_parallel(missing: Mapping[str, Config], place: Workplace, processes: in
         except BaseException:
             stop.set()  # the workers end at their next report
             raise
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """How workers start: as forks of a server that has imported what they need, since importing takes seconds. Systems without
+    such servers import it in each."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ones_lib.study.parallel"])
+    return context
 
 
 def _start_worker(processes: int, reports: multiprocessing.Queue, stop) -> None:

@@ -221,12 +221,18 @@ PACKAGES = (
 def provenance() -> dict:
     """Versions, hardware and commit, for the record."""
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "code": code_state(),
     }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 @cache
