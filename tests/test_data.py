@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 from ones_lib.data import Share, evaluation_keys, image_data, training_keys
 from ones_lib.data.glyphs import LOOK_ALIKE, choose_characters, make_glyphs
 from ones_lib.data.held import TensorImages, shift
-from ones_lib.data.keys import keys_by_length
 
 
 def glyphs(tmp_path, **kwargs):
@@ -97,25 +96,6 @@ def test_augmentation_is_decided_by_the_key(tmp_path):
     assert torch.equal(together, apart)
     plain, _ = load(data.train, torch.stack([torch.arange(10), torch.full((10,), -1)], dim=1))
     assert not torch.equal(together, plain)
-
-
-def test_keys_by_length_are_the_training_keys_in_batches_of_little_padding():
-    lengths = torch.randint(1, 30, (200,), generator=torch.Generator().manual_seed(0))
-    plain, grouped = (list(f(arg, 8, 3, 0, 120)) for f, arg in ((training_keys, 200), (keys_by_length, lengths)))
-    assert len(grouped) == 120
-    for first in (0, 50, 100):  # 50 steps at a time hold the same examples, each with its own seed
-        pair = (torch.cat(keys[first : first + 50]) for keys in (plain, grouped))
-        assert len({tuple(sorted(map(tuple, keys.tolist()))) for keys in pair}) == 1
-    padded = [sum(8 * lengths[k[:, 0]].max() - lengths[k[:, 0]].sum() for k in keys) for keys in (plain, grouped)]
-    assert padded[1] < padded[0] / 8
-    longest = [int(lengths[k[:, 0]].max()) for k in grouped[:50]]
-    assert longest != sorted(longest)  # not the short ones first
-    for start in (1, 50, 77, 119):
-        for left, right in zip(grouped[start:], keys_by_length(lengths, 8, 3, start, 120), strict=True):
-            assert torch.equal(left, right)
-    parts = zip(*(keys_by_length(lengths, 8, 3, 0, 120, Share(rank, 2)) for rank in (0, 1)), strict=True)
-    for whole, (one, other) in zip(grouped, parts, strict=True):
-        assert sorted(map(tuple, torch.cat([one, other]).tolist())) == sorted(map(tuple, whole.tolist()))
 
 
 def test_training_keys_cover_every_epoch_and_go_on_from_any_step():

@@ -50,27 +50,6 @@ def training_keys(
         yield from share.of(torch.cat(parts))
 
 
-def keys_by_length(
-    lengths: Tensor,
-    batch_size: int,
-    seed: int,
-    start: int,
-    stop: int,
-    share: Share = WHOLE,
-    steps_together: int = 50,
-) -> Iterator[Tensor]:
-    """As :func:`training_keys`, but the examples of 50 steps at a time are sorted into batches by their ``lengths``
-    [num_examples], so that a batch has little padding. The order of these batches is random.
-    """
-    for first in range(start - start % steps_together, stop, steps_together):
-        last = min(first + steps_together, stop)
-        keys = torch.cat(list(training_keys(len(lengths), batch_size, seed, first, last)))
-        batches = keys[lengths[keys[:, 0]].argsort(stable=True)].split(batch_size)
-        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed * 1_000_003 + first))
-        for number in order[max(0, start - first) :].tolist():
-            yield from share.of(batches[number])
-
-
 def _epoch_keys(num_examples: int, seed: int) -> Tensor:
     """All indices in random order, each with a random seed, [num_examples, 2]."""
     generator = torch.Generator().manual_seed(seed)

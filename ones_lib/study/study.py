@@ -145,12 +145,8 @@ class Study:
     def finetuned(self, task: str, start: Config, teacher: Config | None = None) -> Config:
         """The pre-trained or distilled model ``start`` fine-tuned on a task, with KD from ``teacher`` if there is one."""
         config = {"kind": "finetuned", **self._common(start["seed"]), "task": task, "task_data": dict(self.task_data)}
-        # "batches" tells these records from older ones, whose batches were of all lengths.
-        config |= {"start": start, "training": asdict(self.finetuning), "batches": "by length"}
-        if teacher is None:
-            return config
-        unguarded = replace(self.distillation, guard=False)  # with its new head a model starts at chance
-        return {**config, **self._taught_by(teacher, unguarded)}
+        config |= {"start": start, "training": asdict(self.finetuning)}
+        return config if teacher is None else {**config, **self._taught_by(teacher)}
 
     def _common(self, seed: int) -> Config:
         return {"domain": self.domain, "seed": seed, "data": self.data}

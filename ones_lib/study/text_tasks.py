@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorForLanguageModeling
 
 from ones_lib.data import Share, evaluation_keys, training_keys
-from ones_lib.data.keys import WHOLE, keys_by_length
+from ones_lib.data.keys import WHOLE
 from ones_lib.data.rows import TASKS
 from ones_lib.data.squad import best_no_answer_threshold, best_spans, span_texts, squad_scores
 from ones_lib.data.text import Corpus, TextTasks
@@ -144,8 +144,8 @@ class _Finetuning:
     def batches(
         self, training: Training, seed: int, start: int, device: torch.device, share: Share = WHOLE
     ) -> Iterator[TokenBatch]:
-        lengths = self.tasks.encoded(self.name, "train").lengths
-        for keys in keys_by_length(lengths, training.batch_size, seed, start, training.steps, share):
+        size = len(self.tasks.encoded(self.name, "train"))
+        for keys in training_keys(size, training.batch_size, seed, start, training.steps, share):
             yield self._batch("train", keys[:, 0], device)
 
     def _batch(self, split: str, index: Tensor, device: torch.device) -> TokenBatch:
