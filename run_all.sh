@@ -33,6 +33,7 @@ figures/ (the smoke and paper profiles write below runs/). Finished work is foun
 The environment is the active one if it satisfies pyproject.toml; else conda's in .conda (from environment.yml)
 where there is conda; else a virtual environment in .venv. ONES_PYTHON names the Python that makes .venv; with
 ONES_LOCKED=1 it has exactly the versions of requirements.lock.
+The tests run in as many processes as there are cores, up to 8 ("test -n 0": in one, as do named test files).
 The tests open a notebook in Chromium or Chrome; where there is none, they get Debian's or Ubuntu's package if run as
 root (in a container, say), else that test is skipped.
 TEXT

@@ -1,17 +1,34 @@
 import os
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fail at once, not wait for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and so do the processes they start
+
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fail at once, not wait for a network
-
 from ones_lib import Distillation, FeedForwardWeights
+from ones_lib.data.images import available_cores
 from ones_lib.data.text import text_corpus
 from ones_lib.study.records import Records
 from ones_lib.study.study import Study
 from ones_lib.study.training import Training
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite runs in as many processes as there are cores, named files in this one; unless ``-n`` says how many."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses = min(available_cores(), 8)
+    if getattr(config.option, "numprocesses", 0) and config.option.dist == "no":
+        config.option.dist = "worksteal"  # neighbours stay together, as long as nobody is idle
+
+
+def pytest_collection_modifyitems(items):
+    """What takes long and starts processes of its own comes first, in one worker; the others take the short tests from it."""
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
 
 
 def random_bank(
@@ -46,17 +63,23 @@ def form(request):
 
 
 @pytest.fixture(scope="session")
-def text_cache(tmp_path_factory):
-    """A cache that holds the embedded text, which takes some seconds to make."""
-    folder = tmp_path_factory.mktemp("text_cache")
-    text_corpus(cache_dir=folder)
-    return folder
+def common(tmp_path_factory, request):
+    """A folder of this run, which its workers share: what makes files there must make them once, under a lock."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if hasattr(request.config, "workerinput") else own
 
 
 @pytest.fixture(scope="session")
-def tiny_record(tmp_path_factory):
+def text_cache(common):
+    """A cache that holds the embedded text, which takes some seconds to make."""
+    text_corpus(cache_dir=common / "text_cache")
+    return common / "text_cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_record(common):
     """The record of an MoE that was trained for a few steps, and the cache with its data."""
-    folder = tmp_path_factory.mktemp("tiny")
+    folder = common / "tiny"
     recipe = Training(steps=4, batch_size=16)
     study = Study(
         domain="image",

@@ -486,6 +486,7 @@ convert(sys.argv[1], sys.argv[2], sys.argv[4], calibration=ids)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its address space from /proc")
 @pytest.mark.parametrize("method", ["average", "frequency_average"])
 def test_a_checkpoint_larger_than_the_memory(method, tmp_path):

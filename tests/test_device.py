@@ -85,6 +85,7 @@ def test_shifted_glyphs_are_the_cpus():
     torch.testing.assert_close(there.__getitems__(keys)[0].cpu(), here.__getitems__(keys)[0])
 
 
+@pytest.mark.processes
 def test_the_script_for_a_gpu_runs_at_smoke_size(tmp_path):
     """All but pytest's own run of this file."""
     project = tmp_path / "project"

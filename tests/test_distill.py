@@ -186,6 +186,7 @@ def test_a_file_is_held_out_in_part_and_a_short_text_is_repeated(place, tmp_path
     assert checked["held_out_tokens"] == text_blocks(place / "splits", place / "moe", length=16).numel()
 
 
+@pytest.mark.processes
 def test_two_processes_give_the_weights_of_one(place, whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [

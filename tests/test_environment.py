@@ -72,6 +72,7 @@ def test_help():
         assert option in result.stdout
 
 
+@pytest.mark.processes
 def test_active_environment_is_used_and_a_bad_request_fails():
     result = run_all("--only", "77", VIRTUAL_ENV=sys.prefix)
     assert f"using the active environment {sys.prefix}" in result.stderr

@@ -20,6 +20,7 @@ from ones_lib.study import command, notebooks
 from ones_lib.study.command import parse_value
 from ones_lib.study.parameters import GROUPS, ParameterError, group_of, read_parameters
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -28,7 +29,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def project(tmp_path_factory, text_cache):
     """A copy of the notebooks to run in, so that the tests leave the project as it is."""
     root = tmp_path_factory.mktemp("project")
-    shutil.copytree(text_cache, root / "runs" / "cache")
+    (root / "runs").mkdir()
+    (root / "runs" / "cache").symlink_to(text_cache)
     shutil.copytree(ROOT / "notebooks", root / "notebooks")
     shutil.copy(ROOT / "run_all.sh", root)
     before, path = Path.cwd(), os.environ.get("PYTHONPATH")

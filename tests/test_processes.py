@@ -41,6 +41,7 @@ def courses(tmp_path_factory, text_cache):
     return out
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("way", ["two", "parts", "shards"])
 def test_the_course_is_that_of_one_process(courses, way):
     """Loss curve, weights and predictions, in two processes, with accumulated gradients, with both, shards and a restart."""
@@ -114,6 +115,7 @@ def tiny_study(folder, **execution):
     )
 
 
+@pytest.mark.processes
 def test_a_study_under_torchrun_is_found_by_one_without(tmp_path):
     """The same records; the dense baseline, in which nothing is drawn, has the same course."""
     launched = tiny_study(tmp_path, launch="torchrun --standalone --nproc_per_node 2", device_batch=4)

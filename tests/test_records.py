@@ -145,6 +145,7 @@ def test_two_studies_at_once_make_each_record_once(tmp_path):
 # --- kills and full disks --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_run_that_is_killed_and_started_again_ends_as_one_that_was_not(tmp_path, monkeypatch):
     """The notebook of one student, killed while it trains; ``tests/kills.py`` does the same with all of them."""
     # As here and in workers: the last digits depend on the number of threads.

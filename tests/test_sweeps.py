@@ -51,6 +51,7 @@ def executed(root):
     return len((root / "runs" / "executed").read_text())
 
 
+@pytest.mark.processes
 def test_a_failing_cell_is_left_the_others_go_on_and_finished_ones_are_not_run_again(sweep, capsys):
     (sweep / "squares.yaml").write_text(SWEEP + "retries: 1\n")
     assert command.main(["--sweep", "squares.yaml", "--jobs", "2"]) == 1
@@ -70,6 +71,7 @@ def test_a_failing_cell_is_left_the_others_go_on_and_finished_ones_are_not_run_a
     assert executed(sweep) == 3
 
 
+@pytest.mark.processes
 def test_cells_on_a_dask_scheduler(sweep):
     (sweep / "squares.yaml").write_text(SWEEP.replace("  - {rank: [13]}\n", ""))
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
@@ -77,6 +79,7 @@ def test_cells_on_a_dask_scheduler(sweep):
     assert pd.read_csv(sweep / "runs/sweeps/squares/summary.csv")["square"].tolist() == [11, 14]
 
 
+@pytest.mark.processes
 def test_cells_as_slurm_jobs(sweep, monkeypatch):
     """With a stand-in for Slurm's commands, which runs a job's script at once."""
     (sweep / "bin").mkdir()
