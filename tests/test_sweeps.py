@@ -3,6 +3,10 @@
 import json
 import os
 import stat
+import sys
+import threading
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -47,12 +51,26 @@ def sweep(here):  # noqa: F811
     return here
 
 
+@pytest.fixture
+def at_hand(monkeypatch):
+    """The commands of cells are carried out one after another in this process, which has imported what they take."""
+    turn = threading.Lock()
+
+    def run(words, *, env, stdout, **_):
+        assert words[:3] == [sys.executable, "-m", "ones_lib.study"]
+        assert env["PYTHONPATH"] == os.environ["PYTHONPATH"]
+        with turn, redirect_stdout(stdout), redirect_stderr(stdout):
+            return SimpleNamespace(returncode=command.main(words[3:]))
+
+    monkeypatch.setattr(sweeps, "subprocess", SimpleNamespace(run=run))
+
+
 def executed(root):
     return len((root / "runs" / "executed").read_text())
 
 
 @pytest.mark.processes
-def test_a_failing_cell_is_left_the_others_go_on_and_finished_ones_are_not_run_again(sweep, capsys):
+def test_a_failing_cell_is_left_the_others_go_on_and_finished_ones_are_not_run_again(sweep, at_hand, capsys):
     (sweep / "squares.yaml").write_text(SWEEP + "retries: 1\n")
     assert command.main(["--sweep", "squares.yaml", "--jobs", "2"]) == 1
     assert "squares: 3 cells: 2 done, 1 failed; see runs/sweeps/squares/summary.csv" in capsys.readouterr().out
@@ -72,7 +90,7 @@ def test_a_failing_cell_is_left_the_others_go_on_and_finished_ones_are_not_run_a
 
 
 @pytest.mark.processes
-def test_cells_on_a_dask_scheduler(sweep):
+def test_cells_on_a_dask_scheduler(sweep, at_hand):
     (sweep / "squares.yaml").write_text(SWEEP.replace("  - {rank: [13]}\n", ""))
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
         assert command.main(["--sweep", "squares.yaml", "--on", cluster.scheduler_address]) == 0

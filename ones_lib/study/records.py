@@ -231,7 +231,7 @@ def provenance() -> dict:
 
 @cache
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that results depend on."""
+    """Of Python and of the packages that results depend on; each is read from a file, so once a process."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
