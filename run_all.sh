@@ -12,12 +12,12 @@ usage: ./run_all.sh [--profile NAME] [--only NN ...] [-p NAME VALUE]... [--force
        ./run_all.sh test [pytest's options]
 
 Makes an environment if the active one lacks something, executes the notebooks with papermill, and writes
-figures/ (the smoke and paper profiles write below runs/). Finished work is found again and not done twice.
+figures/. Finished work is found again and not done twice.
 
-  --profile NAME     parameter file notebooks/profiles/NAME.yaml: smoke (about two minutes), demo (45 minutes; the
-                     default) or paper (the papers' models: needs the data and GPUs); or the path of a file of your own
+  --profile NAME     parameter file notebooks/profiles/NAME.yaml (demo), see below; or the path of a file of your own
   --only NN ...      only these notebooks, by number or name: --only 01 02
   -p NAME VALUE      set any parameter of the profile; may be repeated: -p num_experts 8 -p seeds '[0, 1]'
+                     Figures of other values than the profile's go to runs/<profile>/figures; -p figures_dir: elsewhere
   --force            do finished work again, trainings included
   --figures          draw every figure again from the records, without training: under a minute
   --dry-run          make one step of each kind of training that the notebooks ask for, and say what all would cost
@@ -28,7 +28,16 @@ figures/ (the smoke and paper profiles write below runs/). Finished work is foun
   --sweep FILE       execute a notebook for each cell of a grid, such as notebooks/sweeps/gatherings.yaml
   --jobs N           cells at a time (1)
   --on WHERE         run the cells here (local), as Slurm jobs (slurm), or on a Dask scheduler (its address)
+  --version          the library's version
   --help             this text
+
+Profiles:
+TEXT
+    local file
+    for file in notebooks/profiles/*.yaml; do # each says on its first line what it is
+        printf '  %-18s %s\n' "$(basename "$file" .yaml)" "$(sed -n '1s/^# *//; 1s/[:.]$//; 1p' "$file")"
+    done
+    cat <<'TEXT'
 
 The environment is the active one if it satisfies pyproject.toml; else conda's in .conda (from environment.yml)
 where there is conda; else a virtual environment in .venv. ONES_PYTHON names the Python that makes .venv; with
@@ -39,7 +48,10 @@ root (in a container, say), else that test is skipped.
 TEXT
 }
 
-case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+case "${1:-}" in
+    -h | --help) usage; exit 0 ;;
+    --version) sed -n 's/^version = "\(.*\)"/ones_lib \1/p' pyproject.toml; exit 0 ;;
+esac
 
 # Whether the Python $1 has every requirement of pyproject.toml (and of its test extra, if $2 is test).
 satisfies() {

@@ -22,7 +22,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
+from transformers.utils.logging import tqdm
 
 from ones_lib.data import glyphs
 from ones_lib.data.files import file_stamps, made_once, save_tensors

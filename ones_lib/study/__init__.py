@@ -2,3 +2,7 @@
 
 Imports the core, models, data and checkpoints. ``python -m ones_lib.study --help`` is the command.
 """
+
+from ones_lib.study.progress import show_in_outputs
+
+show_in_outputs()

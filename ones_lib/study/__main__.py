@@ -2,7 +2,9 @@
 
 import sys
 
-from ones_lib.study.command import main
-
 if __name__ == "__main__":
+    try:
+        from ones_lib.study.command import main
+    except KeyboardInterrupt:  # the imports take seconds
+        sys.exit(130)
     sys.exit(main())

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+import ones_lib
 from ones_lib.study.notebooks import CommandError, dry_run, run
 from ones_lib.study.parameters import ParameterError, load_yaml
 from ones_lib.study.running import Execution
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="run_all.sh", description="Execute the study's notebooks and write their figures.", allow_abbrev=False
     )
     add = parser.add_argument
+    add("--version", action="version", version=f"ones_lib {ones_lib.__version__}")
     add("--profile", default="demo", help="file in notebooks/profiles, or the path of another (demo)")
     add("--only", nargs="+", default=[], metavar="NN", help="notebooks by number or name, such as 01 02")
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from transformers.utils.logging import tqdm
 from transformers import AutoConfig
 
 from ones_lib.data import evaluation_keys

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ import nbformat
 import papermill
 from filelock import FileLock
 from nbclient import NotebookClient
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -32,7 +35,11 @@ import ones_lib
 from ones_lib.data.files import UNFINISHED
 from ones_lib.study.checks import check
 from ones_lib.study.parameters import EXECUTION, Parameters, check_names, group_of, read_parameters
+from ones_lib.study.progress import BAR
 from ones_lib.study.records import project_root
+
+
+QUIET = ["--IPKernelApp.log_level=ERROR"]  # a kernel warns that it talks to us, on this machine, without encryption
 
 
 class CommandError(ValueError):
@@ -108,21 +115,65 @@ def finished(output: Path, print_of_inputs: str) -> bool:
     return note.get("fingerprint") == print_of_inputs and all(Path(f).exists() for f in note.get("files", []))
 
 
+class _Client(PapermillNotebookClient):
+    """Executes cells. A bar is drawn on the terminal, in the place of the notebook."""
+
+    _drawn = ""
+
+    def execute(self, **kwargs) -> nbformat.NotebookNode:
+        try:
+            return super().execute(**kwargs)
+        finally:
+            self._draw("")
+
+    def process_message(self, msg: dict, cell: nbformat.NotebookNode, cell_index: int) -> nbformat.NotebookNode | None:
+        content = msg["content"]
+        if not (content.get("transient") or {}).get("display_id", "").startswith(BAR):
+            return super().process_message(msg, cell, cell_index)
+        self._draw(content["data"].get("text/plain", "")[: shutil.get_terminal_size().columns - 1])
+        return None
+
+    def _draw(self, line: str) -> None:
+        """Draw a line over the one before; an empty one leaves nothing."""
+        if line or self._drawn:
+            sys.stderr.write(f"\r{line.ljust(len(self._drawn))}" + ("" if line else "\r"))
+            sys.stderr.flush()
+        self._drawn = line
+
+
+class _Engine(NBClientEngine):
+    """Papermill's, with our client."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name: str, **_) -> nbformat.NotebookNode:
+        files = {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
+        return _Client(nb_man, kernel_name=kernel_name, extra_arguments=QUIET, **files).execute()
+
+
+papermill_engines.register("ones", _Engine)
+
+
 def execute(notebook: Path, output: Path, profile: str, parameters: Parameters) -> None:
-    """Execute one notebook; its output streams to the terminal. A failed one is kept as ``<name>.failed.ipynb``."""
+    """Execute one notebook; its output streams to the terminal. What is not executed to its end is kept as
+    ``<name>.failed.ipynb`` or ``<name>.interrupted.ipynb``."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_suffix(".failed.ipynb")
+    unfinished, interrupted = (output.with_suffix(f".{how}.ipynb") for how in ("failed", "interrupted"))
+    interrupted.unlink(missing_ok=True)
     started, inputs = time.time(), fingerprint(notebook, parameters)
-    papermill.execute_notebook(
-        str(notebook),
-        str(unfinished),
-        parameters={"profile": profile, "overrides": parameters.overrides},
-        kernel_name="python3",
-        cwd=str(project_root()),
-        progress_bar=False,
-        stdout_file=sys.stdout,
-        stderr_file=sys.stderr,
-    )
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(unfinished),
+            parameters={"profile": profile, "overrides": parameters.overrides},
+            kernel_name="python3",
+            cwd=str(project_root()),
+            progress_bar=False,
+            engine_name="ones",
+        )
+    except KeyboardInterrupt:
+        if unfinished.exists():
+            os.replace(unfinished, interrupted)
+        raise
     executed = nbformat.read(unfinished, as_version=4)
     figures = project_root() / parameters.figures_dir
     whole = [f for f in sorted(figures.glob("*")) if f.suffix != UNFINISHED]  # another notebook may be writing there
@@ -160,7 +211,7 @@ def run(
             if not force and not figures and finished(output, fingerprint(notebook, parameters)):
                 print(f"{head}: finished before, see {shown} (--force makes it again)", flush=True)
                 return
-            print(f"{head}: profile {profile}", flush=True)
+            print(f"{head}: profile {profile}, figures to {parameters.figures_dir}", flush=True)
             started = time.monotonic()
             try:
                 execute(notebook, output, profile, parameters)
@@ -227,7 +278,7 @@ def _plan_notebook(notebook: Path, profile: str, parameters: Parameters, environ
     print(f"{notebook.name}: what it would train", flush=True)
     given = parameterize_notebook(cells, {"profile": profile, "overrides": parameters.overrides})
     resources = {"metadata": {"path": str(project_root())}}
-    client = NotebookClient(given, kernel_name="python3", allow_errors=True, resources=resources)
+    client = NotebookClient(given, kernel_name="python3", allow_errors=True, resources=resources, extra_arguments=QUIET)
     executed = client.execute(env=environment).cells
     asking = [i for i, cell in enumerate(executed) if ".run(" in cell.source]
     for i in [*range(asking[0]), *asking]:  # the other cells only work with results

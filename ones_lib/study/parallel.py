@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar, tqdm
 
 from ones_lib.data import images
 from ones_lib.data.files import left_behind, this_process, write_text
@@ -152,6 +152,7 @@ def _start_worker(processes: int, reports: multiprocessing.Queue, stop) -> None:
     _REPORTS, _STOP = reports, stop
     images.SIDE_BY_SIDE = processes
     torch.set_num_threads(max(1, available_cores() // processes))
+    disable_progress_bar()  # the parent's counts all workers' steps
     gc.freeze()  # what is imported stays: the collections after each training need not look at it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

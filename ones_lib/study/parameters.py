@@ -360,6 +360,8 @@ GROUPS: dict[str, type[Group]] = {
 }
 #: Parameters that decide how work is done, not what comes of it.
 EXECUTION = ("processes", "allow_training", "redo_before")
+#: Parameters that decide where it goes.
+PLACES = ("figures_dir", "records_dir")
 
 
 @cache
@@ -396,7 +398,7 @@ class Parameters:
             for group in self.groups.values()
             for f in fields(group)
         ]
-        head = f"Profile <b>{html.escape(self.profile)}</b>; changed: {html.escape(changed)}."
+        head = f"Profile <b>{html.escape(self.profile)}</b>; changed: {html.escape(changed)}; figures in {html.escape(self.figures_dir)}."
         return f"{head}<details><summary>all {len(rows)} values</summary><table>{''.join(rows)}</table></details>"
 
     def __repr__(self) -> str:
@@ -407,6 +409,9 @@ def read_parameters(
     profile: str, overrides: Mapping[str, Any], groups: Iterable[str], source: str = "overrides"
 ) -> Parameters:
     """The values of groups in a profile, some of them overridden.
+
+    A profile's ``figures_dir`` holds figures of its own values alone: with others, or in a profile that has it from its
+    ``base``, figures go to ``runs/<profile>/figures``, unless ``figures_dir`` is overridden too.
 
     Args:
         profile: a name in ``notebooks/profiles``, or the path of a YAML file of that form.
@@ -423,6 +428,8 @@ def read_parameters(
     known = [name for name, group in group_of().items() if group in wanted]
     check_names(overrides, known, source)
     file, given = _read_profile(profile)
+    if _other_values(overrides, given) or "figures_dir" not in (read_yaml(file).get("common") or {}):
+        given["common"]["figures_dir"] = f"runs/{file.stem}/figures"
     made = {}
     for name in wanted:
         names = [declared.name for declared in fields(GROUPS[name])]
@@ -435,6 +442,12 @@ def read_parameters(
             culprit = str(error).partition(":")[0]
             raise ParameterError(f"{source if culprit in overrides else file.name}: {error}") from error
     return Parameters(Path(profile).stem, made, overrides)
+
+
+def _other_values(overrides: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether overrides give something that decides results another value than a profile's sections."""
+    deciding = [name for name in overrides if name not in (*EXECUTION, *PLACES)]
+    return any(overrides[name] != given[group_of()[name]].get(name, ...) for name in deciding)
 
 
 def check_names(given: Iterable[str], known: Collection[str], source: str) -> None:

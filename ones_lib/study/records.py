@@ -207,9 +207,11 @@ class Records:
 
 
 def project_root() -> Path:
-    """The closest folder with ``run_all.sh``, from the working directory upwards; else the working directory."""
+    """The closest folder with ``run_all.sh``, from the working directory upwards or else from this library; if there is none,
+    the working directory."""
     here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / "run_all.sh").exists()), here)
+    folders = (here, *here.parents, *Path(__file__).parents)
+    return next((folder for folder in folders if (folder / "run_all.sh").exists()), here)
 
 
 PACKAGES = (

@@ -6,6 +6,7 @@ and nothing else. Its record is found by its hash.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.study.export import export
 from ones_lib.study.parallel import run_all, write_plan
 from ones_lib.study.parameters import Group, Parameters
+from ones_lib.study.progress import duration
 from ones_lib.study.records import Record, Records, config_hash, project_root
 from ones_lib.study.running import Config, Data, Execution, data_of, label, load_record, needed, tasks_of
 from ones_lib.study.training import Training
@@ -72,6 +74,7 @@ class Study:
     processes: int = 0
     allow_training: bool = True
     execution: Execution = field(default_factory=Execution.from_environment)
+    _said: bool = field(default=False, init=False, repr=False)  # how many epochs its images are trained for
 
     def __post_init__(self) -> None:
         self.seeds = list(self.seeds)
@@ -168,8 +171,11 @@ class Study:
         return tasks_of({"data": self.data, "task_data": self.task_data}, self.cache_dir)
 
     def run(self, configs: Iterable[Config], description: str = "") -> list[Record]:
-        """Records of all configs, in their order. Missing ones are computed, each after the teacher it needs."""
-        configs = list(configs)
+        """Records of all configs, in their order. Missing ones are computed, each after the teacher it needs.
+
+        Prints how many were found and made. ``description`` is of the bar and of that line.
+        """
+        started, configs = time.monotonic(), list(configs)
         wanted = {config_hash(c): c for config in configs for c in (*needed(config), config)}
         missing = {key: config for key, config in wanted.items() if self.records.find(config) is None}
         if self.execution.plan:
@@ -183,8 +189,13 @@ class Study:
                 f" missing one: {first}. allow_training is false: a run without --figures trains them"
             )
         if missing:
-            self.open_data()  # bad data is found, and data are drawn once, before any process starts
+            data = self.open_data()  # bad data is found, and data are drawn once, before any process starts
+            if self.domain == "image" and not self._said:
+                self._said = True
+                print(epochs_text(self.teaching, self.learning, len(data.train)), flush=True)
             run_all(missing, self.records, self.cache_dir, self.execution, self.processes, description)
+        made = f", {len(missing)} made in {duration(time.monotonic() - started)}" if missing else ""
+        print(f"{description or 'study'}: {len(wanted) - len(missing)} models found{made}", flush=True)
         return [self.records.find(config) for config in configs]
 
     def load_model(self, record: Record) -> nn.Module:
@@ -205,6 +216,22 @@ class Study:
                 values = {"step": history["step"], "value": scale * history[f"val_{metric}"]}
                 parts.append(pd.DataFrame({"model": model, "seed": config["seed"], **values}))
         return pd.concat(parts, ignore_index=True)
+
+
+MANY_EPOCHS = 300  # as many as the papers train on ImageNet
+
+
+def epochs_text(teaching: Training, learning: Training, images: int) -> str:
+    """How often a training sees each of its images, for people; with advice beyond :data:`MANY_EPOCHS`."""
+    epochs = [recipe.steps * recipe.batch_size / images for recipe in (teaching, learning)]
+    shown = " and ".join(f"{number:,.3g}" if number < 1000 else f"{number:,.0f}" for number in epochs)
+    text = (
+        f"{images:,} training images, {teaching.batch_size} a step: teacher_steps={teaching.steps:,} and"
+        f" kd_steps={learning.steps:,} are {shown} epochs"
+    )
+    if max(epochs) > MANY_EPOCHS:
+        text += f". More than {MANY_EPOCHS} are seldom of use: lower teacher_steps, kd_steps or batch_size"
+    return text
 
 
 _SEEDS = {"image": "seeds", "text": "text_seeds", "language": "language_seeds"}

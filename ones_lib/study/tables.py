@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
+from transformers.utils.logging import tqdm
 
 from ones_lib.calibration import LayerActivations
 from ones_lib.metrics import LOWER_IS_BETTER, benefit_retention, main_metric, rank_correlation, retention_interval

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from transformers.utils.logging import tqdm
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from ones_lib.ffn import FeedForwardWeights

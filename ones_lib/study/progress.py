@@ -1,0 +1,62 @@
+"""Progress bars in a notebook: each is an output while its work lasts, and nothing afterwards.
+
+All bars of this library are made by ``transformers.utils.logging.tqdm``. Here is what it makes in a notebook's kernel; elsewhere
+it is tqdm's own, on standard error. Who executes a notebook knows a bar by :data:`BAR`, and may draw it elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from uuid import uuid4
+
+from tqdm import tqdm
+from transformers.utils import logging
+
+#: How the display identifier of a bar begins.
+BAR = "ones-progress-"
+
+
+def show_in_outputs() -> None:
+    """In a notebook's kernel, make bars outputs of the cell that works; elsewhere do nothing."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if hasattr(shell, "kernel"):
+        logging.set_tqdm_hook(_bar)
+
+
+def duration(seconds: float) -> str:
+    """Such as ``4 min 10 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _bar(make: Callable, arguments: Sequence, options: Mapping) -> tqdm:
+    if not logging.is_progress_bar_enabled():
+        return make(*arguments, **options)
+    own = {"file": _Output(), "leave": False, "position": 0, "delay": 0.5, "ascii": False}  # seconds: what is done sooner has no bar
+    return tqdm(*arguments, **{**options, **own})
+
+
+class _Output:
+    """The file that tqdm writes its line to: an output, changed in place, without data once the line is cleared."""
+
+    def __init__(self) -> None:
+        self._shown, self._handle = "", None
+
+    def write(self, text: str) -> None:
+        from IPython.display import display  # there in a kernel
+
+        text = text.strip()
+        if text == self._shown:
+            return
+        self._shown, data = text, {"text/plain": text} if text else {}
+        if self._handle is None:
+            self._handle = display(data, raw=True, display_id=f"{BAR}{uuid4().hex}")
+        else:
+            self._handle.update(data, raw=True)
+
+    def flush(self) -> None:
+        """For tqdm."""
