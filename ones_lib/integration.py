@@ -5,6 +5,7 @@ Every expert layer is gathered into one FFN, its router is dropped, and all othe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,6 +61,11 @@ class IntegrationReport:
 
     def table(self) -> pd.DataFrame:
         return pd.DataFrame(self.rows, columns=["parameter", "action", "shape", "source_shape"])
+
+    def weights(self) -> pd.Series:
+        """The teacher's weights by action."""
+        table = self.table()
+        return table["source_shape"].map(math.prod).groupby(table["action"], sort=False).sum()
 
     def __str__(self) -> str:
         parts = []

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.utils.logging import tqdm
 from transformers import AutoConfig
+from transformers.utils.logging import tqdm
 
 from ones_lib.data import evaluation_keys
 from ones_lib.distillation import Distillation

@@ -38,7 +38,6 @@ from ones_lib.study.parameters import EXECUTION, Parameters, check_names, group_
 from ones_lib.study.progress import BAR
 from ones_lib.study.records import project_root
 
-
 QUIET = ["--IPKernelApp.log_level=ERROR"]  # a kernel warns that it talks to us, on this machine, without encryption
 
 
@@ -116,7 +115,7 @@ def finished(output: Path, print_of_inputs: str) -> bool:
 
 
 class _Client(PapermillNotebookClient):
-    """Executes cells. A bar is drawn on the terminal, in the place of the notebook."""
+    """Executes cells. Bars and standard error, such as other libraries' notices, go to the terminal and not into the notebook."""
 
     _drawn = ""
 
@@ -127,10 +126,15 @@ class _Client(PapermillNotebookClient):
             self._draw("")
 
     def process_message(self, msg: dict, cell: nbformat.NotebookNode, cell_index: int) -> nbformat.NotebookNode | None:
+        """Put a message of the kernel where it belongs; the output that it added to the cell, if any."""
         content = msg["content"]
-        if not (content.get("transient") or {}).get("display_id", "").startswith(BAR):
+        if (content.get("transient") or {}).get("display_id", "").startswith(BAR):
+            self._draw(content["data"].get("text/plain", "")[: shutil.get_terminal_size().columns - 1])
+        elif msg["msg_type"] == "stream" and content["name"] == "stderr":
+            self._draw("")
+            sys.stderr.write(content["text"])
+        else:
             return super().process_message(msg, cell, cell_index)
-        self._draw(content["data"].get("text/plain", "")[: shutil.get_terminal_size().columns - 1])
         return None
 
     def _draw(self, line: str) -> None:
@@ -146,8 +150,7 @@ class _Engine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name: str, **_) -> nbformat.NotebookNode:
-        files = {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
-        return _Client(nb_man, kernel_name=kernel_name, extra_arguments=QUIET, **files).execute()
+        return _Client(nb_man, kernel_name=kernel_name, extra_arguments=QUIET, stdout_file=sys.stdout).execute()
 
 
 papermill_engines.register("ones", _Engine)

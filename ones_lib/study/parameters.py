@@ -398,7 +398,8 @@ class Parameters:
             for group in self.groups.values()
             for f in fields(group)
         ]
-        head = f"Profile <b>{html.escape(self.profile)}</b>; changed: {html.escape(changed)}; figures in {html.escape(self.figures_dir)}."
+        places = f"changed: {html.escape(changed)}; figures to {html.escape(self.figures_dir)}"
+        head = f"Profile <b>{html.escape(self.profile)}</b>; {places}."
         return f"{head}<details><summary>all {len(rows)} values</summary><table>{''.join(rows)}</table></details>"
 
     def __repr__(self) -> str:

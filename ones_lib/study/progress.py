@@ -1,4 +1,5 @@
-"""Progress bars in a notebook: each is an output while its work lasts, and nothing afterwards.
+"""Progress and warnings in a notebook, which is to read like a paper when it is done: a bar is an output while its work lasts,
+and nothing afterwards; a warning of this library is a line of text.
 
 All bars of this library are made by ``transformers.utils.logging.tqdm``. Here is what it makes in a notebook's kernel; elsewhere
 it is tqdm's own, on standard error. Who executes a notebook knows a bar by :data:`BAR`, and may draw it elsewhere.
@@ -7,7 +8,9 @@ it is tqdm's own, on standard error. Who executes a notebook knows a bar by :dat
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from uuid import uuid4
 
 from tqdm import tqdm
@@ -18,10 +21,11 @@ BAR = "ones-progress-"
 
 
 def show_in_outputs() -> None:
-    """In a notebook's kernel, make bars outputs of the cell that works; elsewhere do nothing."""
+    """In a notebook's kernel, make bars and warnings outputs of the cell that works; elsewhere do nothing."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if hasattr(shell, "kernel"):
         logging.set_tqdm_hook(_bar)
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
 
 
 def duration(seconds: float) -> str:
@@ -36,8 +40,24 @@ def duration(seconds: float) -> str:
 def _bar(make: Callable, arguments: Sequence, options: Mapping) -> tqdm:
     if not logging.is_progress_bar_enabled():
         return make(*arguments, **options)
-    own = {"file": _Output(), "leave": False, "position": 0, "delay": 0.5, "ascii": False}  # seconds: what is done sooner has no bar
+    own = {
+        "file": _Output(),
+        "leave": False,
+        "position": 0,
+        "delay": 0.5,
+        "ascii": False,
+    }  # seconds: what is done sooner has no bar
     return tqdm(*arguments, **{**options, **own})
+
+
+def _show_warning(others: Callable, message: Warning | str, category: type[Warning], *where) -> None:
+    frame = sys._getframe(1)
+    while frame.f_globals["__name__"] == "warnings":
+        frame = frame.f_back
+    if frame.f_globals["__name__"].startswith("ones_lib."):
+        print(f"warning: {message}", flush=True)
+    else:
+        others(message, category, *where)
 
 
 class _Output:

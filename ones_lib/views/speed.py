@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.utils.logging import tqdm
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.utils.logging import tqdm
 
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.moe import MoEFeedForward, Router, Routing, batched_linear, dispatch, dispatch_plain
@@ -255,8 +254,8 @@ def _in_turns(functions: Mapping[str, Callable[[], object]], seconds: float) -> 
         once = _seconds(function, 1)
         calls[name] = math.ceil(BLOCK_SECONDS / once)
         times[name] = [once] if calls[name] == 1 else []
-    started = timer()
-    while min(map(len, times.values())) < LEAST_BLOCKS or timer() - started < seconds * len(functions):
+    started = _now()
+    while min(map(len, times.values())) < LEAST_BLOCKS or _now() - started < seconds * len(functions):
         for name, function in functions.items():
             if calls[name] > 1:
                 function()  # fills the cache
@@ -265,8 +264,8 @@ def _in_turns(functions: Mapping[str, Callable[[], object]], seconds: float) -> 
 
 
 def _seconds(function: Callable[[], object], calls: int) -> float:
-    """Mean time of a call; PyTorch's ``timer`` waits until an accelerator has finished."""
-    return timeit.Timer(function, timer=timer).timeit(calls) / calls
+    """Mean time of a call; an accelerator is waited for."""
+    return timeit.Timer(function, timer=_now).timeit(calls) / calls
 
 
 def _summary(seconds: Tensor) -> dict[str, float]:
@@ -321,3 +320,10 @@ def _peak_bytes(run: Callable[[], None], device: torch.device) -> int:
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
     return int(held.max())
+
+
+def _now() -> float:
+    """Seconds, when an accelerator has done what it was asked for."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return timeit.default_timer()

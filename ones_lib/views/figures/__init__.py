@@ -27,6 +27,7 @@ from ones_lib.views.figures.results import (
     retention_text,
     sample_images,
     scores_by_model,
+    scores_text,
 )
 from ones_lib.views.figures.spectra import (
     SIDE_NAMES,
@@ -35,7 +36,7 @@ from ones_lib.views.figures.spectra import (
     overlap_curves,
     spectra_by_data,
 )
-from ones_lib.views.figures.speed import dispatch_speed, inference_speed
+from ones_lib.views.figures.speed import DISPATCHES, WAYS, dispatch_speed, inference_speed
 from ones_lib.views.figures.style import (
     MATRIX_NAMES,
     METHODS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -208,9 +208,8 @@ def _line_with_interval(ax: Axes, x: pd.Series, percent: pd.DataFrame, model: st
     ax.fill_between(x, percent["low"], percent["high"], where=bounded, **band)
 
 
-def retention_text(retention: pd.DataFrame) -> pd.DataFrame:
+def retention_text(retention: pd.DataFrame, rows: Sequence[str] = ("model",)) -> pd.DataFrame:
     """Retention of the distilled models for reading: per cent with 95% interval, a column each reference baseline."""
-    rows = retention[retention["stage"] == "distilled"]
 
     def text(row: pd.Series) -> str:
         if math.isnan(row["retention"]):
@@ -218,8 +217,45 @@ def retention_text(retention: pd.DataFrame) -> pd.DataFrame:
         interval = f"{100 * row['low']:.0f} to {100 * row['high']:.0f}" if math.isfinite(row["low"]) else "unbounded"
         return f"{100 * row['retention']:.0f}% ({interval})"
 
-    table = rows.assign(text=rows.apply(text, axis=1)).pivot(index="model", columns="reference", values="text")
-    return table.loc[style.in_order(table.index)].rename(index=lambda model: style.look(model).name)
+    distilled = retention[retention["stage"] == "distilled"]
+    shown = _readable(distilled.assign(text=distilled.apply(text, axis=1)), rows, ["reference"])
+    return shown.rename(columns=lambda reference: style.look(reference).name)
+
+
+def scores_text(
+    table: pd.DataFrame, rows: Sequence[str], columns: Sequence[str], value: str = "value", digits: int = 1
+) -> pd.DataFrame:
+    """Scores for reading: mean ± SD over seeds, with ``digits`` after the point; of one seed the score alone.
+
+    Args:
+        rows, columns: columns of ``table`` whose values become rows and columns, in the order in which they come; but models in
+            that of the figures, and stages in that of the work.
+    """
+    scores = table.groupby([*rows, *columns], sort=False, dropna=False)[value].agg(["mean", "std"])
+    spread = scores["std"].map(f" ± {{:.{digits}f}}".format).where(scores["std"].notna(), "")
+    return _readable(
+        (scores["mean"].map(f"{{:.{digits}f}}".format) + spread).rename("text").reset_index(), rows, columns
+    )
+
+
+def _readable(table: pd.DataFrame, rows: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """The column ``text`` of a table, laid out by rows and columns."""
+
+    def place(values: pd.Series) -> pd.Series:
+        orders = {"model": style.in_order(values), "stage": [stage for stage in STAGES if stage in set(values)]}
+        order = orders.get(values.name, list(dict.fromkeys(values)))
+        return values.map({one: number for number, one in enumerate(order)})
+
+    def labels(names: list[str]) -> pd.Index:
+        return table[names].drop_duplicates().sort_values(names, key=place).set_index(names).index
+
+    rows, columns = list(rows), list(columns)
+    wide = (
+        table.set_index([*rows, *columns])["text"].unstack(columns).reindex(index=labels(rows), columns=labels(columns))
+    )
+    if "model" in rows:
+        wide = wide.rename(index=lambda model: style.look(model).name, level="model" if len(rows) > 1 else None)
+    return wide.fillna("")
 
 
 def retention_levels(line: Callable[..., Any]) -> None:
