@@ -12,6 +12,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import ones_lib
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
@@ -70,6 +72,16 @@ def test_help():
     assert result.returncode == 0
     for option in ("--profile", "--only", "-p NAME VALUE", "--force", "test"):
         assert option in result.stdout
+
+
+def test_version():
+    assert run_all("--version").stdout == f"ones_lib {PROJECT['version']}\n"
+    assert PROJECT["version"] == ones_lib.__version__
+    command = [sys.executable, "-m", "ones_lib.study", "--version"]
+    assert (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        == run_all("--version").stdout
+    )
 
 
 @pytest.mark.processes

@@ -506,3 +506,15 @@ def test_a_gathering_that_somebody_added_is_in_the_figures(monkeypatch):
     assert "geometric median" in {text.get_text() for legend in fig.legends for text in legend.get_texts()}
     fig = figures.retention_by_model(pd.concat([retention, added]).query("budget == 100"))
     assert "geometric median" in [tick.get_text() for tick in fig.axes[0].get_yticklabels()]
+
+
+def test_scores_for_reading():
+    """Mean ± SD, of one seed the score alone; models as in the figures, stages as in the work."""
+    rows = [("svd", "distilled", 1.0), ("svd", "gathered", 4.0), ("svd", "distilled", 2.0), ("moe", "trained", 8.0)]
+    table = pd.DataFrame(rows, columns=["model", "stage", "value"])
+    shown = figures.scores_text(table, ["model"], ["stage"])
+    assert list(shown.columns) == ["trained", "gathered", "distilled"]
+    assert list(shown.index) == ["MoE (teacher)", "SVD-KG"]
+    assert shown.loc["SVD-KG"].tolist() == ["", "4.0", "1.5 ± 0.7"]
+    two = figures.scores_text(table.assign(data="glyphs"), ["model", "stage"], ["data"], digits=2)
+    assert list(two.index) == [("MoE (teacher)", "trained"), ("SVD-KG", "gathered"), ("SVD-KG", "distilled")]

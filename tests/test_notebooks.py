@@ -4,11 +4,14 @@ import dataclasses
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import warnings
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -16,7 +19,7 @@ import pandas as pd
 import pytest
 from playwright.sync_api import sync_playwright
 
-from ones_lib.study import command, notebooks
+from ones_lib.study import command, notebooks, progress
 from ones_lib.study.command import parse_value
 from ones_lib.study.parameters import GROUPS, ParameterError, group_of, read_parameters
 
@@ -45,11 +48,28 @@ def records_made(root):
     return {p: p.stat().st_mtime_ns for p in (root / "runs" / "smoke" / "records").rglob("weights.safetensors")}
 
 
+def assert_reads_like_a_paper(executed):
+    """No outputs of bars, which live while work lasts, nor of standard error; trainings are one line."""
+    outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
+    texts = [o["text"] for o in outputs if o["output_type"] == "stream"]
+    assert [o for o in outputs if o.get("name") == "stderr" or "%|" in str(o.get("text", o.get("data")))] == []
+    if executed.name != "05_inference_speed.ipynb":
+        assert any(re.search(r": \d+ models found(, \d+ made in .*\d s)?\n", text) for text in texts)
+
+
 def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     assert command.main(["--profile", "smoke"]) == 0
     out = capfd.readouterr()
     assert "[1/8] 01_imagenet.ipynb: done in" in out.out
-    assert "step/s" in out.err  # the progress bar, from inside the notebook
+    assert "teacher and dense baseline: 0 models found, 4 made in " in out.out
+    assert "teacher_steps=40 and kd_steps=10 are 3.2 and 0.8 epochs" in out.out
+    bars = [line for line in re.split(r"[\r\n]", out.err) if line.strip()]
+    assert any("teacher and dense baseline:" in bar for bar in bars)  # from inside the notebook
+    assert [line for line in bars if not re.search(r" \[\d\d:\d\d[<,]", line)] == []  # no library has anything to say
+    shown = list((project / "runs" / "smoke").glob("*.ipynb"))
+    assert len(shown) == 8
+    for executed in shown:
+        assert_reads_like_a_paper(executed)
     folder = project / "runs" / "smoke" / "figures"
     results = pd.read_csv(folder / "imagenet_results.csv")
     assert list(results.columns) == ["data", "model", "stage", "seed", "accuracy", "retention"]
@@ -165,6 +185,26 @@ def test_an_interrupt_reaches_a_notebook_that_trains(project, monkeypatch, capsy
     monkeypatch.setattr(notebooks, "execute", interrupted)
     assert command.main(["--profile", "smoke", "--only", "01", "-p", "seeds", "[11]"]) == 130
     assert "interrupted; run it again to go on where it stopped" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line_and_leaves_the_notebook_as_interrupted(project):
+    """SIGINT to the whole process group, as a terminal sends it, while a notebook trains."""
+    long = ["--profile", "smoke", "--only", "01", "-p", "seeds", "[13]", "-p", "teacher_steps", "100000"]
+    command_line = [sys.executable, "-m", "ones_lib.study", *long]
+    with (project / "interrupted.log").open("w+") as log:
+        run = subprocess.Popen(command_line, cwd=project, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 300
+        while " [00:" not in Path(log.name).read_text():
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(timeout=60) == 130
+    *before, last = Path(log.name).read_text().splitlines()
+    assert last == "run_all.sh: interrupted; run it again to go on where it stopped"
+    assert not any("Traceback" in line or "Error" in line or "died" in line for line in before)
+    assert (project / "runs" / "smoke" / "01_imagenet.interrupted.ipynb").exists()
+    assert not (project / "runs" / "smoke" / "01_imagenet.failed.ipynb").exists()
 
 
 def test_force_trains_again(project):
@@ -331,31 +371,45 @@ def test_a_notebook_declares_its_groups_and_reads_nothing_else(notebook):
     assert not any("globals()" in cell.source for cell in cells)
 
 
-def test_papermill_alone_runs_a_notebook_with_overrides(project):
-    """Without run_all.sh, from the notebooks' own folder, as JupyterLab does."""
+def test_papermill_alone_runs_a_notebook_with_overrides(project, tmp_path):
+    """Without run_all.sh, from any folder, as JupyterLab does. The library's folder says where the project is."""
+    (project / "ones_lib").symlink_to(ROOT / "ones_lib")
     overrides = "{overrides: {num_experts: 2, seed: 3, teacher_steps: 3, budget: 0, processes: 1}}"
-    arguments = [
-        "-m",
-        "papermill",
-        "-k",
-        "python3",
-        "student.ipynb",
-        "../out.ipynb",
-        "-p",
-        "profile",
-        "smoke",
-        "-y",
-        overrides,
-    ]
+    arguments = ["-k", "python3", str(project / "notebooks" / "student.ipynb"), "out.ipynb", "-p", "profile", "smoke"]
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=project / "notebooks", capture_output=True, text=True, check=False
+        [sys.executable, "-m", "papermill", *arguments, "-y", overrides],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(project)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    executed = nbformat.read(project / "out.ipynb", as_version=4)
+    assert_reads_like_a_paper(tmp_path / "out.ipynb")
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     shown = [str(o.get("data", {}).get("text/html", "")) for cell in executed.cells for o in cell.get("outputs", [])]
     assert any("num_experts = 2" in text and "experts of the MoE" in text for text in shown)  # what it ran with
+    assert any("figures to runs/smoke/figures" in text for text in shown)
     row = pd.read_csv(project / "runs" / "smoke" / "figures" / "student.csv").iloc[0]
     assert (row["num_experts"], row["seed"], row["budget"]) == (2, 3, 0)
+
+
+def test_a_warning_of_ours_is_text_and_others_are_not(capsys, monkeypatch):
+    said = []
+    monkeypatch.setattr(warnings, "showwarning", partial(progress._show_warning, lambda *about: said.append(about)))
+    for module in ("ones_lib.views.speed", "another"):
+        warn = {"__name__": module, "warnings": warnings}
+        exec(f"def warn(): warnings.warn('{module}: too few tokens', stacklevel=2)", warn)
+        warn["warn"]()
+    assert capsys.readouterr().out == "warning: ones_lib.views.speed: too few tokens\n"
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (250, "4 min 10 s"), (7500, "2 h 5 min")]
+)
+def test_durations_for_people(seconds, text):
+    assert progress.duration(seconds) == text
 
 
 # --- parameters --------------------------------------------------------------------------------------------------------
@@ -367,6 +421,14 @@ PROFILES = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("
 def test_profiles_have_a_value_for_every_parameter(profile):
     parameters = read_parameters(profile, {}, GROUPS)
     assert set(parameters.values()) == set(group_of())
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_help_names_every_profile_as_its_first_line_does(profile):
+    first = (ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# ")
+    said = subprocess.run([ROOT / "run_all.sh", "--help"], capture_output=True, text=True, check=True).stdout
+    assert re.search(rf"^  {profile} +{re.escape(first.removeprefix('# ').rstrip('.:'))}$", said, re.MULTILINE)
 
 
 def test_every_name_is_of_one_group_and_has_a_meaning():
@@ -383,6 +445,22 @@ def test_overrides_win_over_the_profile_and_the_profile_over_its_base():
         smoke.text_d_ff  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("profile", "overrides", "folder"),
+    [
+        ("demo", {}, "figures"),
+        ("demo", {"processes": 1, "allow_training": False, "redo_before": "", "records_dir": "mine"}, "figures"),
+        ("demo", {"num_experts": 8, "distortion": 1}, "figures"),  # the profile's own values
+        ("demo", {"num_experts": 16}, "runs/demo/figures"),
+        ("demo", {"num_experts": 16, "figures_dir": "mine"}, "mine"),
+        ("real", {}, "figures/real"),
+        ("real", {"data_dir": "mine"}, "runs/real/figures"),
+    ],
+)
+def test_other_values_leave_the_profiles_figures_alone(profile, overrides, folder):
+    assert read_parameters(profile, overrides, ["image"]).figures_dir == folder
+
+
 def test_a_whole_number_passes_for_a_fraction_but_not_the_other_way():
     assert read_parameters("smoke", {"distortion": 1}, ["image"]).distortion == 1.0
     with pytest.raises(ParameterError, match="overrides: depth: expected int or null, found 2.5"):
@@ -393,6 +471,9 @@ def test_a_profile_of_ones_own(tmp_path):
     (tmp_path / "mine.yaml").write_text("base: smoke\nimage: {num_experts: 3}\n")
     mine = read_parameters(str(tmp_path / "mine.yaml"), {}, ["image"])
     assert (mine.profile, mine.num_experts, mine.d_model) == ("mine", 3, 16)
+    assert mine.figures_dir == "runs/mine/figures"  # not its base's
+    (tmp_path / "mine.yaml").write_text("base: demo\ncommon: {figures_dir: elsewhere}\n")
+    assert read_parameters(str(tmp_path / "mine.yaml"), {}, ["image"]).figures_dir == "elsewhere"
     (tmp_path / "mine.yaml").write_text("image: {num_experts: 3}\n")
     with pytest.raises(ParameterError, match="mine.yaml: common: expected a value for 'methods', found none"):
         read_parameters(str(tmp_path / "mine.yaml"), {}, ["image"])

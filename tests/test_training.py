@@ -24,7 +24,7 @@ from ones_lib.study import entries, parallel
 from ones_lib.study.image_task import ImageClassification
 from ones_lib.study.records import Records, compare, config_hash
 from ones_lib.study.running import carry_out, steps_of
-from ones_lib.study.study import Study
+from ones_lib.study.study import Study, epochs_text
 from ones_lib.study.tables import (
     ablation_table,
     benefit_table,
@@ -580,3 +580,11 @@ def test_trainings_side_by_side_share_the_cores(cores, processes, monkeypatch):
     loaders = images.worker_count([])
     assert loaders >= 1
     assert loaders == 1 or processes * (loaders + 1) <= cores
+
+
+def test_epochs_are_said_and_many_are_warned_of():
+    few = epochs_text(Training(steps=1400, batch_size=128), Training(steps=600, batch_size=128), 45_000)
+    assert few == "45,000 training images, 128 a step: teacher_steps=1,400 and kd_steps=600 are 3.98 and 1.71 epochs"
+    many = epochs_text(Training(steps=15_000, batch_size=128), Training(steps=15_000, batch_size=128), 120)
+    assert "are 16,000 and 16,000 epochs. More than 300 are seldom of use" in many
+    assert "lower teacher_steps, kd_steps or batch_size" in many

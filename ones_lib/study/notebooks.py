@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -150,7 +151,10 @@ class _Engine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name: str, **_) -> nbformat.NotebookNode:
-        return _Client(nb_man, kernel_name=kernel_name, extra_arguments=QUIET, stdout_file=sys.stdout).execute()
+        log = logging.getLogger(__name__)
+        log.setLevel(logging.CRITICAL)  # its errors are raised, too
+        own = {"log": log, "extra_arguments": QUIET, "stdout_file": sys.stdout}
+        return _Client(nb_man, kernel_name=kernel_name, **own).execute()
 
 
 papermill_engines.register("ones", _Engine)
@@ -174,6 +178,7 @@ def execute(notebook: Path, output: Path, profile: str, parameters: Parameters) 
             engine_name="ones",
         )
     except KeyboardInterrupt:
+        logging.getLogger("asyncio").disabled = True  # it reports the cell that nobody waits for any more
         if unfinished.exists():
             os.replace(unfinished, interrupted)
         raise
