@@ -16,6 +16,8 @@ Importing ``ones_lib`` registers the ``widenet_*`` and ``ones_*`` models with ti
 Auto classes.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from ones_lib.calibration import Calibration, LayerActivations, collect_activations
 from ones_lib.distillation import Distillation
 from ones_lib.ffn import FeedForwardWeights
@@ -24,7 +26,11 @@ from ones_lib.integration import integrate
 from ones_lib.metrics import benefit_retention
 from ones_lib.models import upcycle
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("ones-lib")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+checkout"
+
 __all__ = [
     "Calibration",
     "Distillation",
