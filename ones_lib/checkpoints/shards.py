@@ -1,20 +1,24 @@
-"""Reads safetensors files one tensor at a time.
+"""Reads and joins safetensors files one tensor at a time.
 
 The safetensors library maps whole files, and a checkpoint's files may be larger than memory. This reader maps the bytes
-of one tensor. File format (https://huggingface.co/docs/safetensors): the length of the header in 8 bytes; the header,
-JSON with dtype, shape and byte offsets of every tensor; the data.
+of one tensor; and the library writes a file of tensors that are all in memory. File format
+(https://huggingface.co/docs/safetensors): the length of the header in 8 bytes; the header, JSON with dtype, shape and byte
+offsets of every tensor; the data.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ones_lib.data.files import written_beside
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -90,6 +94,26 @@ class Shards:
             return torch.empty(shape, dtype=dtype)
         mapped = np.memmap(file, np.uint8, "c", start, (size,))  # a write does not reach the file
         return torch.frombuffer(mapped, dtype=dtype).view(shape)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every tensor, file by file."""
+        return {name: stop - start for name, (*_, start, stop) in self._stored.items()}
+
+    def join(self, names: Iterable[str], path: Path) -> None:
+        """Write these tensors, bytes as they are, to one file; atomically."""
+        # As the library: larger dtypes first, so that each tensor starts at a multiple of its dtype's size.
+        dtypes = _DTYPES | _QUANTISED
+        order = sorted(names, key=lambda name: (-dtypes[self.dtypes[name]].itemsize, name))
+        header, sizes, stop = {"__metadata__": {"format": "pt"}}, self.sizes(), 0
+        for name in order:
+            start, stop = stop, stop + sizes[name]
+            header[name] = {"dtype": self.dtypes[name], "shape": self.shapes[name], "data_offsets": [start, stop]}
+        packed = json.dumps(header, separators=(",", ":")).encode()
+        packed += b" " * (-len(packed) % 8)
+        with written_beside(path) as beside, beside.open("wb") as file:
+            file.write(len(packed).to_bytes(8, "little") + packed)
+            for name in order:
+                file.write(self.raw(name).flatten().view(torch.uint8).numpy())
 
 
 def _files(path: Path) -> list[Path]:

@@ -55,6 +55,11 @@ def needs_calibration(method: str, scale: Scale | str = 1.0) -> bool:
     return required or (isinstance(scale, str) and SCALE_WORDS.get(scale, False))
 
 
+def gives_widths(method: str) -> bool:
+    """Whether a method can gather to other widths than an expert's."""
+    return "d_ff" in options_of(method) or method in ROUTER_SCALES
+
+
 def options_of(method: str) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of a method, by name."""
     parameters = inspect.signature(_METHODS[method]).parameters
