@@ -1,11 +1,13 @@
 """MoE checkpoints made dense: gates, shared experts, calibration, interruptions, bad input, the command line."""
 
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -16,12 +18,16 @@ from safetensors.torch import load_file, save_file
 from tiny_moes import moe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy, silu
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+import ones_lib
 from ones_lib.checkpoints import activations, convert, open_experts, work
 from ones_lib.checkpoints.__main__ import main
+from ones_lib.checkpoints.place import Place
+from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.text import text_blocks
 from ones_lib.checkpoints.work import Work
+from ones_lib.gathering import registry
 from ones_lib.gathering.registry import gather
 from ones_lib.models.causal import load_language_model, model_inputs, new_model, perplexity, watched_experts
 from ones_lib.study.language_task import LanguageModel
@@ -241,7 +247,7 @@ def test_perplexity_is_transformers_own_loss(tmp_path):
     table = convert(tmp_path / "moe", tmp_path / "dense", "average", check=text)
     assert len(table) == 3
     card = (tmp_path / "dense" / "README.md").read_text()
-    assert f"Perplexity: MoE {perplexity(model, ids):.4g}" in card
+    assert f"Perplexity on {ids.numel():,} tokens of text.txt: MoE {perplexity(model, ids):.4g}" in card
     assert f"this model {perplexity(load_language_model(tmp_path / 'dense'), ids):.4g}" in card
 
 
@@ -303,7 +309,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path, monkeypatc
         convert(tmp_path / "moe", tmp_path / "dense", **arguments)
     assert not (tmp_path / "dense").exists()
     # What a killed process was writing:
-    (tmp_path / ".dense.converting" / "model" / "model-00003-of-00004.safetensors.there-1.tmp").write_bytes(b"half")
+    (tmp_path / ".dense.converting" / "blocks" / "00002.safetensors.there-1.tmp").write_bytes(b"half")
     again = []
     monkeypatch.setattr(Work, "convert_block", lambda work, block: again.append(block.name) or real(work, block))
     monkeypatch.setattr(activations, "BlockStream", None)  # the MoE need not run again
@@ -473,6 +479,292 @@ def test_bad_arguments(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "moe"]
 
 
+# --- called again -----------------------------------------------------------------------------------------------------
+
+
+def stamps(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_the_same_call_again_returns_what_is_there(tmp_path, capsys):
+    text = with_tokenizer(tmp_path / "moe")
+    arguments = {"calibration": text, "check": text, "importance": "product"}
+    first = convert(tmp_path / "moe", tmp_path / "dense", "topk", **arguments)
+    before = stamps(tmp_path / "dense")
+    again = convert(str(tmp_path / "moe"), tmp_path / "dense", "topk", **arguments)
+    pd.testing.assert_frame_equal(first, again)
+    assert again.attrs == first.attrs
+    command = ["convert", str(tmp_path / "moe"), str(tmp_path / "dense"), "--d-ff", "expert", "--method", "topk"]
+    command += ["--calibration", str(text), "--check", str(text), "--option", "importance=product"]
+    main(command)
+    assert capsys.readouterr().out == f"already done with these arguments: {tmp_path / 'dense'}\n"
+    assert stamps(tmp_path / "dense") == before
+
+
+def test_another_call_says_what_differs_and_replaces_only_if_told(tmp_path, capsys, monkeypatch):
+    text = with_tokenizer(tmp_path / "moe")
+    command = [str(tmp_path / "moe"), str(tmp_path / "dense"), "--calibration", str(text)]
+    main([*command, "--method", "average"])
+    old = files(tmp_path / "dense")
+    for more, said in (
+        (["--method", "topk"], 'method "average", now "topk"'),
+        (["--method", "average", "--d-ff", "96"], "--d-ff 48, now 96"),
+        (["--method", "average", "--calibration-tokens", "512"], "--calibration-tokens 4096, now 512"),
+        (["--method", "average", "--check", str(text)], 'check null, now "text.txt"'),
+        (["--method", "average", "--option", "scale=1.0"], 'options.scale "router", now 1.0'),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([*command, *more])
+        assert stop.value.code == 1
+        message = capsys.readouterr().err
+        assert message.startswith("DENSE: ")
+        assert said in message
+        assert message.endswith("; --force replaces it\n")
+    with pytest.raises(FileExistsError, match="destination: .*; force=True replaces it"):
+        convert(tmp_path / "moe", tmp_path / "dense", "svd")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "write_config", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            main([*command, "--method", "topk", "--force"])
+    assert files(tmp_path / "dense") == old  # until the new one is whole
+    main([*command, "--method", "topk", "--force"])
+    convert(tmp_path / "moe", tmp_path / "other", "topk", "active", calibration=text)
+    assert files(tmp_path / "dense") == files(tmp_path / "other")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "moe", "other", "text.txt"]
+
+
+def test_a_changed_moe_is_noticed(tmp_path):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    convert(tmp_path / "moe", tmp_path / "dense", "average")
+    moe("mixtral", seed=1).save_pretrained(tmp_path / "moe")
+    with pytest.raises(FileExistsError, match="other arguments: source_sha256; force=True"):
+        convert(tmp_path / "moe", tmp_path / "dense", "average")
+
+
+def test_what_a_call_has_not_made_is_not_replaced(tmp_path):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    with pytest.raises(FileExistsError, match="destination: expected a folder that is not there or empty"):
+        convert(tmp_path / "moe", tmp_path / "moe", "average", force=True)
+    dense = tmp_path / "dense"
+    convert(tmp_path / "moe", dense, "average")
+    (dense / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"expected only files of an earlier call, .*dense: notes\.txt"):
+        convert(tmp_path / "moe", dense, "topk", force=True)
+    assert convert(tmp_path / "moe", dense, "average").shape[0] == 3
+    (dense / "notes.txt").unlink()
+    (dense / "model.safetensors").unlink()
+    with pytest.raises(FileExistsError, match=r"dense lacks its model\.safetensors; force=True makes it again"):
+        convert(tmp_path / "moe", dense, "average")
+    convert(tmp_path / "moe", dense, "average", force=True)
+    (dense / "distillation.json").write_text("{}")  # trained since, perhaps for days
+    for force in (False, True):
+        with pytest.raises(FileExistsError, match="destination: expected a folder that is not there"):
+            convert(tmp_path / "moe", dense, "average", force=force)
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+def test_a_replacement_that_is_killed_leaves_the_old_or_the_new_one(killed, tmp_path, monkeypatch):
+    """At each of its two moves."""
+    place = tmp_path / "out"
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.bin").touch()
+    Place(place, "out", "conversion.json", False).put(tmp_path / "old", {})
+    replace, left = os.replace, [killed]
+
+    def stopping(one, two):
+        if not str(one).endswith(".json") and ".tmp" not in str(one):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+        replace(one, two)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ones_lib.checkpoints.place.os.replace", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            Place(place, "out", "conversion.json", True).put(tmp_path / "new", {})
+    Place(place, "out", "conversion.json", True).put(tmp_path / "new", {})
+    assert sorted(p.name for p in place.iterdir()) == ["conversion.json", "new.bin"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_in_files_of_the_size_that_transformers_writes(tmp_path, monkeypatch):
+    assert inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default == "50GB"
+    assert work.FILE_SIZE == 50 * 10**9
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    convert(tmp_path / "moe", tmp_path / "one", "average")
+    assert not list((tmp_path / "one").glob("model-*"))
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+    twin = load_language_model(tmp_path / "one")
+    twin.save_pretrained(tmp_path / "transformers")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "transformers"))
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+    monkeypatch.setattr(work, "FILE_SIZE", 20_000)
+    convert(tmp_path / "moe", tmp_path / "many", "average")
+    paths = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert [p.name for p in paths] == [
+        f"model-{i:05d}-of-{len(paths):05d}.safetensors" for i in range(1, len(paths) + 1)
+    ]
+    assert len(paths) > 4
+    found = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    assert all(sum(t.nbytes for t in load_file(path).values()) <= 20_000 for path in paths)
+    torch.testing.assert_close(found, ours, atol=0, rtol=0)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in ours.values())
+    close(logits(load_language_model(tmp_path / "many")), logits(twin), atol=0)
+
+
+def test_files_are_joined_after_a_kill(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    monkeypatch.setattr(work, "FILE_SIZE", 20_000)
+    convert(tmp_path / "moe", tmp_path / "whole", "average")
+    join, left, stops = Shards.join, [0], 0
+
+    def stopping(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        join(*arguments)
+
+    monkeypatch.setattr(Shards, "join", stopping)
+    while not (tmp_path / "dense").exists():
+        left[0] = 3
+        try:
+            convert(tmp_path / "moe", tmp_path / "dense", "average")
+        except KeyboardInterrupt:
+            stops += 1
+            monkeypatch.setattr(Work, "convert_block", None)  # none is made again
+    assert stops > 1
+    assert files(tmp_path / "dense") == files(tmp_path / "whole")
+
+
+def test_joined_tensors_are_what_they_were(tmp_path):
+    """Of several dtypes, without dimensions, and empty."""
+    tensors = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "n": torch.tensor(3), "none": torch.empty(0, 2)}
+    save_file({name: tensors[name] for name in ("b", "n")}, tmp_path / "0.safetensors")
+    save_file({name: tensors[name] for name in ("a", "none")}, tmp_path / "1.safetensors")
+    Shards(tmp_path).join(tensors, tmp_path / "all")
+    torch.testing.assert_close(load_file(tmp_path / "all"), tensors, atol=0, rtol=0)
+    save_file(tensors, tmp_path / "library", {"format": "pt"})
+    assert (tmp_path / "all").read_bytes()[-60:] == (tmp_path / "library").read_bytes()[-60:]
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_is_shorter_than_asked_for_is_said(tmp_path, capsys):
+    text = with_tokenizer(tmp_path / "moe")
+    there = text_blocks(text, tmp_path / "moe").numel()
+    with pytest.warns(
+        UserWarning, match=rf"calibration_tokens: asked for 1,000,000, takes the {there:,} that text.txt has"
+    ):
+        convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=text, calibration_tokens=10**6)
+    facts = json.loads((tmp_path / "dense" / "conversion.json").read_text())
+    assert facts["calibration_tokens"] == 10**6
+    assert {key: facts["calibration"][key] for key in ("text", "tokens")} == {"text": "text.txt", "tokens": there}
+    assert f"run on {there:,} tokens of text.txt" in (tmp_path / "dense" / "README.md").read_text()
+    with pytest.warns(UserWarning, match="calibration_tokens: asked for 10, takes 64, one block"):
+        convert(tmp_path / "moe", tmp_path / "few", "average", calibration=text, calibration_tokens=10)
+    with warnings.catch_warnings():  # a default that is more than there is, and a rest of less than a block
+        warnings.simplefilter("error")
+        convert(tmp_path / "moe", tmp_path / "default", "average", calibration=text)
+        convert(tmp_path / "moe", tmp_path / "rest", "average", calibration=text, calibration_tokens=there + 60)
+    source, dense = str(tmp_path / "moe"), str(tmp_path / "command")
+    run = [sys.executable, "-m", "ones_lib.checkpoints", "convert", source, dense, "--calibration", str(text)]
+    done = subprocess.run(
+        [*run, "--calibration-tokens", "1M", "--method", "average"], capture_output=True, text=True, check=True
+    )
+    assert f"warning: --calibration-tokens: asked for 1,000,000, takes the {there:,} that text.txt has\n" in done.stderr
+    assert f"calibration: {there:,} tokens of text.txt\n" in done.stdout
+    with pytest.raises(ValueError, match="calibration_tokens: expected an integer of at least 1, found 0"):
+        convert(tmp_path / "moe", tmp_path / "no", "average", calibration=text, calibration_tokens=0)
+
+
+def test_a_method_of_one_width_gets_it(tmp_path, capsys, monkeypatch):
+    """The example of ones_lib/README.md."""
+
+    def median(bank, *, scale=1.0):
+        return bank.map(lambda tensor: scale * tensor.median(dim=0).values)  # noqa: PD011  a tensor
+
+    monkeypatch.setitem(registry._METHODS, "median", median)
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    main(["convert", str(tmp_path / "moe"), str(tmp_path / "dense"), "--method", "median"])
+    assert load_language_model(tmp_path / "dense").config.intermediate_size == 24
+    assert "median gathers to one expert's width: --d-ff expert\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["convert", str(tmp_path / "moe"), str(tmp_path / "no"), "--method", "median", "--d-ff", "active"])
+    said = "--d-ff: expected the experts' 24 for method 'median', found 48; take --d-ff expert\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("option", ["calibration", "reconstruct", "check"])
+def test_a_text_that_is_not_there_is_named_as_it_was_typed(option, tmp_path, capsys, monkeypatch):
+    with_tokenizer(tmp_path / "moe")
+    (tmp_path / "text.md").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "noted").mkdir()
+    (tmp_path / "noted" / "train.jsonl").write_text('{"note": "a"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ones_lib.data.text.read_hub", None)  # never asked
+    for text, message in {
+        "texts/gone.txt": "no such file or folder, 'texts/gone.txt'",
+        "gone/gone.jsonl": "no such file or folder",
+        "./gone": "no such file or folder",
+        "~/gone": "no such file or folder, '~/gone'",
+        "/gone/gone": "no such file or folder",
+        "a/b/c": "no such file or folder",
+        "docstring": "no such file or folder, 'docstring'; expected one, a hub name like owner/name, or 'names' or 'docstrings'",
+        "text.md": r"expected a file with one of the endings \.txt, .*, found 'text\.md'",
+        "folder": r"expected folder/(train|validation) with one of the endings",
+        "noted": r"expected a column 'text', found \['note'\]",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            main(["convert", "moe", "dense", f"--{option}", text])
+        assert stop.value.code == 1
+        said = re.split(r"examples/s\]\n?", capsys.readouterr().err)[-1]  # behind the reader's own bar
+        assert re.match(rf"--{option}: (noted: expected a text of .*: )?{message}", said), said
+        assert said.count("\n") == 1
+        with pytest.raises((OSError, ValueError), match=f"^{option}: "):
+            convert("moe", "dense", "average", **{option: text})
+    assert not (tmp_path / "dense").exists()
+
+
+def test_paths_are_expanded(tmp_path, monkeypatch):
+    text = with_tokenizer(tmp_path / "moe")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(["convert", "~/moe", "~/dense", "--calibration", f"~/{text.name}", "--check", f"~/{text.name}"])
+    assert json.loads((tmp_path / "dense" / "conversion.json").read_text())["check"]["text"] == "text.txt"
+
+
+def test_values_are_named_as_they_were_typed(tmp_path, capsys):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    moe_folder, dense = str(tmp_path / "moe"), str(tmp_path / "dense")
+    for arguments, said in (
+        ([str(tmp_path / "gone"), dense], "MOE: expected a folder or a hub name like owner/name, found"),
+        ([str(tmp_path / "moe" / "model.safetensors"), dense], "MOE: expected a folder or a hub name"),
+        ([moe_folder, moe_folder], "DENSE: expected a folder that is not there or empty"),
+        ([moe_folder, dense, "--student-inputs"], "--student-inputs: expected a text to reconstruct on"),
+        ([moe_folder, dense, "--approximate"], "--approximate: expected False for mixtral"),
+        ([moe_folder, dense, "--option", "rank=3"], "--option rank: gathering method 'topk' has no such option"),
+        ([moe_folder, dense, "--method", "readout"], "--calibration: expected a text, which method 'readout' needs"),
+        ([moe_folder, dense, "--method", "average", "--d-ff", "30"], "--d-ff: expected a multiple of the experts' 24"),
+        (
+            [moe_folder, dense, "--calibration", "names", "--calibration-tokens", "0"],
+            "--calibration-tokens: expected an integer",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["convert", *arguments])
+        assert stop.value.code == 1
+        assert capsys.readouterr().err.startswith(said)
+
+
 # --- memory, command line ---------------------------------------------------------------------------------------------
 
 LIMITED = """
@@ -529,7 +821,8 @@ def test_a_hub_name_is_taken_from_the_cache(tmp_path, monkeypatch):
     assert asked == ["owner/some-moe"]
     card = (tmp_path / "dense" / "README.md").read_text()
     assert "base_model: owner/some-moe" in card
-    assert '"revision": "0123abc"' in card
+    assert "of owner/some-moe (mixtral, revision 0123abc) by" in card
+    assert json.loads((tmp_path / "dense" / "conversion.json").read_text())["revision"] == "0123abc"
 
 
 def test_the_command_line(tmp_path, capsys):
@@ -545,18 +838,31 @@ def test_the_command_line(tmp_path, capsys):
     assert "model.layers.2.mlp" in capsys.readouterr().out
     for width, message in (
         ("wide", "expected a number, 'active' or 'expert', found 'wide'"),
-        ("0", "d_ff: expected an"),
+        ("0", "--d-ff: expected an"),
     ):
         with pytest.raises(SystemExit):
             main([source, str(tmp_path / "no"), "--d-ff", width])
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        main([source, destination])
+        main([source, source])
     assert stop.value.code == 1
-    assert "destination: expected a folder that is not there or empty" in capsys.readouterr().err
+    assert "DENSE: expected a folder that is not there or empty" in capsys.readouterr().err
+    main(["convert", source, str(tmp_path / "named")])
+    assert files(tmp_path / "named") == files(tmp_path / "active")
+    for arguments, said in (
+        (["--help"], "Nearly every MoE type of transformers"),
+        (["--version"], ones_lib.__version__),
+        (["convert", "--version"], ones_lib.__version__),
+        (["inspect", "--version"], ones_lib.__version__),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        assert said in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "Nearly every MoE type of transformers" in capsys.readouterr().out
+        main([])
+    assert "expected a command, inspect or convert" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -578,14 +884,17 @@ def test_the_command_says_both_perplexities_and_what_is_wrong_with_a_text(tmp_pa
     source = str(tmp_path / "moe")
     main([source, str(tmp_path / "dense"), "--check", str(text)])
     card = (tmp_path / "dense" / "README.md").read_text()
-    found = re.search(r"perplexity: MoE ([\d.]+), dense ([\d.]+)\n", capsys.readouterr().out)
-    assert f"Perplexity: MoE {found[1]}, this model {found[2]}." in card
+    printed = capsys.readouterr().out
+    found = re.search(r"check: ([\d,]+) tokens of text.txt\nperplexity: MoE ([\d.]+), dense ([\d.]+)\n", printed)
+    assert f"Perplexity on {found[1]} tokens of text.txt: MoE {found[2]}, this model {found[3]}." in card
     (tmp_path / "binary.txt").write_bytes(b"\x00\xdb\xff" * 100)
     (tmp_path / "short.txt").write_text("three short words")
     for name in ("binary.txt", "short.txt"):
         with pytest.raises(SystemExit):
             main([source, str(tmp_path / "no"), "--check", str(tmp_path / name)])
-        assert f"{name}: expected a text of" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert re.search(rf"--check: .*{name}: expected a text of", said)
+        assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])

@@ -15,6 +15,7 @@ from tiny_moes import moe
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
+import ones_lib
 from ones_lib.checkpoints import convert
 from ones_lib.checkpoints.text import text_blocks, token_count
 from ones_lib.models.causal import load_language_model, without_bars
@@ -238,7 +239,11 @@ def test_models_that_do_not_belong_together_are_refused(place, tmp_path):
     refused(
         "moe: expected conversion.json of a conversion, found none: its FFNs were never gathered", dense=place / "moe"
     )
-    refused("out: expected a folder that is not there or empty, found .*dense", out=place / "dense")
+    for out in ("dense", "moe"):
+        with pytest.raises(
+            FileExistsError, match=f"out: expected a folder that is not there or empty, .* found .*{out}"
+        ):
+            distill(place / "moe", place / "dense", place / out, place / "splits", STEP, **BRIEF, force=True)
     moe("qwen3_moe", num_hidden_layers=4).save_pretrained(tmp_path / "deep")
     refused("deep: expected the MoE that .*dense was made of, with num_hidden_layers 3, found 4", tmp_path / "deep")
     moe("qwen3_moe", vocab_size=65).save_pretrained(tmp_path / "wide")
@@ -277,10 +282,71 @@ def test_numbers_of_tokens(capsys):
         assert "expected a number such as 10M" in capsys.readouterr().err
 
 
-def test_the_command_says_what_is_wrong_in_a_line(place, tmp_path, capsys):
-    paths = [str(place / "moe"), str(place / "moe"), str(tmp_path / "out")]
-    assert main([*paths, "--text", str(place / "splits"), "--tokens", "1k"]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+def test_the_command_says_what_is_wrong_in_a_line_and_as_it_was_typed(place, tmp_path, capsys):
+    paths, text = [str(place / "moe"), str(place / "dense"), str(tmp_path / "out")], ["--text", str(place / "splits")]
+    tokens, gone = ["--tokens", "1k"], str(tmp_path / "gone.jsonl")
+    for arguments, said in (
+        ([paths[0], paths[0], paths[2], *text, *tokens], f"{paths[0]}: expected conversion.json of a conversion"),
+        ([gone, *paths[1:], *text, *tokens], "MOE: expected a folder or a hub name"),
+        ([paths[0], gone, paths[2], *text, *tokens], "DENSE: no such folder"),
+        ([*paths[:2], paths[0], *text, *tokens], "OUT: expected a folder that is not there or empty"),
+        ([*paths, "--text", gone, *tokens], "--text: no such file or folder"),
+        ([*paths, "--text", "~/gone", *tokens], "--text: no such file or folder, '~/gone'"),
+        ([*paths, *text, *tokens, "--check", gone], "--check: no such file or folder"),
+        ([*paths, *text, "--tokens", "5"], "--tokens: expected at least 4,096, a step of 64 blocks of 64, found 5"),
+        ([*paths, *text, *tokens, "--learning-rate", "0"], "--learning-rate: expected a positive number, found 0"),
+        ([*paths, *text, *tokens, "--length", "4"], "--length: expected 8 to 64 tokens, found 4"),
+    ):
+        assert main(arguments) == 1
+        message = capsys.readouterr().err
+        assert message.startswith(said)
+        assert message.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert ones_lib.__version__ in capsys.readouterr().out
+
+
+def test_the_same_call_again_returns_what_is_there(place, tmp_path, capsys):
+    paths = [str(place / "moe"), str(place / "dense"), str(tmp_path / "out")]
+    command = [*paths, "--text", str(place / "splits"), "--tokens", "100", "--length", "16", "--batch-size", "4"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "trained on 64 tokens, of 100 asked for: 1 steps of 4 x 16\n" in printed
+    about = json.loads((tmp_path / "out" / "distillation.json").read_text())
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"already done with these arguments: {tmp_path / 'out'}\n"
+    options = {"length": 16, "batch_size": 4}
+    assert distill(*paths, place / "splits", 100, **options) == about
+    assert main([*command, "--learning-rate", "1e-3"]) == 1
+    said = capsys.readouterr().err
+    assert (
+        said
+        == f"OUT: {paths[2]} was made with other arguments: --learning-rate 0.0002, now 0.001; --force replaces it\n"
+    )
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(FileExistsError, match="out: expected only files of an earlier call, .*: mine"):
+        distill(*paths, place / "splits", 100, **options, force=True)
+    (tmp_path / "out" / "mine").unlink()
+    assert main([*command, "--learning-rate", "1e-3", "--force"]) == 0
+    assert json.loads((tmp_path / "out" / "distillation.json").read_text())["learning_rate"] == 1e-3
+    with pytest.raises(ValueError, match="out: expected another folder than dense"):
+        distill(paths[0], paths[2], paths[2], place / "splits", 100, **options, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_perplexity_is_shown_before_it_is_measured(place, tmp_path, monkeypatch):
+    shown = []
+
+    class Watched(module.tqdm):
+        def set_postfix_str(self, text, **options):
+            shown.append(text)
+
+    monkeypatch.setattr(module, "tqdm", Watched)
+    monkeypatch.setattr(module, "EVALUATIONS", 2)
+    run(place, tmp_path / "out")
+    assert not any("nan" in text for text in shown)
+    assert "perplexity" in shown[-1]
 
 
 @pytest.mark.parametrize("kind", ["qwen3_5_moe", "gemma4"])

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import warnings
 
 import matplotlib as mpl
 import numpy as np
@@ -218,7 +219,7 @@ def test_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "gone")])
     assert stop.value.code == 1
-    assert "source: expected a folder or a hub name" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("MOE: expected a folder or a hub name")
 
 
 def test_the_command_line_says_what_is_not_known(tmp_path, capsys, monkeypatch):
@@ -247,12 +248,39 @@ def test_which_width_to_take():
 def test_a_width_with_too_few_tokens_is_marked_and_not_recommended(tmp_path, capsys):
     """With 192 tokens, 144 are solved on: 24 units have 4 each and more, 48 and 96 have not."""
     text = with_tokenizer(tmp_path / "moe")
-    with pytest.warns(UserWarning, match="calibration_tokens: expected 512 for a read-out of 96 hidden units"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         main([str(tmp_path / "moe"), "--calibration", str(text), "--calibration-tokens", "200"])
     printed = capsys.readouterr().out
     assert re.search(r"1 x expert \(24\) +2 x expert \(48\) \* +4 x expert \(96\) \*", printed)
     assert "The best for its size is --d-ff 24 (1 x an expert's width)" in printed
     assert "--calibration-tokens 512 are enough" in printed
+
+
+def test_few_tokens_are_said_once_and_only_if_they_were_asked_for(tmp_path, monkeypatch):
+    text = with_tokenizer(tmp_path / "moe")
+    monkeypatch.setattr(inspection, "TOKENS", {"calibration": 192})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inspect(tmp_path / "moe", text)
+    for given in ((text, 192), (text_blocks(text, tmp_path / "moe", 192), None)):
+        message = "calibration_tokens: expected 512 for a read-out of 96 hidden units, found 192"
+        with pytest.warns(UserWarning, match=message) as said:
+            inspect(tmp_path / "moe", *given)
+        assert len(said) == 1  # of three layers
+    monkeypatch.setattr(inspection, "_solver_bytes", lambda width: width * 10**15)
+    with pytest.warns(UserWarning, match="memory: expected 24000000") as said:
+        inspect(tmp_path / "moe", text)
+    assert len(said) == 1
+
+
+def test_a_shorter_text_than_asked_for_is_said(tmp_path):
+    text = with_tokenizer(tmp_path / "moe")
+    there = text_blocks(text, tmp_path / "moe").numel()
+    with pytest.warns(
+        UserWarning, match=f"calibration_tokens: asked for 10,000,000, takes the {there:,} that text.txt has"
+    ):
+        inspect(tmp_path / "moe", text, 10**7)
 
 
 # --- figure -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,11 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_checkpoints import close, files, logits, quiet  # noqa: F401  quiet is a fixture
 from tiny_moes import moe
 
 from ones_lib.checkpoints import convert, reconstruction
+from ones_lib.checkpoints.__main__ import _report
 from ones_lib.checkpoints.reconstruction import LayerTokens
 from ones_lib.checkpoints.stream import Slices
 from ones_lib.models.causal import load_language_model, watched_experts
@@ -149,6 +150,27 @@ def test_the_end_to_end_error_is_what_the_last_layer_reports(tmp_path):
     assert table["reconstruction_error"].iloc[-1] == pytest.approx((error / size).item(), rel=1e-3)
 
 
+def test_both_errors_of_a_layer_are_of_the_same_targets(tmp_path, capsys):
+    """That before the reconstruction is the gathered network's, which a conversion without one makes, on the held-out tokens."""
+    model = moe("mixtral")
+    model.save_pretrained(tmp_path / "moe")
+    convert(tmp_path / "moe", tmp_path / "gathered", "topk", "active", calibration=IDS)
+    table = reconstructed(tmp_path / "moe", tmp_path / "dense", "topk")
+    assert "output_error" not in table
+    twin, found = load_language_model(tmp_path / "gathered"), {}
+    held_out = IDS[torch.randperm(192, generator=torch.Generator().manual_seed(0))][-12:]
+    with torch.no_grad(), watched_experts(model, found.__setitem__):
+        model(held_out)
+    for row, layer in zip(table.itertuples(), twin.model.layers, strict=True):
+        seen = found[f"{row.layer}.experts"]
+        with torch.no_grad():
+            error = (layer.mlp(seen.inputs) - seen.outputs).norm() / seen.outputs.norm()
+        assert row.start_error == pytest.approx(error.item(), rel=1e-3)
+        assert row.reconstruction_error < row.start_error
+    printed = _report(table, json.loads((tmp_path / "dense" / "conversion.json").read_text()))
+    assert re.search(r"gate_sum +error before +error after\n", printed)
+
+
 def test_bfloat16_is_computed_on_as_it_is_stored(tmp_path):
     moe("qwen3_moe").bfloat16().save_pretrained(tmp_path / "moe")
     table = reconstructed(tmp_path / "moe", tmp_path / "dense", student_inputs=True)
@@ -228,6 +250,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path):
         ("switch_transformers", {"reconstruct": IDS}, "reconstruct: expected a causal model"),
         ("flex_olmo", {"reconstruct": IDS, "student_inputs": True}, "student_inputs: expected blocks that add"),
         ("mixtral", {"student_inputs": True}, "student_inputs: expected a text to reconstruct on"),
+        ("mixtral", {"reconstruct_tokens": 4096}, "reconstruct_tokens: expected a text to reconstruct on"),
         ("mixtral", {"reconstruct": IDS[:7]}, "reconstruct_tokens: expected at least 8 blocks of 16 tokens, found 7"),
     ],
 )
@@ -283,4 +306,8 @@ def test_what_was_done_is_in_the_conversions_facts(tmp_path):
     assert (facts["model_type"], facts["vocab_size"]) == ("mixtral", 64)
     card = (tmp_path / "dense" / "README.md").read_text()
     assert "every network was regressed, on 3,072 tokens, onto the MoE's residual stream" in card
-    assert load_file(next((tmp_path / "dense").glob("model-00002*")))
+    found = pd.read_csv(tmp_path / "dense" / "conversion.csv")
+    before, after = (
+        f"{found[name].min():.3f} to {found[name].max():.3f}" for name in ("start_error", "reconstruction_error")
+    )
+    assert f"by layer, before {before} and after {after}" in card

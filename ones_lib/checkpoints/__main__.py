@@ -1,17 +1,25 @@
-"""The command line of :func:`ones_lib.checkpoints.convert`, and of :mod:`ones_lib.checkpoints.inspection`."""
+"""The commands ``convert``, of :func:`ones_lib.checkpoints.convert`, and ``inspect``, of :mod:`ones_lib.checkpoints.inspection`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
 
 from ones_lib.checkpoints import inspection
 from ones_lib.checkpoints.convert import convert
+from ones_lib.checkpoints.place import CONVERSION
 from ones_lib.checkpoints.plan import ACTIVE
+from ones_lib.checkpoints.terminal import Typed, add_version
 from ones_lib.checkpoints.text import token_count
-from ones_lib.gathering.registry import gathering_methods
+from ones_lib.data.files import is_free
+from ones_lib.gathering.registry import gathering_methods, gives_widths
+
+ERRORS = {"output_error": "error", "start_error": "error before", "reconstruction_error": "error after"}
 
 
 def _option(text: str) -> tuple[str, object]:
@@ -27,13 +35,26 @@ def _option(text: str) -> tuple[str, object]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ones_lib.checkpoints",
-        description="Make an MoE checkpoint dense: gather the experts of every layer, copy the rest.",
-        epilog="Nearly every MoE type of transformers can be converted: ones_lib/README.md has the table. 'python -m"
-        " ones_lib.checkpoints inspect MOE --calibration TEXT' says what the router does, and what to expect of each width.",
+        description="Make MoE checkpoints dense.",
+        epilog="Nearly every MoE type of transformers can be converted: ones_lib/README.md has the table. Without a command's name"
+        " it is convert.",
+    )
+    commands = parser.add_subparsers(title="commands, each with --help")
+    commands.add_parser("inspect", help="what the router of an MoE does, and what error to expect of each width")
+    commands.add_parser("convert", help="make an MoE dense: gather the experts of every layer, copy the rest")
+    add_version(parser)
+    return parser
+
+
+def _convert_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ones_lib.checkpoints convert",
+        description="Make an MoE checkpoint dense: gather the experts of every layer, copy the rest. The same command goes on with"
+        " unfinished work.",
     )
     add = parser.add_argument
-    add("source", help="folder or Hugging Face hub name of the MoE")
-    add("destination", help="folder to make")
+    add("source", metavar="MOE", help="folder or Hugging Face hub name of the MoE")
+    add("destination", metavar="DENSE", help="folder to make")
     add(
         "--method",
         choices=gathering_methods(),
@@ -42,10 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--d-ff",
         type=_width,
-        default=ACTIVE,
+        default=argparse.SUPPRESS,
         metavar="N",
-        help="hidden units of the gathered network: a number, 'active' (what a token passes through; the default), or 'expert'"
-        " (one expert's, as in the paper)",
+        help="hidden units of the gathered network: a number, 'active' (what a token passes through; the default where the method"
+        " can), or 'expert' (one expert's, as in the paper)",
     )
     text = "file, folder, hub name, or 'docstrings' or 'names' (embedded text)"
     add(
@@ -53,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help=f"run the MoE on this text, for methods that use data and statistics: {text}",
     )
-    add("--calibration-tokens", type=token_count, default=4096, metavar="N", help="tokens of it (default: 4096)")
+    add("--calibration-tokens", type=token_count, metavar="N", help="tokens of it (default: 4096)")
     add(
         "--reconstruct",
         metavar="TEXT",
@@ -62,7 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--reconstruct-tokens",
         type=token_count,
-        default=2**20,
         metavar="N",
         help="tokens of it, as 200k or 2M (default: 1M)",
     )
@@ -74,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--approximate", action="store_true", help="make a plain dense class where the exact twin is none")
     add("--check", metavar="TEXT", help="measure the perplexity of both models on this text")
     add("--option", action="append", type=_option, default=[], metavar="NAME=VALUE", help="of the method; repeatable")
+    add("--force", action="store_true", help="replace what another call has made at DENSE, when the new one is whole")
+    add_version(parser)
     return parser
 
 
@@ -94,28 +116,61 @@ def _best_method(given: dict) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run :func:`ones_lib.checkpoints.convert` as the command line says."""
+    """Run the command that the arguments name."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["inspect"]:
         inspection.main(arguments[1:])
-        return
-    parser = _parser()
+    elif set(arguments[:1]) <= {"-h", "--help", "--version"}:
+        parser = _parser()
+        parser.parse_args(arguments)
+        parser.error("expected a command, inspect or convert")
+    else:
+        _convert(arguments[1:] if arguments[0] == "convert" else arguments)
+
+
+def _convert(arguments: Sequence[str]) -> None:
+    parser = _convert_parser()
     given = vars(parser.parse_args(arguments))
     options = dict(given.pop("option"))
     given["method"] = given["method"] or _best_method(given)
+    narrow = not gives_widths(given["method"])
+    if "d_ff" not in given:
+        given["d_ff"] = None if narrow else ACTIVE
+        if narrow:
+            print(f"{given['method']} gathers to one expert's width: --d-ff expert", file=sys.stderr)
+    typed = Typed(given, {"source": "MOE", "destination": "DENSE"}, options)
+    fresh = given["force"] or is_free(Path(given["destination"]).expanduser())
     try:
-        table = convert(**given, **options)
+        with typed.warnings(hidden=not fresh):
+            table = convert(**given, **options)
     except (OSError, ValueError, TypeError) as error:
-        parser.exit(1, f"{error}\n")
+        hint = "; take --d-ff expert" if narrow and str(error).startswith("d_ff: ") else ""
+        parser.exit(1, f"{typed.said(error)}{hint}\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; the same command goes on where it stopped\n")
-    columns = ["layer", "experts", "d_ff", "shared", "width", "gate_sum", "output_error", "reconstruction_error"]
-    print(
-        table[[c for c in columns if c in table and table[c].notna().any()]].to_string(index=False, float_format="%.4g")
-    )
-    if found := table.attrs["perplexity"]:
-        print(f"perplexity: MoE {found['MoE']:.4g}, dense {found['dense']:.4g}")
+    if not fresh:
+        print(f"already done with these arguments: {given['destination']}")
+        return
+    facts = json.loads((Path(given["destination"]).expanduser() / CONVERSION).read_text())
+    print(_report(table, facts))
     print(f"wrote {given['destination']}")
+
+
+def _report(table: pd.DataFrame, facts: Mapping) -> str:
+    """The table of layers, what was taken of the texts, and the perplexities."""
+    shown = ["layer", "experts", "d_ff", "shared", "width", "gate_sum", *ERRORS]
+    shown = table[[column for column in shown if column in table and table[column].notna().any()]]
+    lines = [shown.rename(columns=ERRORS).to_string(index=False, float_format="%.4g")]
+    if "start_error" in shown:
+        lines.append("error: of what a network is regressed onto, on held-out tokens; 1 is an output of zeros")
+    elif "output_error" in shown:
+        lines.append("error: of the routed experts' output, on held-out tokens; 1 is an output of zeros")
+    for name in ("calibration", "reconstruct", "check"):
+        if text := facts[name]:
+            lines.append(f"{name}: {text['tokens']:,} tokens of {text['text']}")
+    if found := facts["perplexity"]:
+        lines.append(f"perplexity: MoE {found['MoE']:.4g}, dense {found['dense']:.4g}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

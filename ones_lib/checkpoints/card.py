@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 
 import pandas as pd
 
+from ones_lib import __version__
 from ones_lib.checkpoints.architectures import ONE_EXPERT
 from ones_lib.checkpoints.plan import TwinPlan
+from ones_lib.checkpoints.text import TOKEN_IDS
 
 
 def model_card(plan: TwinPlan, arguments: Mapping, layers: pd.DataFrame, perplexities: Mapping[str, float]) -> str:
@@ -21,6 +22,8 @@ def model_card(plan: TwinPlan, arguments: Mapping, layers: pd.DataFrame, perplex
         perplexities: of ``MoE`` and ``dense``, or empty.
     """
     name, kind = arguments["source"], plan.source_config.model_type
+    if "revision" in arguments:
+        kind = f"{kind}, revision {arguments['revision']}"
     options = ({} if arguments["d_ff"] is None else {"d_ff": arguments["d_ff"]}) | arguments["options"]
     given = "".join(f", {option} = {value}" for option, value in options.items())
     facts = [*_widths(plan, layers), *_approximations(plan, arguments), *_measured(arguments, layers, perplexities)]
@@ -37,7 +40,7 @@ Sparse to Dense" (Xue et al., arXiv 2201.10890). That paper's second step, disti
 model is a start for it.
 
 {"".join(f"- {fact}{chr(10)}" for fact in facts)}
-Made with ones_lib {version("ones-lib")}, transformers {version("transformers")}; arguments: `{json.dumps(arguments)}`.
+Made with ones_lib {__version__}, transformers {version("transformers")}; the arguments are in conversion.json.
 """
 
 
@@ -79,20 +82,33 @@ def _approximations(plan: TwinPlan, arguments: Mapping) -> list[str]:
 
 
 def _measured(arguments: Mapping, layers: pd.DataFrame, perplexities: Mapping[str, float]) -> list[str]:
-    facts, errors = [], layers["output_error"]
-    if errors.notna().any():
-        facts.append(
-            f"Relative error of the routed experts' output after gathering, on held-out tokens, by layer: {errors.min():.3f} to"
-            f" {errors.max():.3f}, see conversion.csv. How much each expert is used: router_statistics.csv."
-        )
-    if "reconstruct" in arguments:
-        found = layers["reconstruction_error"]
+    facts = []
+    if arguments["calibration"]:
+        fact = f"The MoE was run on {_tokens(arguments['calibration'])}: router_statistics.csv says how much each expert is used."
+        if "output_error" in layers:
+            fact += (
+                f" Relative error of the routed experts' output after gathering, on held-out ones, by layer:"
+                f" {_range(layers['output_error'])}, see conversion.csv."
+            )
+        facts.append(fact)
+    if arguments["reconstruct"]:
         own = "the MoE's residual stream behind each block, from the student's own inputs"
         targets = own if arguments["student_inputs"] else "each MoE layer's outputs, from the MoE's inputs"
         facts.append(
-            f"Then every network was regressed, on {arguments['reconstruct_tokens']:,} tokens, onto {targets}:"
-            f" relative error {found.min():.3f} to {found.max():.3f}, see reconstruction.csv."
+            f"Then every network was regressed, on {_tokens(arguments['reconstruct'])}, onto {targets}. Relative error on held-out"
+            f" ones, by layer, before {_range(layers['start_error'])} and after {_range(layers['reconstruction_error'])}, see"
+            " reconstruction.csv."
         )
     if perplexities:
-        facts.append(f"Perplexity: MoE {perplexities['MoE']:.4g}, this model {perplexities['dense']:.4g}.")
+        facts.append(
+            f"Perplexity on {_tokens(arguments['check'])}: MoE {perplexities['MoE']:.4g}, this model {perplexities['dense']:.4g}."
+        )
     return facts
+
+
+def _tokens(text: Mapping) -> str:
+    return f"{text['tokens']:,} tokens of {text['text']}" if text["text"] != TOKEN_IDS else f"{text['tokens']:,} tokens"
+
+
+def _range(errors: pd.Series) -> str:
+    return f"{errors.min():.3f} to {errors.max():.3f}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,16 +20,19 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ones_lib.checkpoints.architectures import Architecture
+from ones_lib.checkpoints.place import CONVERSION, Place
 from ones_lib.checkpoints.plan import TwinPlan
 from ones_lib.checkpoints.quantised import readable
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stream import LEAST_SLICES
-from ones_lib.checkpoints.text import text_blocks, thinned
-from ones_lib.checkpoints.work import COPIED, Work
-from ones_lib.data.files import is_free
+from ones_lib.checkpoints.text import HUB_NAME, asked_for, check_tokens, described, found_text, text_blocks
+from ones_lib.checkpoints.work import COPIED, Work, read_layers
+from ones_lib.data.files import file_stamps
 from ones_lib.gathering.registry import check_options, needs_calibration, options_of
 from ones_lib.gathering.scale import ROUTER_SCALES
 from ones_lib.models.causal import text_config
+
+TOKENS = {"calibration": 4096, "reconstruct": 2**20}  # taken of a text where no number is asked for
 
 
 def convert(
@@ -40,12 +42,13 @@ def convert(
     d_ff: int | str | None = None,
     *,
     calibration: str | Path | Tensor | None = None,
-    calibration_tokens: int = 4096,
+    calibration_tokens: int | None = None,
     approximate: bool = False,
     check: str | Path | Tensor | None = None,
     reconstruct: str | Path | Tensor | None = None,
-    reconstruct_tokens: int = 2**20,
+    reconstruct_tokens: int | None = None,
     student_inputs: bool = False,
+    force: bool = False,
     **options,
 ) -> pd.DataFrame:
     """Make an MoE checkpoint dense: gather the experts of every layer, copy the rest, and write a folder that
@@ -56,46 +59,55 @@ def convert(
     network gets hidden units of no effect. The default scale of a method is ``"router"`` (see
     :mod:`ones_lib.gathering.scale`), not the paper's, with which E experts add up to E times the size.
 
-    An interrupted conversion is continued by the same call. Until it is whole it stays in a hidden folder beside
-    ``destination``.
+    An interrupted conversion is continued by the same call, and of a finished one the same call returns the table. Until it is
+    whole it stays in a hidden folder beside ``destination``.
 
     Args:
         source: a folder, or a name on the Hugging Face hub, of an MoE in safetensors files. Quantised weights become bfloat16, see
             :mod:`ones_lib.checkpoints.quantised`.
-        destination: a folder that does not exist, or is empty.
+        destination: a folder that does not exist, is empty, or was made by the same call.
         method: one of :func:`ones_lib.gathering_methods`.
         d_ff: hidden units to gather the routed experts to, see :func:`ones_lib.gather`. ``"active"``: those that a token
             passes through, the router's k times an expert's. None: one expert's.
         calibration: a text (see :func:`ones_lib.checkpoints.text.text_blocks`) or token ids [n, L]. The MoE is run on
             it once, for methods that use data, router statistics and output errors. None: that of ``reconstruct``; else
             none of these, and sums of gates are measured on random tokens where they are not known.
-        calibration_tokens: number of tokens of it.
+        calibration_tokens: number of tokens of it. None: 4,096, or what a shorter text has.
         approximate: where the exact twin is not a plain dense class (Qwen2-MoE), make one that is, but is not exact.
         check: a text or token ids to measure the perplexity of MoE and twin on.
         reconstruct: a text or token ids [n, L] to regress every gathered network, shared experts included, onto its MoE layer
             on, see :mod:`ones_lib.checkpoints.reconstruction`. None: no regression.
-        reconstruct_tokens: number of tokens of the text.
+        reconstruct_tokens: number of tokens of the text. None: 2**20, or what a shorter text has.
         student_inputs: regress on what the twin's earlier layers make of the text, so that a layer makes up for their errors.
+        force: replace what another call has made at ``destination``, when the new one is whole. A folder with other files is left
+            alone.
         options: of the method.
 
     Returns:
         One row an MoE layer: ``layer, experts, d_ff, shared, width, gate_sum, gates, output_error, seconds``.
         ``width`` is the width of the twin's layer, ``gates`` the source of ``gate_sum``, and ``output_error`` the
-        relative error of the routed part, right after gathering, on tokens that the method did not see. After a
-        reconstruction, ``reconstruction_error`` is the relative error of its targets on held-out tokens.
-        ``conversion.csv`` in the destination holds the same, ``reconstruction.csv`` the error by tokens seen. With ``check``,
-        ``attrs["perplexity"]`` has those of ``MoE`` and ``dense``.
+        relative error of the routed part, right after gathering, on tokens that the method did not see. A reconstruction has
+        two other errors in its place, of the same targets on the same held-out tokens: ``start_error`` before, of the gathered
+        network, and ``reconstruction_error`` after. ``conversion.csv`` in the destination holds the same, ``reconstruction.csv``
+        the error by tokens seen. With ``check``, ``attrs["perplexity"]`` has those of ``MoE`` and ``dense``.
+        ``conversion.json`` has the arguments, and what was taken of the texts.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError, TypeError, ConnectionError, OSError: before long work starts,
             except for NaN, which is found when the tensor is read. Nothing is left behind.
     """
     options = _checked_options(method, options)
-    destination = Path(destination).expanduser().resolve()
-    _check_free(destination)
-    if calibration is None:
-        calibration = thinned(reconstruct, calibration_tokens) if torch.is_tensor(reconstruct) else reconstruct
-    if calibration is None and needs_calibration(method, options.get("scale", 1.0)):
+    place = Place(destination, "destination", CONVERSION, force)
+    check_tokens("calibration_tokens", calibration_tokens)
+    check_tokens("reconstruct_tokens", reconstruct_tokens)
+    calibration, reconstruct, check = (
+        found_text(name, text)
+        for name, text in (("calibration", calibration), ("reconstruct", reconstruct), ("check", check))
+    )
+    for name, value in {"student_inputs": student_inputs, "reconstruct_tokens": reconstruct_tokens}.items():
+        if value and reconstruct is None:
+            raise ValueError(f"{name}: expected a text to reconstruct on (reconstruct), found None")
+    if calibration is None and reconstruct is None and needs_calibration(method, options.get("scale", 1.0)):
         raise ValueError(f"calibration: expected a text, which method {method!r} needs, found None")
 
     folder = local_folder(source)
@@ -107,49 +119,63 @@ def convert(
             f"{name}: expected experts whose outputs are added as they are, found {config.model_type!r}, which norms each; take a"
             " gathering that looks at weights alone"
         )
-    if reconstruct is not None or student_inputs:
-        _check_reconstruction(reconstruct, student_inputs, architecture)
-    plan = TwinPlan(readable(Shards(folder), config), architecture, method, d_ff, options.get("k"))
-    if isinstance(calibration, (str, Path)):
-        calibration = text_blocks(calibration, folder, calibration_tokens, "train")
-    if isinstance(reconstruct, (str, Path)):
-        reconstruct = text_blocks(reconstruct, folder, reconstruct_tokens, "train")
-    if isinstance(check, (str, Path)):
-        check = text_blocks(check, folder)
-    if reconstruct is not None and len(reconstruct) < LEAST_SLICES:
-        length = reconstruct.shape[1]
+    if reconstruct is not None and not architecture.streams:
         raise ValueError(
-            f"reconstruct, reconstruct_tokens: expected at least {LEAST_SLICES} blocks of {length} tokens, found {len(reconstruct)}"
+            "reconstruct: expected a causal model whose blocks hand on hidden states and nothing else, found"
+            f" {config.model_type!r}"
+        )
+    plan = TwinPlan(readable(Shards(folder), config), architecture, method, d_ff, options.get("k"))
+    texts = {"reconstruct": reconstruct, "calibration": calibration, "check": check}
+    ids = {name: text if text is None else _blocks(name, text, folder, config) for name, text in texts.items()}
+    if calibration is None and reconstruct is not None:
+        texts["calibration"], ids["calibration"] = reconstruct, ids["reconstruct"]
+    tokens = {"calibration": calibration_tokens, "reconstruct": reconstruct_tokens}
+    for name, count in tokens.items():
+        if torch.is_tensor(texts[name]) and (name == "reconstruct" or calibration is not None):
+            tokens[name] = ids[name].numel()
+        elif ids[name] is not None:
+            ids[name] = asked_for(f"{name}_tokens", ids[name], count, TOKENS[name], texts[name])
+    if reconstruct is not None and len(ids["reconstruct"]) < LEAST_SLICES:
+        found, length = ids["reconstruct"].shape
+        raise ValueError(
+            f"reconstruct, reconstruct_tokens: expected at least {LEAST_SLICES} blocks of {length} tokens, found {found}"
         )
 
-    for name, ids in {"calibration": calibration, "reconstruct": reconstruct, "check": check}.items():
-        if ids is not None:
-            check_ids(name, ids, text_config(config).vocab_size)
-
-    arguments = named(source, folder)
-    arguments |= {"method": method, "d_ff": plan.d_ff, "options": options, "calibration": described(calibration)}
-    arguments |= {"calibration_tokens": calibration_tokens, "approximate": approximate}
-    if reconstruct is not None:
-        tokens = {"reconstruct": described(reconstruct), "reconstruct_tokens": reconstruct.numel()}
-        arguments |= tokens | {"student_inputs": student_inputs}
-    work = Work(destination, plan, arguments)
-    with only_one(destination):
-        _check_free(destination)  # another process may have made it meanwhile
+    arguments = named(source, folder) | {"source_sha256": files_hash(folder)}
+    arguments |= {"method": method, "d_ff": plan.d_ff, "options": options, "approximate": approximate}
+    arguments |= {name: text if text is None else described(text, ids[name]) for name, text in texts.items()}
+    arguments |= {
+        "calibration_tokens": tokens["calibration"] or TOKENS["calibration"],
+        "student_inputs": student_inputs,
+    }
+    arguments["reconstruct_tokens"] = None if reconstruct is None else tokens["reconstruct"] or TOKENS["reconstruct"]
+    work = Work(place, plan, arguments)
+    with only_one(place.folder):
+        if place.done(work.facts()):
+            return read_layers(place.folder)
         work.begin()
         try:
             if method == "expert_selection":
                 plan.check_router()
             if reconstruct is not None:
-                work.reconstruction.check(reconstruct)
-            work.run_moe(calibration)
+                work.reconstruction.check(ids["reconstruct"])
+            work.run_moe(ids["calibration"])
             if reconstruct is not None:
-                work.reconstruct(reconstruct)
+                work.reconstruct(ids["reconstruct"])
             work.write_shards()
             work.write_config()
-            return work.finish({} if check is None else work.perplexities(check))
+            return work.finish({} if check is None else work.perplexities(ids["check"]))
         except (TypeError, ValueError):  # the source is bad. After an interruption, or on a full disk, work can go on
             shutil.rmtree(work.folder)
             raise
+
+
+def _blocks(name: str, text: str | Path | Tensor, folder: Path, config: PreTrainedConfig) -> Tensor:
+    """All token ids [n, L] of a text or of the token ids that an argument of this name gives, checked."""
+    if isinstance(text, (str, Path)):
+        text = text_blocks(text, folder, split="validation" if name == "check" else "train", name=name)
+    check_ids(name, text, text_config(config).vocab_size)
+    return text
 
 
 def _checked_options(method: str, options: Mapping) -> dict:
@@ -161,28 +187,12 @@ def _checked_options(method: str, options: Mapping) -> dict:
     return {**options, "scale": options.get("scale", "router")} if method in ROUTER_SCALES else dict(options)
 
 
-def _check_free(destination: Path) -> None:
-    if not is_free(destination):
-        raise FileExistsError(f"destination: expected a folder that is not there or empty, found {destination}")
-
-
-def _check_reconstruction(tokens: str | Path | Tensor | None, student_inputs: bool, architecture: Architecture) -> None:
-    """Raise ValueError if a checkpoint's layers can't be reconstructed."""
-    if tokens is None:
-        raise ValueError("student_inputs: expected a text to reconstruct on (reconstruct), found None")
-    if not architecture.streams:
-        kind = architecture.config.model_type
-        raise ValueError(
-            f"reconstruct: expected a causal model whose blocks hand on hidden states and nothing else, found {kind!r}"
-        )
-
-
 def local_folder(source: str | Path, name: str = "source") -> Path:
     """The checkpoint's folder. A hub name's is in the hub's cache; missing files are downloaded. Errors call it ``name``."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+    if path.exists() or path.suffix in (".safetensors", ".json", ".gguf") or not HUB_NAME.fullmatch(str(source)):
         raise FileNotFoundError(f"{name}: expected a folder or a hub name like owner/name, found {str(source)!r}")
     patterns = ["model*.safetensors", *(f"*{ending}" for ending in COPIED)]
     try:
@@ -230,9 +240,10 @@ def named(source: str | Path, folder: Path) -> dict[str, str]:
     return {"source": str(source), "revision": folder.name} if hub else {"source": folder.name}
 
 
-def described(ids: Tensor | None) -> str | None:
-    """A hash of token ids, for such a record."""
-    return None if ids is None else f"token ids, sha256 {hashlib.sha256(ids.long().numpy().tobytes()).hexdigest()}"
+def files_hash(folder: Path) -> str:
+    """SHA-256 of names, sizes and times of a checkpoint's files: another one if they were changed."""
+    stamps = file_stamps([folder / "config.json", *Shards(folder).paths()])
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +20,12 @@ from transformers.utils.logging import tqdm
 from ones_lib.calibration import LayerActivations
 from ones_lib.checkpoints.activations import split_tokens, store_activations, stored_activations
 from ones_lib.checkpoints.architectures import Architecture
-from ones_lib.checkpoints.convert import check_ids, local_folder, read_config
+from ones_lib.checkpoints.convert import TOKENS, check_ids, local_folder, read_config
 from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.quantised import readable
 from ones_lib.checkpoints.shards import Shards
-from ones_lib.checkpoints.text import BLOCK, text_blocks, token_count
+from ones_lib.checkpoints.terminal import Typed, add_version
+from ones_lib.checkpoints.text import BLOCK, asked_for, check_tokens, found_text, text_blocks, token_count
 from ones_lib.ffn import FeedForwardWeights, compute_dtype
 from ones_lib.gathering.registry import checked_experts, gather_precisely
 from ones_lib.models.causal import text_config
@@ -55,7 +56,7 @@ class Inspection:
     errors: pd.DataFrame
 
 
-def inspect(source: str | Path, calibration: str | Path | Tensor, calibration_tokens: int = 4096) -> Inspection:
+def inspect(source: str | Path, calibration: str | Path | Tensor, calibration_tokens: int | None = None) -> Inspection:
     """Run an MoE on a text and measure, layer by layer, what its router does and what a read-out of each width would lose.
 
     Nothing is converted. What passes through the layers lies in the system's temporary folder meanwhile (``TMPDIR`` is
@@ -65,39 +66,66 @@ def inspect(source: str | Path, calibration: str | Path | Tensor, calibration_to
     Args:
         source: as in :func:`ones_lib.checkpoints.convert`.
         calibration: a text (see :func:`ones_lib.checkpoints.text.text_blocks`) or token ids [n, L].
-        calibration_tokens: number of tokens of the text.
+        calibration_tokens: number of tokens of the text. None: 4,096, or what a shorter text has. A warning says if those asked
+            for are few for a width: its error is too high then.
 
     Raises:
         FileNotFoundError, ValueError, TypeError, ConnectionError: before long work starts, except for NaN, which is found
             when the tensor is read.
     """
-    if not isinstance(calibration_tokens, int) or calibration_tokens < 1:
-        raise ValueError(f"calibration_tokens: expected an integer of at least 1, found {calibration_tokens!r}")
+    found = _inspect(source, calibration, calibration_tokens)
+    few = found.errors[~_enough(found.errors["tokens"], found.errors["d_ff"])]
+    if len(few) and (calibration_tokens is not None or torch.is_tensor(calibration)):
+        width = few["d_ff"].max()
+        warnings.warn(
+            f"calibration_tokens: expected {_tokens_for(width)} for a read-out of {width} hidden units, found"
+            f" {few['tokens'].iloc[0]}; its error is too high with so few",
+            stacklevel=2,
+        )
+    return found
+
+
+def _inspect(source: str | Path, calibration: str | Path | Tensor, calibration_tokens: int | None) -> Inspection:
+    check_tokens("calibration_tokens", calibration_tokens)
+    calibration = found_text("calibration", calibration)
     folder = local_folder(source)
     config = read_config(folder)
     plan = TwinPlan(readable(Shards(folder), config), Architecture(config, folder), "readout", d_ff=None, k=None)
     if isinstance(calibration, (str, Path)):
-        calibration = text_blocks(calibration, folder, calibration_tokens, "train")
+        blocks = text_blocks(calibration, folder, split="train", name="calibration")
+        calibration = asked_for("calibration_tokens", blocks, calibration_tokens, TOKENS["calibration"], calibration)
     check_ids("calibration", calibration, text_config(config).vocab_size)
     if calibration.numel() < LEAST:
         raise ValueError(f"calibration: expected {LEAST} tokens or more, found {calibration.numel()}")
     found: dict[str, list[pd.DataFrame]] = {"router": [], "pairs": [], "errors": []}
+    left_out: set[int] = set()
     with TemporaryDirectory(prefix="ones-inspect-") as work:
         plan.shards.scratch = Path(work)
         activations, memory = Path(work) / "activations", psutil.virtual_memory().available
         store_activations(plan.stored, calibration, activations, plan.architecture.streams)
         for block in tqdm([block for block in plan.blocks if block.sparse], desc=folder.name, unit="layer"):
             seen = stored_activations(activations, block.experts, plan.activation(block))
-            for name, table in _layer_tables(plan, block, seen, memory).items():
+            statistics = router_statistics(seen)
+            widths = _widths(statistics["chosen"], plan)
+            fitting = [width for width in widths if _solver_bytes(width) <= memory]
+            left_out |= set(widths) - set(fitting)
+            for name, table in _layer_tables(plan, block, seen, statistics, fitting).items():
                 table.insert(0, "layer", block.ffn)
                 found[name].append(table)
+    if left_out:
+        warnings.warn(
+            f"memory: expected {_solver_bytes(min(left_out)) / 1e9:.1f} GB to solve for {min(left_out)} hidden units, found"
+            f" {memory / 1e9:.1f} GB free; no errors of widths {sorted(left_out)}",
+            stacklevel=3,
+        )
     return Inspection(**{name: pd.concat(parts, ignore_index=True) for name, parts in found.items()})
 
 
-def _layer_tables(plan: TwinPlan, block: Block, seen: LayerActivations, memory: int) -> dict[str, pd.DataFrame]:
+def _layer_tables(
+    plan: TwinPlan, block: Block, seen: LayerActivations, statistics: Mapping[str, float], widths: Sequence[int]
+) -> dict[str, pd.DataFrame]:
     """A layer's part of each table of an :class:`Inspection`."""
-    experts, statistics = plan.experts(block), router_statistics(seen)
-    widths = _widths(statistics["chosen"], plan, len(seen.inputs), memory)
+    experts = plan.experts(block)
     try:
         checked_experts(experts)
         correlation, errors = output_correlation(experts, seen), width_errors(experts, seen, widths)
@@ -106,30 +134,17 @@ def _layer_tables(plan: TwinPlan, block: Block, seen: LayerActivations, memory: 
     alike = {"weight_cosine": weight_cosine(experts), "output_correlation": correlation}
     multiples = [width // plan.expert_width for width in widths]
     table = {"multiple": multiples, "d_ff": widths, "tokens": len(seen.inputs), "output_error": errors}
-    return {"router": pd.DataFrame([statistics | alike]), "pairs": expert_pairs(seen), "errors": pd.DataFrame(table)}
+    return {
+        "router": pd.DataFrame([{**statistics, **alike}]),
+        "pairs": expert_pairs(seen),
+        "errors": pd.DataFrame(table),
+    }
 
 
-def _widths(chosen: float, plan: TwinPlan, tokens: int, memory: int) -> list[int]:
-    """1, k, 2k and 4k experts' hidden units, up to all experts', without those too wide for ``memory`` bytes.
-
-    Warns of what is left out, and of few tokens for the widest.
-    """
+def _widths(chosen: float, plan: TwinPlan) -> list[int]:
+    """1, k, 2k and 4k experts' hidden units, up to all experts'."""
     k = max(1, round(chosen))
-    widths = [m * plan.expert_width for m in sorted({1, k, 2 * k, 4 * k}) if m <= plan.num_experts]
-    fitting = [width for width in widths if _solver_bytes(width) <= memory]
-    if left_out := widths[len(fitting) :]:
-        warnings.warn(
-            f"memory: expected {_solver_bytes(left_out[0]) / 1e9:.1f} GB to solve for {left_out[0]} hidden units, found"
-            f" {memory / 1e9:.1f} GB free; no errors of widths {left_out}",
-            stacklevel=4,
-        )
-    if fitting and not _enough(tokens, fitting[-1]):
-        warnings.warn(
-            f"calibration_tokens: expected {_tokens_for(fitting[-1])} for a read-out of {fitting[-1]} hidden units, found"
-            f" {tokens}; its error is too high with so few",
-            stacklevel=4,
-        )
-    return fitting
+    return [m * plan.expert_width for m in sorted({1, k, 2 * k, 4 * k}) if m <= plan.num_experts]
 
 
 def _enough(tokens: int, width: int) -> bool:
@@ -247,15 +262,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="What an MoE's router does, and what error to expect of a dense student, by width. Converts nothing.",
     )
     add = parser.add_argument
-    add("source", help="folder or Hugging Face hub name of the MoE")
+    add("source", metavar="MOE", help="folder or Hugging Face hub name of the MoE")
     text = "file, folder, hub name, or 'docstrings' (default) or 'names' (embedded text)"
     add("--calibration", metavar="TEXT", default="docstrings", help=f"run the MoE on this text: {text}")
-    add("--calibration-tokens", type=token_count, default=4096, metavar="N", help="tokens of it (default: 4096)")
-    given = parser.parse_args(arguments)
+    add("--calibration-tokens", type=token_count, metavar="N", help="tokens of it (default: 4096)")
+    add_version(parser)
+    given = vars(parser.parse_args(arguments))
+    typed = Typed(given, {"source": "MOE"})
     try:
-        found = inspect(**vars(given))
+        with typed.warnings():
+            found = _inspect(**given)
     except (OSError, ValueError, TypeError) as error:
-        parser.exit(1, f"{error}\n")
+        parser.exit(1, f"{typed.said(error)}\n")
     print(_report(found))
 
 

@@ -334,7 +334,8 @@ class Reconstruction:
         ffn, course = regress(first, tokens, checkpoint, description, mixed)
         path = self._fitted_path(block.name)
         path.parent.mkdir(exist_ok=True)
-        row = {**row, "reconstruction_error": course[-1]["error"], "course": course}
+        errors = {"start_error": course[0]["error"], "reconstruction_error": course[-1]["error"]}
+        row = {**row, **errors, "course": course}
         save_tensors(path, dict(ffn.tensors()), {"facts": json.dumps(row)})
         checkpoint.unlink(missing_ok=True)
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import warnings
 from argparse import ArgumentTypeError
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from ones_lib.data.text import read_texts
+from ones_lib.data.rows import READERS
+from ones_lib.data.text import EMBEDDED, read_texts
 from ones_lib.data.tokens import pack
 from ones_lib.models.causal import text_config
 
@@ -21,12 +26,45 @@ _TOKENIZERS = (
     "vocab.txt",
     ".tiktoken",
 )  # files' ends
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 BLOCK = 512  # tokens of a block, where the model can take that many
+TOKEN_IDS = "token ids"  # what a text is called that was given as such
+Given = TypeVar("Given")
 
 
 def block_length(config: PreTrainedConfig) -> int:
     """Tokens of a block for a model."""
     return min(BLOCK, getattr(text_config(config), "max_position_embeddings", None) or BLOCK)
+
+
+def found_text(name: str, text: Given) -> Given | Path:
+    """A text that an argument called ``name`` asks for, with the path of a file or folder expanded; what is no text, as it is.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, and it can't be a hub name.
+        ValueError: it is a file of another kind.
+    """
+    if not isinstance(text, (str, Path)) or str(text) in EMBEDDED:
+        return text
+    path, endings = Path(text).expanduser(), (".txt", *READERS)
+    if path.is_file() and path.suffix not in endings:
+        raise ValueError(f"{name}: expected a file with one of the endings {', '.join(endings)}, found {str(text)!r}")
+    if path.exists():
+        return path
+    if path.suffix in endings or not HUB_NAME.fullmatch(str(text).partition(":")[0]):
+        embedded = " or ".join(map(repr, EMBEDDED))
+        raise FileNotFoundError(
+            f"{name}: no such file or folder, {str(text)!r}; expected one, a hub name like owner/name, or {embedded}"
+        )
+    return text
+
+
+def text_name(text: str | Path | Tensor) -> str:
+    """What a text is called in the records of what is made of it: without the folders of this machine."""
+    if torch.is_tensor(text):
+        return TOKEN_IDS
+    path = Path(text).expanduser()
+    return path.resolve().name if path.exists() else str(text)
 
 
 def text_blocks(
@@ -35,19 +73,23 @@ def text_blocks(
     tokens: int | None = None,
     split: str = "validation",
     length: int | None = None,
+    name: str = "text",
 ) -> Tensor:
     """Token ids [n, L] of a text, by the tokenizer of the model in ``folder``.
 
     Args:
-        text: a text file, a file or folder of texts, ``"docstrings"`` (the embedded text), or a hub name; see
+        text: a text file, a file or folder of texts, ``"docstrings"`` or ``"names"`` (embedded text), or a hub name; see
             :func:`ones_lib.data.text.read_texts`.
         tokens: at most this many, in evenly spaced blocks. None: all.
         split: which split to read, where there are several.
         length: tokens of a block. None: :func:`block_length`.
+        name: what errors call the text.
 
     Raises:
-        ValueError: the folder has no tokenizer, or one with more tokens than the model.
+        FileNotFoundError, ConnectionError: there is no such text.
+        ValueError: the text is none, or too short; or the folder has no tokenizer, or one with more tokens than the model.
     """
+    text = found_text(name, text)
     # Without any, transformers makes an empty one.
     if Path(folder).is_dir() and not any(p.name.endswith(_TOKENIZERS) for p in Path(folder).iterdir()):
         raise ValueError(f"{folder}: expected a tokenizer beside the model, to read text with, found none")
@@ -59,8 +101,17 @@ def text_blocks(
     length = length or block_length(config)
     try:
         blocks = pack(read_texts(text, split), tokenizer, length)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{name}: expected a file, a folder, or a data set on the Hugging Face hub, found no file or folder {str(text)!r},"
+            f" and the hub failed: {error.__cause__ or error}"
+        ) from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: {_without_name(error)}") from error
     except ValueError as error:
-        raise ValueError(f"{text}: expected a text of {length} tokens or more in UTF-8, found: {error}") from error
+        raise ValueError(
+            f"{name}: {text}: expected a text of {length} tokens or more in UTF-8: {_without_name(error)}"
+        ) from error
     if int(blocks.max()) >= config.vocab_size:
         raise ValueError(
             f"{folder}: expected a tokenizer of at most {config.vocab_size} tokens, as the model's, found {len(tokenizer)}"
@@ -68,10 +119,46 @@ def text_blocks(
     return blocks if tokens is None else thinned(blocks, tokens)
 
 
+def _without_name(error: Exception) -> str:
+    """An error's message without what the reader of texts calls its parameter."""
+    return re.sub(r"^(corpus|text_dir)\b[^:]*: ", "", str(error))
+
+
 def thinned(blocks: Tensor, tokens: int) -> Tensor:
     """At most so many tokens of blocks [n, L], but at least one block, evenly spaced."""
     count = max(1, tokens // blocks.shape[1])
     return blocks[:: max(1, len(blocks) // count)][:count]
+
+
+def asked_for(name: str, blocks: Tensor, tokens: int | None, default: int, text: str | Path | Tensor) -> Tensor:
+    """:func:`thinned` to ``tokens``, which an argument called ``name`` asks for; a warning says if they can't be had.
+
+    None: to the default, or to what there is, without a warning.
+    """
+    found, length = thinned(blocks, tokens or default), blocks.shape[1]
+    if tokens is not None and found.numel() > tokens:
+        warnings.warn(f"{name}: asked for {tokens:,}, takes {length:,}, one block", stacklevel=3)
+    elif tokens is not None and found.numel() <= tokens - length:
+        warnings.warn(
+            f"{name}: asked for {tokens:,}, takes the {found.numel():,} that {text_name(text)} has", stacklevel=3
+        )
+    return found
+
+
+def check_tokens(name: str, tokens: int | None) -> None:
+    """Raise ValueError unless it is None or a number of tokens."""
+    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
+        raise ValueError(f"{name}: expected an integer of at least 1, found {tokens!r}")
+
+
+def ids_hash(ids: Tensor) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(ids.long().numpy().tobytes()).hexdigest()
+
+
+def described(text: str | Path | Tensor, ids: Tensor) -> dict[str, str | int]:
+    """A text and the tokens ``ids`` that were taken of it, for such records: ``text, tokens, sha256``."""
+    return {"text": text_name(text), "tokens": ids.numel(), "sha256": ids_hash(ids)}
 
 
 def token_count(text: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import warnings
@@ -19,24 +18,29 @@ import pandas as pd
 import psutil
 import torch
 import torch.nn.functional as F
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from ones_lib import __version__
 from ones_lib.calibration import LayerActivations
 from ones_lib.checkpoints.activations import split_tokens, store_activations, stored_activations
 from ones_lib.checkpoints.card import model_card
+from ones_lib.checkpoints.place import CONVERSION, Place
 from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.quantised import Dequantised
 from ones_lib.checkpoints.reconstruction import Reconstruction
 from ones_lib.checkpoints.shards import INDEX, Shards
 from ones_lib.checkpoints.stream import BlockStream, LazyModel, load_checkpoint, run_blocks
 from ones_lib.checkpoints.text import block_length
-from ones_lib.data.files import file_stamps, remove_unfinished, save_tensors, write_text
+from ones_lib.data.files import remove_unfinished, save_tensors, write_text
 from ones_lib.ffn import FeedForwardWeights, concatenate
 from ones_lib.gathering.registry import gather_precisely, options_of
 from ones_lib.gathering.scale import scaled_output
 from ones_lib.models.causal import perplexity, text_config, token_losses
 
+FILE_SIZE = 50 * 10**9  # bytes of a safetensors file, at most: what transformers' save_pretrained takes
+LAYERS = "conversion.csv"
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # tokenizer and generation files; never code
 
 
@@ -44,18 +48,18 @@ class Work:
     """A conversion under way.
 
     Args:
-        destination: folder to make. ``model`` in the hidden folder becomes it.
+        place: of the folder to make. ``model`` in the hidden folder becomes it.
         plan: the twin's.
-        arguments: all that decides the result: ``source``, ``method``, ``d_ff``, ``options``, ``calibration``, ...
+        arguments: all that decides the result, ``source``, ``method``, ``d_ff``, ``options``, ``calibration``, ..., and the text of
+            the ``check``.
     """
 
-    def __init__(self, destination: Path, plan: TwinPlan, arguments: Mapping) -> None:
-        self.destination, self.plan, self.arguments = destination, plan, arguments
-        self.folder = destination.with_name(f".{destination.name}.converting")
+    def __init__(self, place: Place, plan: TwinPlan, arguments: Mapping) -> None:
+        self.place, self.destination, self.plan, self.arguments = place, place.folder, plan, arguments
+        self.folder = self.destination.with_name(f".{self.destination.name}.converting")
         self.model, self.rows, self.activations = (self.folder / name for name in ("model", "rows", "activations"))
-        self.reconstruction = Reconstruction(
-            plan, self.folder / "reconstruction", arguments.get("student_inputs", False)
-        )
+        self.blocks, self.split = self.folder / "blocks", self.folder / "files.json"
+        self.reconstruction = Reconstruction(plan, self.folder / "reconstruction", arguments["student_inputs"])
 
     def begin(self) -> None:
         """Go on with an interrupted conversion if it is the same, else start over.
@@ -64,10 +68,9 @@ class Work:
             OSError: there is not enough room on the disk.
             FileExistsError: there is a layer that another conversion has reconstructed, which may have taken hours.
         """
-        source, mark = self.plan.shards.path, self.folder / "conversion.json"
-        stamps = file_stamps([source / "config.json", *self.plan.shards.paths()])
-        versions = [version("ones-lib"), version("transformers")]
-        identity = json.dumps([str(source.resolve()), self.arguments, stamps, versions])
+        mark = self.folder / CONVERSION
+        arguments = {name: value for name, value in self.arguments.items() if name != "check"}
+        identity = json.dumps([str(self.plan.shards.path.resolve()), arguments, self._versions()])
         if self.folder.exists() and (not mark.exists() or mark.read_text() != identity):
             if self.reconstruction.begun():
                 raise FileExistsError(
@@ -78,13 +81,14 @@ class Work:
             shutil.rmtree(self.folder)
         remove_unfinished(self.folder)
         self.destination.parent.mkdir(parents=True, exist_ok=True)
-        done = sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
-        needed, free = self.plan.bytes - done, shutil.disk_usage(self.destination.parent).free
+        done = sum(file.stat().st_size for part in (self.blocks, self.model) for file in part.glob("*.safetensors"))
+        needed = self.plan.bytes + min(self.plan.bytes, FILE_SIZE) - done  # while files are joined
+        free = shutil.disk_usage(self.destination.parent).free
         if needed > free:
             raise OSError(
                 f"{self.destination.parent}: expected {needed / 1e9:.1f} GB of free disk space, found {free / 1e9:.1f} GB"
             )
-        for folder in (self.model, self.rows, self.reconstruction.folder):
+        for folder in (self.blocks, self.model, self.rows, self.reconstruction.folder):
             folder.mkdir(parents=True, exist_ok=True)
         write_text(mark, identity)
         self.plan.shards.scratch = self.folder
@@ -98,8 +102,22 @@ class Work:
             shape = (max(1, self.arguments["calibration_tokens"] // length), length)
             size = text_config(config).vocab_size
             ids = torch.randint(size, shape, generator=torch.Generator().manual_seed(0))
+        if self.arguments["calibration"] is not None and self.arguments["reconstruct"] is None:
+            self._check_enough(ids)
         if ids is not None:
             store_activations(self.plan.stored, ids, self.activations, self.plan.architecture.streams)
+
+    def _check_enough(self, ids: Tensor) -> None:
+        """Warn if a method solves for more than the tokens can settle."""
+        method, width = self.arguments["method"], self.plan.routed_width
+        halves = 2 if self.plan.source_config.is_encoder_decoder else 1  # which read one each
+        given = 3 * ids.numel() // halves // 4  # the rest is held out
+        if method in ("readout", "fit") and given < 4 * width:
+            warnings.warn(
+                f"calibration_tokens: expected at least 4 for each of the {width} hidden units that {method!r} solves for,"
+                f" found {given:,} in use; the twin may be far off on other text",
+                stacklevel=4,
+            )
 
     def reconstruct(self, ids: Tensor) -> None:
         """Regress the gathered networks onto the MoE layers, on ``ids`` [n, L]."""
@@ -112,7 +130,31 @@ class Work:
         self.reconstruction.run(ids, self.gather_layer)
 
     def write_shards(self) -> None:
-        """Write one shard a block, and the row of its MoE layer. A shard is written while the next one is gathered."""
+        """Write the weights: a file a block, so that memory holds one, and these joined to files of the size that transformers
+        writes. A killed process goes on at its block or file."""
+        if not self.split.exists():
+            self._write_blocks()
+            split = split_state_dict_into_shards_factory(
+                Shards(self.blocks).sizes(),
+                get_storage_size=lambda size: size,
+                filename_pattern="model{suffix}.safetensors",
+                max_shard_size=FILE_SIZE,
+            )
+            places = Shards(self.blocks).files
+            files = {file: {name: places[name] for name in names} for file, names in split.filename_to_tensors.items()}
+            write_text(self.split, json.dumps(files))
+        files = json.loads(self.split.read_text())  # by file, the tensors in it, and each one's block
+        for file, tensors in files.items():
+            if not (self.model / file).exists():
+                Shards(self.blocks).join(tensors, self.model / file)
+            missing = [file for file in files if not (self.model / file).exists()]
+            needed = {block for file in missing for block in files[file].values()}
+            for block in self.blocks.glob("*.safetensors"):
+                if block.name not in needed:
+                    block.unlink()
+
+    def _write_blocks(self) -> None:
+        """Write a file a block, and the row of its MoE layer. A block is written while the next one is gathered."""
         blocks = self.plan.blocks
 
         def write(path: Path, tensors: dict[str, Tensor], row: dict | None) -> None:
@@ -121,8 +163,8 @@ class Work:
 
         with ThreadPoolExecutor(1) as writer:
             writing = None
-            for i, block in enumerate(tqdm(blocks, desc=self.destination.name, unit="block"), start=1):
-                path = self.model / f"model-{i:05d}-of-{len(blocks):05d}.safetensors"
+            for i, block in enumerate(tqdm(blocks, desc=self.destination.name, unit="block")):
+                path = self.blocks / f"{i:05d}.safetensors"
                 if path.exists():
                     continue
                 made = self.convert_block(block)
@@ -193,16 +235,9 @@ class Work:
         self, layer: str, experts: list[FeedForwardWeights], given: LayerActivations | None, gate_sum: float
     ) -> FeedForwardWeights:
         """The routed experts gathered, with the scale of the MoE layer."""
-        method, options, width = self.arguments["method"], self.arguments["options"], self.plan.routed_width
+        method, options = self.arguments["method"], self.arguments["options"]
         if "calibration" not in options_of(method) and options.get("scale") not in ("scalar", "vector"):
             given = None
-        solved_again = "reconstruct" in self.arguments
-        if method in ("readout", "fit") and len(given.inputs) < 4 * width and not solved_again:
-            warnings.warn(
-                f"calibration_tokens: expected at least 4 for each of the {width} hidden units that {method!r} solves for,"
-                f" found {len(given.inputs)} in use; the twin may be far off on other text",
-                stacklevel=2,
-            )
         try:
             ffn = gather_precisely(experts, method, given, self.plan.d_ff, **options)
         except ValueError as error:
@@ -225,10 +260,11 @@ class Work:
         return concatenate([routed, shared])
 
     def write_config(self) -> None:
-        """Write the index and the config, and copy the source's tokenizer and generation files."""
-        files = Shards(self.model).files
-        size = sum((self.model / file).stat().st_size for file in set(files.values()))
-        write_text(self.model / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=1))
+        """Write the config and, of several files, the index, and copy the source's tokenizer and generation files."""
+        found = Shards(self.model)
+        if len(found.paths()) > 1:
+            about = {"metadata": {"total_size": sum(found.sizes().values())}, "weight_map": found.files}
+            write_text(self.model / INDEX, json.dumps(about, indent=1))
         self.plan.config.save_pretrained(self.model)
         copy_files(self.plan.shards.path, self.model)
 
@@ -241,12 +277,16 @@ class Work:
         rest = {name: folder for name, folder in folders.items() if name not in found}
         return found | perplexities(rest, ids, self.folder / "offload")
 
-    def _made(self) -> dict:
-        """How the twin was made: the arguments, and what a teacher must have in common with it."""
+    def facts(self) -> dict:
+        """How the twin is made: the arguments, and what a teacher must have in common with it."""
         config = self.plan.source_config
         same = ("vocab_size", "hidden_size", "num_hidden_layers")
         text = text_config(config)
         return {**self.arguments, "model_type": config.model_type, **{name: getattr(text, name) for name in same}}
+
+    @staticmethod
+    def _versions() -> dict[str, str]:
+        return {"ones-lib": __version__, "transformers": version("transformers")}
 
     def finish(self, perplexities: Mapping[str, float]) -> pd.DataFrame:
         """Write tables and model card, and move all to the destination. Returns the table of layers."""
@@ -261,16 +301,21 @@ class Work:
             course = layers[["layer", "course"]].explode("course", ignore_index=True)
             course = pd.concat([course["layer"], pd.DataFrame(list(course["course"]))], axis=1)
             course.to_csv(self.model / "reconstruction.csv", index=False)
-            layers = layers.drop(columns="course")
-        layers.to_csv(self.model / "conversion.csv", index=False)
+            layers = layers.drop(columns=["course", "output_error"])  # that is of other tokens, without shared experts
+        layers.to_csv(self.model / LAYERS, index=False)
         layers.attrs["perplexity"] = dict(perplexities)
-        write_text(self.model / "conversion.json", json.dumps(self._made(), indent=1))
         write_text(self.model / "README.md", model_card(self.plan, self.arguments, layers, perplexities))
-        if self.destination.exists():
-            self.destination.rmdir()
-        os.replace(self.model, self.destination)
+        measured = {"perplexity": dict(perplexities), "versions": self._versions()}
+        self.place.put(self.model, self.facts() | measured)
         shutil.rmtree(self.folder)
         return layers
+
+
+def read_layers(folder: Path) -> pd.DataFrame:
+    """The table of layers of a finished conversion."""
+    layers = pd.read_csv(folder / LAYERS)
+    layers.attrs["perplexity"] = json.loads((folder / CONVERSION).read_text())["perplexity"]
+    return layers
 
 
 def copy_files(source: Path, destination: Path) -> None:

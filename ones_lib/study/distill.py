@@ -28,12 +28,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ones_lib.checkpoints.convert import described, local_folder, named, only_one, read_config
-from ones_lib.checkpoints.shards import Shards
+from ones_lib import __version__
+from ones_lib.checkpoints.convert import files_hash, local_folder, named, only_one, read_config
+from ones_lib.checkpoints.place import CONVERSION, DISTILLATION, Place
 from ones_lib.checkpoints.stream import load_checkpoint
-from ones_lib.checkpoints.text import block_length, text_blocks, token_count
+from ones_lib.checkpoints.terminal import Typed, add_version
+from ones_lib.checkpoints.text import block_length, found_text, ids_hash, text_blocks, text_name, token_count
 from ones_lib.checkpoints.work import copy_files, perplexities
-from ones_lib.data.files import file_stamps, is_free, model_tensors, remove_unfinished, write_text
+from ones_lib.data.files import is_free, model_tensors, remove_unfinished, write_text
 from ones_lib.distillation import Distillation
 from ones_lib.models.causal import load_language_model, text_config
 from ones_lib.study.language_task import LanguageModel, LanguageModelling
@@ -72,6 +74,7 @@ def distill(
     mixed_precision: str = "no",
     shard: bool = False,
     checkpoint_every: int = 100,
+    force: bool = False,
 ) -> dict:
     """Train a converted checkpoint to give the logits of its MoE, and write a folder that transformers loads.
 
@@ -80,12 +83,13 @@ def distill(
     part of every batch. One process alone places the parts of an MoE that its device can't hold on other devices, in memory
     or on the disk.
 
-    An interrupted distillation is continued by the same call. Until it is whole it stays in a hidden folder beside ``out``.
+    An interrupted distillation is continued by the same call, and of a finished one the same call returns what it found. Until it
+    is whole it stays in a hidden folder beside ``out``.
 
     Args:
         moe: a folder, or a name on the Hugging Face hub.
         dense: a folder made of it by :func:`ones_lib.checkpoints.convert`, or by this function.
-        out: a folder that does not exist, or is empty.
+        out: a folder that does not exist, is empty, or was made by the same call.
         text: what :func:`ones_lib.checkpoints.text.text_blocks` reads. A shorter text is read several times.
         tokens: number of tokens to train on; the last incomplete batch is left out.
         check: a text to measure the perplexity on. None: the validation split of ``text``; of a file, every tenth block,
@@ -100,6 +104,7 @@ def distill(
         mixed_precision: ``no``, ``bf16`` or ``fp16``.
         shard: spread both models over the processes.
         checkpoint_every: steps.
+        force: replace what another call has made at ``out``, when the new one is whole. A folder with other files is left alone.
 
     Returns:
         What ``distillation.json`` in ``out`` holds: arguments, ``steps``, ``epochs`` of the text, ``versions``, and
@@ -114,11 +119,13 @@ def distill(
     recipe = Training(1, batch_size, learning_rate, warmup, balance_weight=0.0, mixed_precision=mixed_precision)
     _check_numbers(device_batch, shard, checkpoint_every)
     examples = batch_size // (world_size() * share_of(batch_size, device_batch).parts)
-    out = Path(out).expanduser().resolve()
-    _check_free(out)
+    place, dense = Place(out, "out", DISTILLATION, force), Path(dense).expanduser().resolve()
+    if place.folder == dense:
+        raise ValueError(f"out: expected another folder than dense, found {dense}")
+    text, check = found_text("text", text), found_text("check", check)
     with main_first():  # it downloads
         source = local_folder(moe, "moe")
-    name, dense = named(moe, source), Path(dense).expanduser().resolve()
+    name = named(moe, source)
     conversion = _conversion(source, dense, name["source"])
     length = _checked_length(length, read_config(dense))
     steps = int(tokens) // (batch_size * length)
@@ -128,25 +135,30 @@ def distill(
     recipe = replace(recipe, steps=steps, evaluations=min(EVALUATIONS, steps))
     with main_first():  # it makes the embedded text
         blocks = _read_blocks(text, check, dense, length)
+
+    arguments = {"moe": name.pop("source"), **name, "dense": dense.name}
+    arguments |= {"text": text_name(text), "check": None if check is None else text_name(check)}
+    arguments |= {"tokens": int(tokens), "length": length, "alpha": alpha, "temperature": temperature}
+    arguments |= {"learning_rate": learning_rate, "warmup": warmup, "batch_size": batch_size}
+    arguments |= {"mixed_precision": mixed_precision}
+    folders = {"moe": source, "dense": dense}
+    arguments |= {f"{key}_sha256": files_hash(folder) for key, folder in folders.items()}
+    arguments |= {f"{key}_sha256": ids_hash(ids) for key, ids in vars(blocks).items()}
+    if place.done(arguments):
+        return place.found()
     epochs = steps * batch_size / len(blocks.train)
     if epochs > 1 and is_main():
         found = f"found {blocks.train.numel():,}, which are read {epochs:.1f} times"
         warnings.warn(f"text: expected {steps * batch_size * length:,} tokens to train on, {found}", stacklevel=2)
-
-    arguments = {"moe": name.pop("source"), **name, "dense": dense.name}
-    arguments |= {"text": _text_name(text), "check": None if check is None else _text_name(check)}
-    arguments |= {"tokens": int(tokens), "length": length, "alpha": alpha, "temperature": temperature}
-    arguments |= {"learning_rate": learning_rate, "warmup": warmup, "batch_size": batch_size}
-    arguments |= {"mixed_precision": mixed_precision, "steps": steps, "epochs": epochs}
-    work = _Work(source, dense, out, conversion, arguments)
-    with only_one(out) if is_main() else nullcontext():
+    arguments |= {"steps": steps, "epochs": epochs}
+    work = _Work(source, dense, place, conversion, arguments)
+    with only_one(place.folder) if is_main() else nullcontext():
         if is_main():
-            _check_free(out)  # another process may have made it meanwhile
             work.begin(blocks)
         wait_for_all()
         task = _NextTokens(blocks, EVALUATION_BATCH)
         student, teacher = work.models(examples * length)
-        with tqdm(total=steps, desc=out.name, unit="step", dynamic_ncols=True, disable=not is_main()) as bar:
+        with tqdm(total=steps, desc=place.folder.name, unit="step", dynamic_ncols=True, disable=not is_main()) as bar:
             student, history = fit(
                 student,
                 task,
@@ -170,9 +182,9 @@ def distill(
 
 
 class _NextTokens(LanguageModelling):
-    """The task, with the perplexity that was measured last."""
+    """The task, with the perplexity that was measured last, if any was."""
 
-    perplexity = math.nan
+    perplexity: float | None = None
 
     def predict(self, model: nn.Module, device: torch.device) -> Mapping[str, Tensor]:
         found = super().predict(model, device)
@@ -182,24 +194,25 @@ class _NextTokens(LanguageModelling):
 
 def _progress(bar: tqdm, task: _NextTokens) -> Progress:
     def progress(step: int, steps: int, loss: float, accuracy: float) -> None:
-        bar.set_postfix_str(f"loss {loss:.4f}, perplexity {task.perplexity:.4g}", refresh=False)
+        measured = "" if task.perplexity is None else f", perplexity {task.perplexity:.4g}"
+        bar.set_postfix_str(f"loss {loss:.4f}{measured}", refresh=False)
         bar.update(step - bar.n)
 
     return progress
 
 
 class _Work:
-    """A distillation under way, in a hidden folder beside ``out``. All but :meth:`models` is for the first process alone.
+    """A distillation under way, in a hidden folder beside its place. All but :meth:`models` is for the first process alone.
 
     Args:
         moe, dense: folders.
         conversion: how ``dense`` was made.
-        arguments: all that decides the result, but for the blocks.
+        arguments: all that decides the result.
     """
 
-    def __init__(self, moe: Path, dense: Path, out: Path, conversion: Mapping, arguments: Mapping) -> None:
-        self.moe, self.dense, self.out, self.conversion, self.arguments = moe, dense, out, conversion, arguments
-        self.folder = out.with_name(f".{out.name}.distilling")
+    def __init__(self, moe: Path, dense: Path, place: Place, conversion: Mapping, arguments: Mapping) -> None:
+        self.moe, self.dense, self.place, self.conversion, self.arguments = moe, dense, place, conversion, arguments
+        self.folder = place.folder.with_name(f".{place.folder.name}.distilling")
         self.model, self.offload = self.folder / "model", self.folder / "offload"
         self.checkpoint, self.measured = (self.folder / name for name in ("checkpoint.safetensors", "perplexity.json"))
 
@@ -210,9 +223,6 @@ class _Work:
             ValueError: there is a checkpoint of another distillation.
         """
         identity = {**self.arguments, "versions": _versions()}
-        identity |= {f"tokens of {name}": described(ids) for name, ids in vars(blocks).items()}
-        for name, folder in {"moe": self.moe, "dense": self.dense}.items():
-            identity[f"files of {name}"] = file_stamps([folder / "config.json", *Shards(folder).paths()])
         mark = self.folder / "arguments.json"
         found = json.loads(mark.read_text()) if mark.exists() else {}
         if odd := [name for name in identity if found.get(name) != identity[name]]:
@@ -266,16 +276,13 @@ class _Work:
         found |= perplexities({"result": self.model}, held_out, self.offload)
         about = {**self.arguments, "perplexity": found, "held_out_tokens": held_out.numel()}
         about["versions"] = _versions()
-        earlier = self.dense / "distillation.json"
+        earlier = self.dense / DISTILLATION
         if earlier.exists():
             about["earlier"] = json.loads(earlier.read_text())
-        write_text(self.model / "distillation.json", json.dumps(about, indent=1))
         write_text(self.model / "README.md", _card(self.conversion, about, read_config(self.model)))
-        if self.out.exists():
-            self.out.rmdir()
-        os.replace(self.model, self.out)
+        self.place.put(self.model, about)
         shutil.rmtree(self.folder)
-        return about
+        return self.place.found()
 
 
 def _free_memory() -> None:
@@ -286,20 +293,10 @@ def _free_memory() -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("ones-lib", "torch", "transformers")}
-
-
-def _text_name(text: str | Path) -> str:
-    """A text's name: without the folders of this machine."""
-    return Path(text).resolve().name if Path(text).exists() else str(text)
+    return {"ones-lib": __version__, **{name: version(name) for name in ("torch", "transformers")}}
 
 
 # --- checks ------------------------------------------------------------------------------------------------------------
-
-
-def _check_free(out: Path) -> None:
-    if not is_free(out):
-        raise ValueError(f"out: expected a folder that is not there or empty, found {out}")
 
 
 def _check_numbers(device_batch: int, shard: bool, checkpoint_every: int) -> None:
@@ -320,7 +317,9 @@ def _checked_length(length: int | None, config: PreTrainedConfig) -> int:
 
 def _conversion(moe: Path, dense: Path, name: str) -> dict:
     """How ``dense`` was made, if it was made of ``moe``, which is called ``name``."""
-    path = dense / "conversion.json"
+    path = dense / CONVERSION
+    if not dense.is_dir():
+        raise FileNotFoundError(f"dense: no such folder, {str(dense)!r}")
     if not path.exists():
         raise ValueError(f"{dense}: expected conversion.json of a conversion, found none: its FFNs were never gathered")
     try:
@@ -349,8 +348,10 @@ def _conversion(moe: Path, dense: Path, name: str) -> dict:
 
 def _read_blocks(text: str | Path, check: str | Path | None, dense: Path, length: int) -> Blocks:
     train = text_blocks(text, dense, split="train", length=length)
-    if check is not None or not Path(text).is_file():
-        return Blocks(train, text_blocks(text if check is None else check, dense, HELD_OUT, length=length))
+    if check is not None:
+        return Blocks(train, text_blocks(check, dense, HELD_OUT, length=length, name="check"))
+    if not Path(text).is_file():
+        return Blocks(train, text_blocks(text, dense, HELD_OUT, length=length))
     every = max(10, len(train) // max(1, HELD_OUT // length))  # a file has no splits
     if len(train) < 2:
         raise ValueError(f"check: expected a held-out text, since {text} has one block of {length} only, found None")
@@ -404,10 +405,10 @@ def _parser() -> argparse.ArgumentParser:
         " when it is called again.",
     )
     add = parser.add_argument
-    add("moe", help="folder or Hugging Face hub name of the MoE")
-    add("dense", help="folder that python -m ones_lib.checkpoints made of it, or this command")
-    add("out", help="folder to make")
-    text = "file, folder, hub name, or 'docstrings' (the embedded text)"
+    add("moe", metavar="MOE", help="folder or Hugging Face hub name of the MoE")
+    add("dense", metavar="DENSE", help="folder that python -m ones_lib.checkpoints convert made of it, or this command")
+    add("out", metavar="OUT", help="folder to make")
+    text = "file, folder, hub name, or 'docstrings' or 'names' (embedded text)"
     add("--text", required=True, help=f"to train on: {text}")
     add(
         "--tokens",
@@ -427,6 +428,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--mixed-precision", default="no", choices=["no", "bf16", "fp16"], help="of the training (default: no)")
     add("--shard", action="store_true", help="spread the models over the processes (FSDP)")
     add("--checkpoint-every", type=int, default=100, metavar="N", help="steps (default: 100)")
+    add("--force", action="store_true", help="replace what another call has made at OUT, when the new one is whole")
+    add_version(parser)
     return parser
 
 
@@ -434,19 +437,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run :func:`distill` as the command line says; the exit status."""
     given = vars(_parser().parse_args(arguments))
     state = join() if "WORLD_SIZE" in os.environ else None
+    typed = Typed(given, {"moe": "MOE", "dense": "DENSE", "out": "OUT"})
+    fresh = given["force"] or is_free(Path(given["out"]).expanduser())
     try:
-        about = distill(**given)
+        with typed.warnings(hidden=not fresh):
+            about = distill(**given)
     except (OSError, ValueError, Diverged) as error:
-        print(error, file=sys.stderr)
+        print(typed.said(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where the last checkpoint was written", file=sys.stderr)
         return 130
     if state is not None:
         state.destroy_process_group()
-    if state is None or state.is_main_process:
-        print("perplexity: " + ", ".join(f"{name} {value:.4g}" for name, value in about["perplexity"].items()))
-        print(f"wrote {given['out']}")
+    if state is not None and not state.is_main_process:
+        return 0
+    if not fresh:
+        print(f"already done with these arguments: {given['out']}")
+        return 0
+    trained = about["steps"] * about["batch_size"] * about["length"]
+    asked = "" if trained == about["tokens"] else f", of {about['tokens']:,} asked for"
+    print(f"trained on {trained:,} tokens{asked}: {about['steps']} steps of {about['batch_size']} x {about['length']}")
+    print("perplexity: " + ", ".join(f"{name} {value:.4g}" for name, value in about["perplexity"].items()))
+    print(f"wrote {given['out']}")
     return 0
 
 
