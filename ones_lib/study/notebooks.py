@@ -39,7 +39,8 @@ from ones_lib.study.parameters import EXECUTION, Parameters, check_names, group_
 from ones_lib.study.progress import BAR
 from ones_lib.study.records import project_root
 
-QUIET = ["--IPKernelApp.log_level=ERROR"]  # a kernel warns that it talks to us, on this machine, without encryption
+# A kernel logs that it talks to us, on this machine, without encryption; and, when an interrupt ends it, a traceback.
+QUIET = ["--IPKernelApp.log_level=CRITICAL"]
 
 
 class CommandError(ValueError):
