@@ -36,7 +36,7 @@ from ones_lib.views.figures.spectra import (
     overlap_curves,
     spectra_by_data,
 )
-from ones_lib.views.figures.speed import DISPATCHES, WAYS, dispatch_speed, inference_speed
+from ones_lib.views.figures.speed import DISPATCHES, dispatch_speed, inference_speed
 from ones_lib.views.figures.style import (
     MATRIX_NAMES,
     METHODS,
