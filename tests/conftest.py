@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub must fail at once, not wait for a network
@@ -29,6 +30,11 @@ def pytest_cmdline_main(config):
 def pytest_collection_modifyitems(items):
     """What takes long and starts processes of its own comes first, in one worker; the others take the short tests from it."""
     items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays: collections need not look through it again and again
+    gc.set_threshold(10_000, 10, 10)
 
 
 def random_bank(

@@ -124,7 +124,12 @@ def test_peak_memory_is_what_a_pass_holds_at_once():
     assert 8000 <= _peak_bytes(run, torch.device("cpu")) < 9000
 
 
-def test_compiled_and_low_precision_are_measured_where_they_run():
+@pytest.mark.processes
+def test_compiled_and_low_precision_are_measured_where_they_run(monkeypatch):
+    """The MoE by all of torch.compile, and two other models by all but its code generation, which takes ten seconds for each."""
+    whole = torch.compile
+    backends = iter(["inductor", "aot_eager", "inductor", "aot_eager"])  # of the trial, dense, MoE, GShard's
+    monkeypatch.setattr(torch, "compile", lambda f, **options: whole(f, backend=next(backends), **options))
     modes = available_modes(["eager", "compiled"])
     table = measure_speed("tiny", tiny(depth=1), [1], 0.0, ["bfloat16"], modes)
     counts = table.groupby("mode")["variant"].nunique()

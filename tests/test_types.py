@@ -51,8 +51,8 @@ def weights(folder):
 
 def test_every_type_is_converted_or_refused():
     """Fails for a type of a new release of transformers: add a tiny config, or a reason."""
-    parts = set()
-    for kind in moe_types():
+    parts, kinds = set(), set(moe_types())
+    for kind in kinds:
         try:
             model_class(transformers.CONFIG_MAPPING[kind]())
         except ValueError as error:
@@ -61,8 +61,8 @@ def test_every_type_is_converted_or_refused():
         except transformers.utils.import_utils.OptionalDependencyNotAvailable:
             pass
     known = {*CONFIGS, *REFUSED, *parts}
-    assert sorted(set(moe_types()) - known - {"widenet_text"}) == []  # that one is this library's own
-    assert sorted({*CONFIGS, *REFUSED} - set(moe_types())) == []
+    assert sorted(kinds - known - {"widenet_text"}) == []  # that one is this library's own
+    assert sorted({*CONFIGS, *REFUSED} - kinds) == []
     assert len(CONFIGS) >= 60
 
 
@@ -78,7 +78,8 @@ def test_equal_experts_give_the_same_logits_text_and_bytes(kind, tmp_path):
     assert weights(tmp_path / "hub_dense") == weights(tmp_path / "stacked_dense")
 
     twin = load_language_model(tmp_path / "hub_dense")
-    torch.testing.assert_close(outputs(twin), outputs(model), atol=1e-5, rtol=0)
+    atol = 2e-5 if kind == "inkling2_loop_text" else 1e-5  # its layers run several times
+    torch.testing.assert_close(outputs(twin), outputs(model), atol=atol, rtol=0)
     if kind in moe_images.KINDS:
         inputs = moe_images.image_inputs(kind, model.config)
         torch.testing.assert_close(outputs(twin, inputs), outputs(model, inputs), atol=1e-5, rtol=0)

@@ -209,13 +209,17 @@ def _reference(table: pd.DataFrame, model: str):
     """Function from a row to the index of the reference ``model``'s row that belongs to it."""
     candidates = table[table["model"] == model]
     axes = [c for c in table.columns if c not in _VALUES] + ["metric"]
+    found: dict[tuple, int] = {}  # many rows have the same reference
 
     def find(row: pd.Series) -> int:
-        same = candidates[candidates["seed"] == row["seed"]]
-        for axis in axes:
-            if pd.notna(row[axis]) and (same[axis] == row[axis]).any():
-                same = same[same[axis] == row[axis]]
-        return same.index[0]
+        key = row["seed"], *(str(row[axis]) for axis in axes)
+        if key not in found:
+            same = candidates[candidates["seed"] == row["seed"]]
+            for axis in axes:
+                if pd.notna(row[axis]) and (same[axis] == row[axis]).any():
+                    same = same[same[axis] == row[axis]]
+            found[key] = same.index[0]
+        return found[key]
 
     return find
 
