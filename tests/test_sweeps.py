@@ -89,6 +89,19 @@ def test_a_failing_cell_is_left_the_others_go_on_and_finished_ones_are_not_run_a
     assert executed(sweep) == 3
 
 
+def test_without_a_table_the_summary_has_that_of_the_notebooks_name(sweep, at_hand, capsys):
+    one = SWEEP.replace("table: squares\n", "").replace("  - {rank: [13]}\n", "")
+    (sweep / "squares.yaml").write_text(one)
+    assert command.main(["--sweep", "squares.yaml"]) == 0
+    assert "squares: no scores in it: table: expected one of ['squares'], found 'tiny'" in capsys.readouterr().out
+    assert "square" not in pd.read_csv(sweep / "runs/sweeps/squares/summary.csv")
+    (sweep / "notebooks" / "tiny.ipynb").rename(sweep / "notebooks" / "squares.ipynb")
+    (sweep / "squares.yaml").write_text(one.replace("notebook: tiny", "notebook: squares.ipynb"))
+    assert command.main(["--sweep", "squares.yaml"]) == 0
+    assert "no scores" not in capsys.readouterr().out
+    assert pd.read_csv(sweep / "runs/sweeps/squares/summary.csv")["square"].tolist() == [11, 14]
+
+
 @pytest.mark.processes
 def test_cells_on_a_dask_scheduler(sweep, at_hand):
     (sweep / "squares.yaml").write_text(SWEEP.replace("  - {rank: [13]}\n", ""))

@@ -98,8 +98,9 @@ def executor(on: str, jobs: int, slurm: Mapping[str, Any]) -> Iterator[Executor]
 def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> int:
     """Execute a notebook for every cell of a grid, each to ``runs/sweeps/<file's name>/<cell>``.
 
-    ``summary.csv`` there is written after each cell: a row a cell, or as many as its ``table`` has. A cell that fails, also
-    when tried again, is left, and the others go on; the exit status is then 1. Finished cells are not run again.
+    ``summary.csv`` there is written after each cell: a row a cell, or as many as its ``table`` has, the CSV among its figures
+    (without one, that of the notebook's name). A cell that fails, also when tried again, is left, and the others go on; the
+    exit status is then 1. Finished cells are not run again.
     """
     sweep, root = read_yaml(file), project_root()
     if unknown := set(sweep) - SWEEP_KEYS:
@@ -113,7 +114,7 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
     for cell in cells:  # all are checked before the first is run
         chosen = settings(profile, [sweep["notebook"]], {**fixed, **cell}, file.name)
         check_values({cell_name(cell): parameters for parameters in chosen.values()})
-    folder = Path("runs") / "sweeps" / file.stem
+    folder, table = Path("runs") / "sweeps" / file.stem, sweep.get("table", Path(sweep["notebook"]).stem)
     cores = max(1, (os.cpu_count() or 1) // jobs) if on == "local" else 0
     devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
 
@@ -140,7 +141,7 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
         try:
             for done in tqdm(as_completed(work), total=len(work), desc=file.stem, unit="cell"):
                 number = work[done]
-                tables[number] = _rows(root / folder, cells[number], _outcome(done), sweep.get("table"))
+                tables[number] = _rows(root / folder, cells[number], _outcome(done), table)
                 summary = pd.concat([tables[n] for n in sorted(tables)])
                 write_text(root / folder / "summary.csv", summary.to_csv(index=False))
         except BaseException:
@@ -150,6 +151,10 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
     outcomes = pd.concat([t.head(1) for t in tables.values()])["status"].value_counts().to_dict()
     counted = ", ".join(f"{count} {status}" for status, count in outcomes.items())
     print(f"{file.stem}: {len(cells)} cells: {counted}; see {folder / 'summary.csv'}", flush=True)
+    made = [root / folder / t["cell"].iloc[0] / "figures" for t in tables.values() if t["status"].iloc[0] != "failed"]
+    if made and not (made[0] / f"{table}.csv").exists():
+        there = sorted(path.stem for path in made[0].glob("*.csv"))
+        print(f"{file.stem}: no scores in it: table: expected one of {there}, found {table!r}", flush=True)
     return int("failed" in outcomes)
 
 
@@ -160,12 +165,12 @@ def _outcome(done: Future) -> dict[str, Any]:
         return {"status": "failed", "attempts": 1, "seconds": 0.0, "error": f"{type(error).__name__}: {error}"}
 
 
-def _rows(folder: Path, cell: Mapping[str, Any], outcome: Mapping[str, Any], table: str | None) -> pd.DataFrame:
+def _rows(folder: Path, cell: Mapping[str, Any], outcome: Mapping[str, Any], table: str) -> pd.DataFrame:
     """A finished cell's rows of the summary."""
     to = folder / cell_name(cell)
     row = pd.DataFrame([{"cell": to.name, **{k: str(v) for k, v in cell.items()}, **outcome}])
     made = to / "figures" / f"{table}.csv"
-    if outcome["status"] != "failed" and table and made.exists():
+    if outcome["status"] != "failed" and made.exists():
         found = pd.read_csv(made)
         row = row.merge(found.drop(columns=[c for c in found if c in row]), how="cross")
     return row
