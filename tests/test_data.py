@@ -166,6 +166,66 @@ def test_hub_data_set_in_a_local_folder(tmp_path):
     assert load(data.train, evaluation_keys(4, 4)[0])[1].tolist() == [1, 0, 1, 0]
 
 
+def whole_folder(root, counts=(30, 4, 2)):
+    """A folder for each class, without splits; every image of class i has the colour (60 * i, index, 0)."""
+    for i, (name, count) in enumerate(zip(("ant", "bee", "cat"), counts, strict=True)):
+        (root / name).mkdir(parents=True)
+        for j in range(count):
+            Image.new("RGB", (20, 16), (60 * i, j, 0)).save(root / name / f"{j}.png")
+    return root
+
+
+def test_a_folder_without_splits_is_split_by_class_and_file_name(tmp_path, monkeypatch):
+    """The same in every run; held in memory or read one by one; another picture moves no other one."""
+    root = whole_folder(tmp_path / "mine")
+    data = image_data("folder", data_dir=root, image_size=16, val_fraction=0.1, cache_dir=tmp_path / "cache")
+    assert data.classes == ["ant", "bee", "cat"]
+    assert data.report == (
+        f"{root}: 3 classes, 31 images for training, 5 for validation (10% of each class, held out by file name), 16 px"
+    )
+    (train, seen), (val, labels) = (load(split, evaluation_keys(len(split), 40)[0]) for split in (data.train, data.val))
+    assert labels.tolist() == [0, 0, 0, 1, 2]
+    assert torch.bincount(seen).tolist() == [27, 3, 1]
+    colours = [{tuple(c.tolist()) for c in images[:, :2, 8, 8]} for images in (train, val)]
+    assert len(colours[0]) == 31
+    assert not colours[0] & colours[1]
+    monkeypatch.setattr("ones_lib.data.images.LARGEST_HELD", 100)
+    again = image_data("folder", data_dir=root, image_size=16, val_fraction=0.1)
+    torch.testing.assert_close(load(again.val, evaluation_keys(5, 5)[0])[0], val)
+    names = set(again.val.reader.samples)
+    Image.new("RGB", (20, 16)).save(root / "ant" / "more.png")
+    more = image_data("folder", data_dir=root, image_size=16, val_fraction=0.1)
+    assert len(names - set(more.val.reader.samples)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("prepare", "options", "message"),
+    [
+        (
+            lambda root: whole_folder(root),
+            {},
+            "val_fraction: expected a part of the images, between 0 and 1, .*found None",
+        ),
+        (lambda root: whole_folder(root, (3, 1, 3)), {"val_fraction": 0.1}, "bee: expected at least 2 images.*found 1"),
+        (lambda root: whole_folder(root, (3, 0, 3)), {"val_fraction": 0.1}, "bee: expected images .*found none"),
+        (
+            lambda root: whole_folder(root / "photos"),
+            {"val_fraction": 0.1},
+            r"train and val or a folder for .* in .*\['photos'\]",
+        ),
+        (
+            lambda root: (root / "Training").mkdir(),
+            {"val_fraction": 0.1},
+            r"expected a folder .*/train, found in .*\['Training'\]",
+        ),
+    ],
+)
+def test_bad_folders_without_splits_are_refused(tmp_path, prepare, options, message):
+    prepare(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        image_data("folder", data_dir=tmp_path, image_size=16, cache_dir=tmp_path / "cache", **options)
+
+
 def empty_class(root):
     for file in (make_folder(root) / "val" / "bee").iterdir():
         file.unlink()

@@ -1,4 +1,4 @@
-"""Image classification data: Glyphs, folders in ImageNet's layout, and data sets of the Hugging Face hub."""
+"""Image classification data: Glyphs, folders with a folder for each class, and data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def image_data(
     num_classes: int | None = None,
     train_per_class: int | None = None,
     val_per_class: int | None = None,
+    val_fraction: float | None = None,
     distortion: float = 1.0,
     color_jitter: float = 0.0,
     min_crop: float = 0.08,
@@ -70,13 +71,16 @@ def image_data(
     """Open a data set by name.
 
     Args:
-        name: ``"glyphs"`` (drawn here); ``"folder"`` (``data_dir/{train,val}/<class>/*``, ImageNet's layout); or a name on
-            the Hugging Face hub, such as ``"ILSVRC/imagenet-1k"`` (columns image, label; splits train, validation).
+        name: ``"glyphs"`` (drawn here); ``"folder"`` (``data_dir/{train,val}/<class>/*``, ImageNet's layout, or
+            ``data_dir/<class>/*``); or a name on the Hugging Face hub, such as ``"ILSVRC/imagenet-1k"`` (columns image, label;
+            splits train, validation).
         image_size: px, height and width.
         data_dir: the folder, for ``"folder"``; the download cache, for the hub (empty: the hub library's own).
         cache_dir: where drawn glyphs are kept.
         num_classes: for glyphs, the number of characters (default 300); otherwise the first so many classes by name.
         train_per_class, val_per_class: for glyphs, images drawn per class (default 300, 50); otherwise the first so many.
+        val_fraction: of a folder without train and val, the part of each class's images that is held out for validation: those
+            whose names have the lowest hashes, the same in every run.
         distortion: for glyphs, see :func:`ones_lib.data.glyphs.make_glyphs`.
         color_jitter, min_crop: for the others, timm's training transform: the strength of its colour jitter, and the least
             part of the picture's area that a random crop keeps (0.08: Inception-style crops).
@@ -94,7 +98,7 @@ def image_data(
         counts = {option: value or defaults[option] for option, value in counts.items()}
         return _glyphs({**counts, "image_size": image_size, "distortion": distortion}, Path(cache_dir))
     if name == "folder":
-        splits, classes = _folder_readers(data_dir)
+        splits, classes = _folder_readers(data_dir, val_fraction)
     elif "/" in name:
         splits, classes = _hub_readers(name, str(data_dir) or None)
     else:
@@ -127,8 +131,11 @@ def image_data(
             HeldImages(held[split], images.labels, image_size, **arguments)
             for split, images in (("train", train), ("val", val))
         )
+    held_out = (
+        "" if name != "folder" or is_split(data_dir) else f" ({val_fraction:.0%} of each class, held out by file name)"
+    )
     report = (
-        f"{data_dir or name}: {len(classes)} classes, {len(train):,} images for training, {len(val):,} for validation,"
+        f"{data_dir or name}: {len(classes)} classes, {len(train):,} images for training, {len(val):,} for validation{held_out},"
         f" {image_size} px"
     )
     return ImageData(name, classes, 3, image_size, train, val, preparation, report)
@@ -260,21 +267,45 @@ def _glyphs(options: dict, cache_dir: Path) -> ImageData:
 # --- folders and the hub ---------------------------------------------------------------------------------------------
 
 
+_OR_CLASSES = "; without train and val, a folder for each class"
+#: Names of folders that are splits, not classes. Of these only train and val are read.
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+
+def is_split(data_dir: str | Path) -> bool:
+    """Whether a folder has, or should have, the folders train and val: it has one that is named as a split, or none at all."""
+    names = set(map(str.lower, _folders(Path(data_dir))))
+    return not names or bool(names & SPLITS)
+
+
+def _folders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def folder_classes(data_dir: str | Path) -> list[str]:
-    """The classes of a folder in ImageNet's layout, sorted by name; pictures are not looked for.
+    """The classes of a folder, ``train/<class>/*`` and ``val/<class>/*`` or ``<class>/*``, sorted by name; pictures are not
+    looked for.
 
     Raises:
         FileNotFoundError, ValueError: a split is missing or has no classes, or the splits' classes differ.
     """
     if not str(data_dir):
-        raise ValueError("data_dir: expected a folder with train/<class>/* and val/<class>/*, found none given")
+        raise ValueError(
+            "data_dir: expected a folder with train/<class>/* and val/<class>/*, or <class>/*, found none given"
+        )
     root, classes = Path(data_dir), None
+    if not is_split(root):
+        if len(classes := _folders(root)) < 2:
+            raise ValueError(f"data_dir: expected train and val or a folder for each class in {root}, found {classes}")
+        return classes
     for split in ("train", "val"):
         folder = root / split
         if not folder.is_dir():
             found = sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else "no such folder"
-            raise FileNotFoundError(f"data_dir: expected a folder {folder}, found in {root}: {found}")
-        names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+            raise FileNotFoundError(f"data_dir: expected a folder {folder}, found in {root}: {found}{_OR_CLASSES}")
+        names = _folders(folder)
         if not names:
             raise ValueError(f"{folder}: expected a folder for each class, found none")
         if classes is None:
@@ -288,22 +319,53 @@ def folder_classes(data_dir: str | Path) -> list[str]:
     return classes
 
 
-def _folder_readers(data_dir: str | Path) -> tuple[dict, list[str]]:
-    classes = folder_classes(data_dir)
-    return {split: _FolderReader(Path(data_dir) / split, classes) for split in ("train", "val")}, classes
+def _folder_readers(data_dir: str | Path, val_fraction: float | None) -> tuple[dict, list[str]]:
+    root, classes = Path(data_dir), folder_classes(data_dir)
+    if is_split(root):
+        return {
+            split: _FolderReader(root / split, _samples(root / split, classes)) for split in ("train", "val")
+        }, classes
+    if val_fraction is None or not 0 < val_fraction < 1:
+        expected = "a part of the images, between 0 and 1, to hold out where there is no folder train and val"
+        raise ValueError(f"val_fraction: expected {expected}, found {val_fraction}")
+    samples = _samples(root, classes)
+    held = _held_out(root, samples, val_fraction)
+    splits = {"train": [s for s in samples if s not in held], "val": [s for s in samples if s in held]}
+    return {split: _FolderReader(root, part) for split, part in splits.items()}, classes
+
+
+def _samples(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """The pictures of ``folder/<class>/**`` and the numbers of their classes."""
+    extensions, samples = get_img_extensions(as_set=True), []
+    for label, name in enumerate(classes):
+        paths = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in extensions)
+        if not paths:
+            raise ValueError(f"{folder / name}: expected images ({', '.join(sorted(extensions))}), found none")
+        samples += [(path, label) for path in paths]
+    return samples
+
+
+def _held_out(root: Path, samples: list[tuple[Path, int]], part: float) -> set[tuple[Path, int]]:
+    """A part of each class's pictures, at least one, chosen by their names: another picture changes little."""
+    by_class: dict[int, list[tuple[Path, int]]] = {}
+    for sample in samples:
+        by_class.setdefault(sample[1], []).append(sample)
+    held = set()
+    for own in by_class.values():
+        if len(own) < 2:
+            raise ValueError(
+                f"{own[0][0].parent}: expected at least 2 images, one to learn from and one to test on, found 1"
+            )
+        own.sort(key=lambda sample: hashlib.sha256(sample[0].relative_to(root).as_posix().encode()).digest())
+        held.update(own[: min(max(1, round(part * len(own))), len(own) - 1)])
+    return held
 
 
 class _FolderReader:
-    """Images of ``folder/<class>/**``, numbered by ``classes``, behind the interface of timm's readers."""
+    """Pictures below ``folder``, each with the number of its class, behind the interface of timm's readers."""
 
-    def __init__(self, folder: Path, classes: list[str]) -> None:
-        extensions = get_img_extensions(as_set=True)
-        self.folder, self.samples = folder, []
-        for label, name in enumerate(classes):
-            paths = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in extensions)
-            if not paths:
-                raise ValueError(f"{folder / name}: expected images ({', '.join(sorted(extensions))}), found none")
-            self.samples += [(path, label) for path in paths]
+    def __init__(self, folder: Path, samples: list[tuple[Path, int]]) -> None:
+        self.folder, self.samples = folder, samples
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]

@@ -45,13 +45,21 @@ def check(parameters: Parameters) -> None:
 def _check_images(study: Study, parameters: Parameters) -> None:
     name, classes, size = study.data["name"], study.data["num_classes"] or 1000, study.data["image_size"]
     if name == "folder":
-        classes = len(folder_classes(study.data["data_dir"])[: study.data["num_classes"]])
+        there = len(folder_classes(study.data["data_dir"]))
+        if study.data["num_classes"] and study.data["num_classes"] > there:
+            raise ValueError(
+                f"num_classes: expected at most {there}, the classes of {study.data['data_dir']}, or null for all, found {classes}"
+            )
+        classes = study.data["num_classes"] or there
     elif name != "glyphs" and "/" not in name:
         raise ValueError(
             f"data: expected 'glyphs', 'folder' or a hub name such as 'ILSVRC/imagenet-1k', found {name!r}"
         )
     if name == "glyphs" and CANVAS % size:
         raise ValueError(f"image_size: expected a divisor of {CANVAS} for glyphs, found {size}")
+    patch = study.model.get("patch_size") or 1
+    if size % patch:
+        raise ValueError(f"image_size: expected a multiple of patch_size={patch}, found {size}")
     data = SimpleNamespace(num_classes=classes, image_size=size, in_chans=1 if name == "glyphs" else 3)
     for config in (study.dense(0), study.moe(0)):
         layer = _build(classification_model, config["model"], data).moe_layers()[0]
