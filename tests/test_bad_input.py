@@ -346,6 +346,21 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         ValueError,
         "image_size: expected a divisor of 64 for glyphs, found 15",
     ),
+    "pictures of no whole number of patches": (
+        parameter("image_size", 32, patch_size=5),
+        ValueError,
+        "image_size: expected a multiple of patch_size=5, found 32",
+    ),
+    "more classes than there are": (
+        parameter("data", "folder", data_dir="notebooks", num_classes=3),
+        ValueError,
+        "num_classes: expected at most 2, the classes of .*, or null for all, found 3",
+    ),
+    "pictures without a folder for their class": (
+        lambda here: image_data("folder", data_dir=here / "notebooks" / "sweeps", image_size=8),
+        FileNotFoundError,
+        r"expected a folder .*train, found in .*\['gatherings.yaml'\]; without train and val, a folder for each class",
+    ),
     "data set of no kind": (parameter("data", "cifar"), ValueError, "data: expected 'glyphs', 'folder' or a hub name"),
     "method of no kind": (parameter("methods", ["sun"]), ValueError, r"methods: found 'sun'; did you mean 'sum'"),
     "budget below nothing": (
@@ -367,6 +382,36 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         parameter("tasks", ["sst3"], "03_nlp"),
         ValueError,
         r"tasks: found 'sst3'; did you mean 'sst2'",
+    ),
+    "task of one's own without its columns": (
+        parameter("tasks", ["reviews"], "03_nlp", text_data="local"),
+        ParameterError,
+        r"tasks: found 'reviews', expected one of .*; for one of your own: {reviews: {kind: classification, text: ",
+    ),
+    "task of one's own of no kind": (
+        parameter("tasks", {"reviews": {"kind": "opinion"}}, "03_nlp", text_data="local"),
+        ParameterError,
+        "overrides: tasks: reviews: expected {kind: classification, text: a column, .*found {'kind': 'opinion'}",
+    ),
+    "task of one's own made from names": (
+        parameter("tasks", {"reviews": {"kind": "answers"}}, "03_nlp"),
+        ParameterError,
+        "tasks: expected text_data='local' for 'reviews', found 'names'",
+    ),
+    "task of one's own that is not there": (
+        parameter("tasks", {"reviews": {"kind": "answers"}}, "03_nlp", text_data="local", text_dir="texts"),
+        FileNotFoundError,
+        "text_dir: expected texts/reviews/train with one of the endings .*no such folder",
+    ),
+    "texts of no task": (
+        parameter("text_data", "local", "03_nlp"),
+        FileNotFoundError,
+        "text_dir: expected a folder with some of sst2, mnli, .*, found '': .*for tasks of your own, say what they are: -p tasks",
+    ),
+    "nothing held out": (
+        parameter("val_fraction", 0.0),
+        ValueError,
+        "val_fraction: expected a number above 0 and below 1, found 0.0",
     ),
     "time without a zone": (
         parameter("redo_before", "2026-01-01"),

@@ -22,7 +22,7 @@ from ones_lib.data import docstrings
 from ones_lib.data.bag_of_words import bag_of_words
 from ones_lib.data.docstrings import Parameter, parse
 from ones_lib.data.names import FAMILIES
-from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS, TASKS
+from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS, TASKS, check_definition, own_task
 from ones_lib.data.text import embedded_versions, read_texts, text_corpus, text_tasks
 from ones_lib.data.tokens import pack, train_tokenizer
 
@@ -699,6 +699,163 @@ BAD_ROWS = [
 ]
 
 
+# --- tasks of one's own ----------------------------------------------------------------------------------------------
+
+STARS = {"kind": "classification", "text": "review", "label": "stars"}
+
+
+def reviews(*labels, count=40):
+    """Rows of reviews, whose labels take turns."""
+    return [
+        {"id": i, "review": f"review {i} {labels[i % len(labels)]}", "stars": labels[i % len(labels)]}
+        for i in range(count)
+    ]
+
+
+def own_rows(folder, given, task="reviews", **options):
+    """A task of one's own as a study reads it."""
+    return local_rows(folder, own={task: own_task(task, given, folder)}, **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["good", "bad", "so so"], ["bad", "good", "so so"]),
+        ([10, 9, -1], ["-1", "9", "10"]),
+        ([2.0, 1.0], ["1", "2"]),  # a column with gaps
+        (["10", "9"], ["9", "10"]),
+        ([True, False], ["False", "True"]),
+    ],
+)
+def test_classes_are_those_of_the_training_split_in_their_order(tmp_path, labels, names):
+    write(tmp_path, "reviews", train=reviews(*labels), validation=reviews(*labels[::-1], count=9))
+    tasks = own_rows(tmp_path, STARS)
+    assert tasks.own == {"reviews": {"texts": ["review"], "label": "stars", "labels": names}}
+    assert tasks.spec("reviews").labels == tuple(names)
+    for split, given in (("train", labels), ("validation", labels[::-1])):
+        rows = tasks.rows("reviews")[split]
+        assert rows.column_names == ["review", "label"]
+        expected = [names.index(str(int(v)) if isinstance(v, float) else str(v)) for v in given]
+        assert rows["label"][: len(labels)] == expected
+    assert tasks.report("reviews") == f"{len(names)} classes, 40 rows in train, 9 rows in validation"
+
+
+def test_own_tasks_in_csv_with_a_column_called_label(tmp_path):
+    """Two texts of a row; the column ``label`` is not the one with the labels."""
+    (tmp_path / "pairs").mkdir()
+    rows = [{"a": f"a{i}", "b": f"b{i}", "label": i, "same": "ny"[i % 2]} for i in range(20)]
+    for split in ("train", "validation"):
+        pd.DataFrame(rows).to_csv(tmp_path / "pairs" / f"{split}.csv", index=False)
+    tasks = own_rows(tmp_path, {"kind": "pair", "text": ["a", "b"], "label": "same"}, task="pairs")
+    assert tasks.rows("pairs")["train"][3] == {"a": "a3", "b": "b3", "label": 1}
+    assert tasks.spec("pairs").labels == ("n", "y")
+
+
+def test_own_questions_and_answers(local):
+    for task, unanswerable in (("squad", False), ("squad_v2", True)):
+        (local / task).rename(local / "trivia")
+        tasks = own_rows(local, {"kind": "answers"}, task="trivia")
+        assert tasks.own == {"trivia": {"unanswerable": unanswerable}}
+        assert {split: len(rows) for split, rows in tasks.rows("trivia").items()} == {"train": 60, "validation": 20}
+        assert tasks.report("trivia") == "60 rows in train, 20 rows in validation"
+        (local / "trivia").rename(local / "done" if unanswerable else local / "squad")
+
+
+def test_without_a_validation_split_every_tenth_of_a_class_is_held_out(tmp_path):
+    rows = reviews("good", count=30) + reviews("bad", count=12)
+    write(tmp_path, "reviews", train=rows)
+    tasks = own_rows(tmp_path, STARS)
+    found = {split: part.to_pandas() for split, part in tasks.rows("reviews").items()}
+    assert found["validation"]["review"].tolist() == [
+        f"review {i} {k}" for k, i in (("good", 4), ("good", 14), ("good", 24), ("bad", 4))
+    ]
+    assert len(found["train"]) == 38
+    assert not set(found["train"]["review"]) & set(found["validation"]["review"])
+    limited = own_rows(tmp_path, STARS, max_train=36).rows("reviews")
+    assert {split: len(rows) for split, rows in limited.items()} == {"train": 36, "validation": 4}
+    write(tmp_path, "reviews", train=reviews("good", "bad", count=8))
+    with pytest.raises(
+        ValueError, match="reviews, split train: expected a validation split beside it or at least 5 rows of a cl"
+    ):
+        own_rows(tmp_path, STARS).rows("reviews")
+    write(tmp_path, "trivia", train=questions(10))
+    with pytest.raises(
+        FileNotFoundError, match="text_dir: expected .*trivia/validation with one of"
+    ):  # contexts are shared
+        own_rows(tmp_path, {"kind": "answers"}, task="trivia").rows("trivia")
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        (reviews("a"), None, r"split train: column 'stars': expected at least two classes, .*found 1 in 40 rows"),
+        (reviews(*range(30)), None, r"column 'stars': expected at least two classes, .*found 30 in 40 rows"),
+        (
+            reviews(0.5, 1.0),
+            None,
+            r"row 0: column 'stars': expected a class, which is text or a whole number, found 0\.5",
+        ),
+        (reviews("a", None), None, r"row 1: column 'stars': expected a class, .*found None"),
+        (reviews("a", ""), None, r"row 1: column 'stars': expected a class, .*found ''"),
+        (
+            [{"review": "x", "label": 1}],
+            None,
+            r"split train: expected columns \['review', 'stars'\], found .*missing: \['stars'\]",
+        ),
+        (
+            reviews("a", "b"),
+            reviews("a", "b", "c"),
+            "split validation: row 2: column 'stars': expected a class of the training",
+        ),
+        (
+            reviews("a", "b"),
+            reviews("a"),
+            "split validation: column 'stars': expected two classes at least in the 40 .* 'a' alone",
+        ),
+        (
+            reviews("a", "b"),
+            [{"review": 3, "stars": "a"}],
+            "split validation: row 0: column 'review': expected text, found 3",
+        ),
+        (
+            reviews("a", count=20) + reviews("b"),
+            [],
+            "in the 16 rows that are taken, found 'a' alone; are the rows sorted by class",
+        ),
+    ],
+)
+def test_bad_rows_of_own_tasks_are_refused(tmp_path, train, validation, message):
+    write(tmp_path, "reviews", train=train, **({"validation": validation} if validation else {}))
+    with pytest.raises(ValueError, match=message):
+        own_rows(tmp_path, STARS, max_train=16 if validation == [] else None).rows("reviews")
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "message"),
+    [
+        (
+            "reviews",
+            "classification",
+            "reviews: expected {kind: classification, .*found {'kind': 'classification'}",
+        ),
+        ("reviews", {"kind": "regression", "text": "a", "label": "b"}, "reviews: expected {kind: classification, "),
+        (
+            "reviews",
+            {"kind": "pair", "text": "a", "label": "b"},
+            r"or {kind: answers}, found {'kind': 'pair', 'text': 'a'",
+        ),
+        ("reviews", {"kind": "classification", "text": "a", "label": "a"}, "reviews: expected {kind"),
+        ("reviews", {"kind": "classification", "text": "a", "lable": "b"}, "reviews: expected {kind.*'lable': 'b'"),
+        ("reviews", {"kind": "answers", "text": "a"}, "reviews: expected {kind"),
+        ("../reviews", {"kind": "answers"}, "'../reviews': expected a folder's name"),
+        ("average", {"kind": "answers"}, "'average': expected a folder's name .* another than this"),
+    ],
+)
+def test_bad_definitions_of_own_tasks_are_refused(task, given, message):
+    with pytest.raises(ValueError, match=message):
+        check_definition(task, given)
+
+
 @pytest.mark.parametrize(("task", "prepare", "message"), BAD_ROWS)
 def test_bad_rows_are_refused_naming_file_row_and_column(local, task, prepare, message):
     prepare(local)
@@ -732,6 +889,11 @@ def test_bad_options_of_a_corpus_are_refused(local, options, error, message):
         ({"max_train": 3}, ValueError, "max_train: expected an integer of at least 8, found 3"),
         ({"stride": 12}, ValueError, "stride: expected an integer from 0 to below task_length / 2 = 12, found 12"),
         ({"versions": {"numpy": "1.0"}}, ValueError, "versions: expected those installed, .*found {'numpy': '1.0'}"),
+        (
+            {"name": "hub", "own": {"reviews": {}}},
+            ValueError,
+            r"data: expected 'local' for the tasks \['reviews'\], found 'hub'",
+        ),
         ({"task": "family"}, ValueError, r"tasks: expected some of \['sst2', .*found 'family'"),
         ({"name": "hub"}, ConnectionError, "data: could not open 'nyu-mll/glue' on the Hugging Face hub.*data='local'"),
     ],

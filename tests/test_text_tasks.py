@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_text_data import REAL, SMALL_CORPUS, SMALL_TASKS, local, local_corpus, local_tasks  # noqa: F401  a fixture
+from test_text_data import REAL, SMALL_CORPUS, SMALL_TASKS, STARS, local, local_corpus, local_tasks, reviews, write  # noqa: F401
 
 from ones_lib import Distillation
 from ones_lib.data.files import model_tensors
@@ -14,9 +14,10 @@ from ones_lib.data.squad import LONGEST_ANSWER, best_spans, span_texts
 from ones_lib.data.text import text_corpus, text_tasks
 from ones_lib.data.tokens import EncodedText
 from ones_lib.study import entries as compare
+from ones_lib.study.parameters import read_parameters
 from ones_lib.study.records import Records, config_hash
 from ones_lib.study.running import build_model
-from ones_lib.study.study import Study
+from ones_lib.study.study import Study, make_study
 from ones_lib.study.tables import AVERAGE, main_metrics, results_table, retention_table, with_average
 from ones_lib.study.text_tasks import (
     Classification,
@@ -371,3 +372,77 @@ def test_a_teacher_does_not_depend_on_what_it_is_fine_tuned_on(study):
     for make in (lambda s: s.moe(0), lambda s: s.dense(0, 2), lambda s: s.dense_kd(0), lambda s: s.student("topk", 0)):
         assert config_hash(make(other)) == config_hash(make(study))
     assert config_hash(other.finetuned("sst2", other.moe(0))) != config_hash(study.finetuned("sst2", study.moe(0)))
+
+
+# --- tasks of one's own ----------------------------------------------------------------------------------------------
+
+
+def study_of(folder, tasks, profile="real"):
+    """The study of a notebook with a folder of texts."""
+    return make_study("text", read_parameters(profile, {"text_dir": str(folder), "tasks": tasks}, ["text"]))
+
+
+def test_of_a_folder_the_known_tasks_that_are_there_are_taken(local):  # noqa: F811
+    """All of them as if they were named; and some."""
+    assert study_of(local, []).tasks == list(HUB_TASKS)
+    assert study_of(local, []).moe(0) == study_of(local, list(HUB_TASKS)).moe(0)
+    for name in ("mnli", "squad"):
+        (local / name).rename(local / f"no_{name}")
+    study = study_of(local, [])
+    assert study.tasks == ["sst2", "squad_v2"]
+    assert "own" not in study.data["of_tasks"]
+    assert "own" not in study.finetuned("sst2", study.moe(0))["task_data"]
+    for name in study.tasks:
+        (local / name).rename(local / f"no_{name}")
+    with pytest.raises(
+        FileNotFoundError, match="text_dir: expected a folder with some of sst2, .*no_sst2.*'{reviews: {kind"
+    ):
+        study_of(local, [])
+
+
+def test_a_task_of_ones_own_is_part_of_its_records_alone(local):  # noqa: F811
+    """What is said of one task does not change the records of another."""
+    write(local, "reviews", train=reviews("b", "a"))
+    write(local, "other", train=reviews(1, 2, 3))
+    every = {"reviews": STARS, "sst2": {}, "other": STARS}
+    study = study_of(local, every)
+    assert study.tasks == ["reviews", "sst2", "other"]
+    moe, alone = study.moe(0), study_of(local, ["sst2"]).task_data
+    own = {task: study.finetuned(task, moe)["task_data"].get("own") for task in study.tasks}
+    assert own == {
+        "reviews": {"reviews": {"texts": ["review"], "label": "stars", "labels": ["a", "b"]}},
+        "sst2": None,
+        "other": {"other": {"texts": ["review"], "label": "stars", "labels": ["1", "2", "3"]}},
+    }
+    assert study.finetuned("sst2", moe)["task_data"] == alone
+
+
+def test_a_small_study_of_own_tasks(study, local, tmp_path):  # noqa: F811
+    """Trained, measured, and exported with its classes' names."""
+    from transformers import AutoConfig
+
+    words = {"good": "fine music", "bad": "dull plot"}
+    rows = [{"text with blanks": f"{words[k]} {i}", "verdict": k} for i in range(30) for k in ("good", "bad")]
+    write(local, "reviews", train=rows, validation=rows[:10])
+    given = {"reviews": {"kind": "classification", "text": "text with blanks", "label": "verdict"}}
+    of = study_of(local, given | {"squad": {}})
+    own = {"own": of.task_data["own"]}
+    study = replace(
+        study,
+        data=study.data | {"of_tasks": study.data["of_tasks"] | {"tasks": of.tasks} | own},
+        tasks=of.tasks,
+        task_data=study.task_data | own,
+    )
+    entries = compare.by_task(study, ["average"])
+    study.run([entry.config for entry in entries])
+    table = results_table(entries, study.records)
+    scores = table[(table["task"] == "reviews") & (table["metric"] == "accuracy")]
+    assert len(scores) == 12
+    assert scores["value"].between(0, 100).all()
+    record = next(study.records.find(e.config) for e in entries if e.model == "average" and e.stage == "distilled")
+    assert record.folder.name.startswith("finetuned-data-reviews-average-s0-")
+    folder = study.export(record, tmp_path / "mine")
+    import ones_lib  # noqa: F401  registers the model's class
+
+    assert AutoConfig.from_pretrained(folder).id2label == {0: "bad", 1: "good"}
+    assert "tokenizer(text, return_tensors" in (folder / "README.md").read_text()

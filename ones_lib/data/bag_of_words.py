@@ -11,7 +11,6 @@ from sklearn.compose import ColumnTransformer
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.svm import LinearSVC
 
-from ones_lib.data.rows import TASKS
 from ones_lib.data.squad import squad_scores
 from ones_lib.data.text import TextTasks
 
@@ -27,7 +26,7 @@ def bag_of_words(task: str, tasks: TextTasks) -> dict[str, float]:
         answering it scores the training split's most frequent answers (the empty one included), and the best that stands
         in the context is the answer.
     """
-    spec, rows = TASKS[task], tasks.rows(task)
+    spec, rows = tasks.spec(task), tasks.rows(task)
     train, validation = rows["train"], rows[spec.validation[0]]
     words = ColumnTransformer(
         [(column, CountVectorizer(ngram_range=(1, 2), min_df=2, binary=True), column) for column in spec.texts]

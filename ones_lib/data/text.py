@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ones_lib.data import docstrings, names, tokens
 from ones_lib.data.files import made_once, save_tensors
-from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS, TASKS, place_of, read_file, read_hub, read_split, task_rows
+from ones_lib.data.rows import (
+    EMBEDDED_TASKS,
+    HUB_TASKS,
+    TextTask,
+    place_of,
+    read_file,
+    read_hub,
+    read_split,
+    task_rows,
+    task_spec,
+)
 from ones_lib.data.tokens import EncodedText
 
 if TYPE_CHECKING:  # a third of a second to import
@@ -88,7 +98,7 @@ def text_corpus(
         validation_sequences: number of validation sequences kept, evenly spaced.
         max_corpus: use only the first so many texts of each split; None: all.
         versions: versions of the packages that embedded text is made from; an error if others are installed.
-        of_tasks: ``name``, ``text_dir`` and ``max_train`` as for :func:`text_tasks`, and ``tasks``, a list of names.
+        of_tasks: ``name``, ``text_dir``, ``max_train`` and ``own`` as for :func:`text_tasks`, and ``tasks``, a list of names.
         cache_dir: where embedded text and tokens are kept.
 
     Raises:
@@ -123,23 +133,34 @@ class TextTasks:
     folder: Path | None  # None: the hub
     max_train: int | None
     max_validation: int | None
+    own: Mapping[str, Mapping] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._rows, self._encoded = {}, {}
 
+    def spec(self, task: str) -> TextTask:
+        """A task's columns, classes and metric."""
+        allowed = [*(EMBEDDED_TASKS if self.name == "names" else HUB_TASKS), *self.own]
+        if task not in allowed:
+            raise ValueError(f"tasks: expected some of {allowed} for data {self.name!r}, found {task!r}")
+        return task_spec(task, self.own)
+
     def rows(self, task: str) -> dict[str, Dataset]:
         """A task's rows by split."""
         if task not in self._rows:
-            allowed = EMBEDDED_TASKS if self.name == "names" else HUB_TASKS
-            if task not in allowed:
-                raise ValueError(f"tasks: expected some of {list(allowed)} for data {self.name!r}, found {task!r}")
-            self._rows[task] = task_rows(task, self.folder, self.max_train, self.max_validation)
+            self._rows[task] = task_rows(task, self.spec(task), self.folder, self.max_train, self.max_validation)
         return self._rows[task]
+
+    def report(self, task: str) -> str:
+        """Numbers of rows and, of a classification, classes, for people to read."""
+        counts = ", ".join(f"{len(rows):,} rows in {split}" for split, rows in self.rows(task).items())
+        labels = self.spec(task).labels
+        return counts if labels is None else f"{len(labels)} classes, {counts}"
 
     def encoded(self, task: str, split: str) -> EncodedText:
         """A split of a task as tokens."""
         if (task, split) not in self._encoded:
-            rows, spec = self.rows(task)[split], TASKS[task]
+            rows, spec = self.rows(task)[split], self.spec(task)
             if spec.labels is None:
                 where = place_of(task, self.folder, split)
                 encoded = tokens.encode_questions(rows, self.tokenizer, self.task_length, self.stride, where)
@@ -168,6 +189,7 @@ def text_tasks(
     stride: int = 24,
     max_train: int | None = None,
     max_validation: int | None = None,
+    own: Mapping[str, Mapping] | None = None,
     versions: Mapping[str, str] | None = None,
     cache_dir: str | Path = "runs/cache",
 ) -> TextTasks:
@@ -175,10 +197,11 @@ def text_tasks(
 
     Args:
         name: ``"names"`` (made from an installed package), ``"local"`` (``text_dir/<task>/<split>.jsonl``, ``.parquet``
-            or ``.csv`` with the hub's columns) or ``"hub"``.
+            or ``.csv`` with the hub's columns, or as ``own`` says) or ``"hub"``.
         text_dir: the folder, for ``"local"``.
         task_length: the most tokens of an example; a longer context is cut into windows that overlap by ``stride``.
         max_train, max_validation: use only the first so many rows of a split; None: all.
+        own: tasks beside the known ones, for ``"local"``: by name what :func:`ones_lib.data.rows.own_task` gives.
         versions, cache_dir: see :func:`text_corpus`.
 
     Raises:
@@ -191,9 +214,11 @@ def text_tasks(
         )
     if name not in ("names", "local", "hub"):
         raise ValueError(f"data: expected 'names', 'local' or 'hub', found {name!r}")
+    if own and name != "local":
+        raise ValueError(f"data: expected 'local' for the tasks {list(own)}, found {name!r}")
     _check_versions(versions, name)
     folder = _embedded_folder(name, cache_dir) if name == "names" else Path(text_dir) if name == "local" else None
-    return TextTasks(name, tokenizer, task_length, stride, folder, max_train, max_validation)
+    return TextTasks(name, tokenizer, task_length, stride, folder, max_train, max_validation, dict(own or {}))
 
 
 def read_texts(corpus: str | Path, split: str, cache_dir: str | Path = "runs/cache") -> list[str]:
@@ -230,7 +255,7 @@ def _task_texts(of_tasks: Mapping, cache_dir: str | Path) -> dict[str, list[str]
     options = {option: value for option, value in of_tasks.items() if option != "tasks"}
     tasks = text_tasks(**options, tokenizer=None, cache_dir=cache_dir)
     train = {task: tasks.rows(task)["train"] for task in of_tasks["tasks"]}
-    texts = [text for task, rows in train.items() for column in TASKS[task].texts for text in rows[column]]
+    texts = [text for task, rows in train.items() for column in tasks.spec(task).texts for text in rows[column]]
     return {"train": list(dict.fromkeys(texts))}
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from timm.optim import list_optimizers
 
-from ones_lib.data.rows import TASKS
+from ones_lib.data.rows import OWN_FORM, TASKS, check_definition
 from ones_lib.gathering import gathering_methods
 from ones_lib.gathering.scale import SCALE_WORDS
 from ones_lib.integration import integration_methods
@@ -134,7 +134,14 @@ class Image(Group):
     """The image study: data, MoE, training of teacher and baselines, distillation."""
 
     data: str = value("'glyphs' (drawn here), 'folder' (data_dir), or a hub name", to="data.name")
-    data_dir: str = value("folder with {train,val}/<class>/*, relative to the project's root", to="data.data_dir")
+    data_dir: str = value(
+        "folder with {train,val}/<class>/* or <class>/*, relative to the project's root", to="data.data_dir"
+    )
+    val_fraction: float = value(
+        "part of each class's images that is held out where data_dir has no train and val; chosen by the files' names",
+        above=0,
+        below=1,
+    )
     image_size: int = value("px", least=1, to="data.image_size")
     num_classes: int | None = value("classes; null: all", least=1, to="data.num_classes")
     train_per_class: int | None = value("training images of a class; null: all", least=1, to="data.train_per_class")
@@ -188,7 +195,11 @@ class Text(Group):
 
     text_data: str = value("'names' (made here), 'local' (text_dir) or 'hub'", of=_TEXT, to="tasks.name")
     text_dir: str = value("folder with <task>/<split>.jsonl, .parquet or .csv", to="tasks.text_dir")
-    tasks: list[str] = value("tasks to fine-tune on; empty: the four of text_data", of=tuple(TASKS))
+    tasks: list[str] | dict = value(
+        "tasks to fine-tune on; empty: those of text_data, of a folder those that are there. With tasks of your own: by name the"
+        " kind (classification, pair, answers) and columns of each, as {reviews: {kind: classification, text: sentence, label:"
+        " stars}, mnli: {}}; without a validation split every tenth row of a class is held out"
+    )
     corpus: str = value("'names', 'docstrings', 'tasks' (the tasks' texts), a file, folder or hub name", to="data.name")
     tokenizer: str = value("hub name or folder; empty: WordPiece, trained on the corpus", to="data.tokenizer")
     vocab_size: int = value("of the trained tokenizer", least=8, to="data.vocab_size")
@@ -241,6 +252,16 @@ class Text(Group):
             raise ParameterError(f"sequence_length: expected at most {found}")
         if self.stride >= self.task_length // 2:
             raise ParameterError(f"stride: expected below half of task_length={self.task_length}, found {self.stride}")
+        for task, given in (self.tasks if isinstance(self.tasks, dict) else dict.fromkeys(self.tasks)).items():
+            if not given and task not in TASKS:
+                raise ParameterError(f"tasks: found {task!r}{hint(task, TASKS)}; for one of your own: {OWN_FORM}")
+            if given and self.text_data != "local":
+                raise ParameterError(f"tasks: expected text_data='local' for {task!r}, found {self.text_data!r}")
+            if given:
+                try:
+                    check_definition(task, given)
+                except ValueError as error:
+                    raise ParameterError(f"tasks: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,12 +105,6 @@ def label(config: Config) -> str:
     return f"{config.get('method', config['kind'])}, seed {config['seed']}"
 
 
-def data_name(data: Mapping) -> str:
-    """Short name of a config's data; a folder's own."""
-    name = data["data_dir"] if data["name"] == "folder" else data["name"]
-    return Path(name).name if data["name"] == "folder" or Path(name).is_absolute() else name
-
-
 def needed(config: Config) -> list[Config]:
     """The configs whose models this one starts or learns from; those that need none come first."""
     direct = [config[role] for role in ("start", "teacher") if role in config]
@@ -176,7 +170,8 @@ def build_model(config: Config, data: Data) -> nn.Module:
 
 
 def _finetuning_model(start: nn.Module, config: Config) -> nn.Module:
-    return finetuning_model(start, config["task"], config["seed"], config["task_data"]["task_length"])
+    data = config["task_data"]
+    return finetuning_model(start, config["task"], config["seed"], data["task_length"], data.get("own"))
 
 
 def task_of(config: Config, cache_dir: Path) -> Task:

@@ -16,7 +16,8 @@ from torch import nn
 
 from ones_lib.checkpoints.plan import ACTIVE
 from ones_lib.data.files import file_stamps
-from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS
+from ones_lib.data.images import is_split
+from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS, OWN_FORM, own_task
 from ones_lib.data.text import embedded_versions
 from ones_lib.distillation import Distillation
 from ones_lib.integration import calibrated, integration_methods
@@ -147,7 +148,10 @@ class Study:
 
     def finetuned(self, task: str, start: Config, teacher: Config | None = None) -> Config:
         """The pre-trained or distilled model ``start`` fine-tuned on a task, with KD from ``teacher`` if there is one."""
-        config = {"kind": "finetuned", **self._common(start["seed"]), "task": task, "task_data": dict(self.task_data)}
+        data = dict(self.task_data)
+        own = {name: known for name, known in data.pop("own", {}).items() if name == task}
+        config = {"kind": "finetuned", **self._common(start["seed"]), "task": task}
+        config |= {"task_data": data | ({"own": own} if own else {})}
         config |= {"start": start, "training": asdict(self.finetuning)}
         return config if teacher is None else {**config, **self._taught_by(teacher)}
 
@@ -245,13 +249,11 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
     """
     root, group = project_root(), parameters.groups[domain]
     teaching = Training(**group.part("teaching"), mixed_precision=parameters.mixed_precision, evaluations=5)
-    finetuning, tasks = group.part("finetuning"), getattr(group, "tasks", [])
-    if domain == "text" and not tasks:
-        tasks = list(EMBEDDED_TASKS if group.text_data == "names" else HUB_TASKS)
+    finetuning, (tasks, own) = group.part("finetuning"), _tasks(root, group) if domain == "text" else ([], {})
     calibration = parameters.language_calibration if domain == "language" else parameters.calibration_examples
     return Study(
         domain=domain,
-        data=_data(root, domain, group, tasks),
+        data=_data(root, domain, group, tasks, own),
         model=_language_model(root, group, moe) if domain == "language" else group.part("model"),
         teaching=teaching,
         learning=replace(teaching, **group.part("learning"), evaluations=0),
@@ -261,7 +263,7 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
         records=Records(root / parameters.records_dir, parameters.redo_before),
         cache_dir=root / "runs" / "cache",
         tasks=tasks,
-        task_data=_task_data(root, group) if domain == "text" else {},
+        task_data=_task_data(root, group, own) if domain == "text" else {},
         finetuning=replace(teaching, **finetuning, evaluations=0) if finetuning else None,
         finetune_kd=getattr(group, "finetune_kd", True),
         processes=parameters.processes,
@@ -269,21 +271,40 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
     )
 
 
-def _data(root: Path, domain: str, group: Group, tasks: list[str]) -> dict:
+def _tasks(root: Path, group: Group) -> tuple[list[str], dict[str, dict]]:
+    """Names of the tasks to fine-tune on, and of the user's own what :func:`ones_lib.data.rows.own_task` gives."""
+    folder = Path(_in_project(root, group.text_dir))
+    if isinstance(group.tasks, dict) and group.tasks:
+        return list(group.tasks), {task: own_task(task, given, folder) for task, given in group.tasks.items() if given}
+    if group.tasks or group.text_data != "local":
+        return list(group.tasks or (EMBEDDED_TASKS if group.text_data == "names" else HUB_TASKS)), {}
+    there = [task for task in HUB_TASKS if (folder / task).is_dir()]
+    if not (group.text_dir and there):
+        found = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"text_dir: expected a folder with some of {', '.join(HUB_TASKS)}, found {group.text_dir!r}: {found}; for tasks of your"
+            f" own, say what they are: -p tasks '{OWN_FORM}'"
+        )
+    return there, {}
+
+
+def _data(root: Path, domain: str, group: Group, tasks: list[str], own: dict[str, dict]) -> dict:
     data = group.part("data")
     if domain == "image":
-        return data | {"data_dir": _in_project(root, data["data_dir"])}
+        data["data_dir"] = _in_project(root, data["data_dir"])
+        held_out = data["name"] == "folder" and not is_split(data["data_dir"])
+        return data | ({"val_fraction": group.val_fraction} if held_out else {})
     data["name"] = _in_project(root, data["name"])
     if domain == "language":
         data["tokenizer"] = _in_project(root, group.language_source)
     elif data["name"] == "tasks":
         of = {"name": group.text_data, "text_dir": _in_project(root, group.text_dir)}
-        data["of_tasks"] = of | {"tasks": list(tasks), "max_train": group.max_train}
+        data["of_tasks"] = of | {"tasks": list(tasks), "max_train": group.max_train} | ({"own": own} if own else {})
     return data | {"versions": embedded_versions(data["name"], data.get("of_tasks", {}).get("name"))}
 
 
-def _task_data(root: Path, group: Group) -> dict:
-    data = group.part("tasks")
+def _task_data(root: Path, group: Group, own: dict[str, dict]) -> dict:
+    data = group.part("tasks") | ({"own": own} if own else {})
     return data | {"text_dir": _in_project(root, data["text_dir"]), "versions": embedded_versions(data["name"])}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from transformers import DataCollatorForLanguageModeling
 
 from ones_lib.data import Share, evaluation_keys, training_keys
 from ones_lib.data.keys import WHOLE
-from ones_lib.data.rows import TASKS
+from ones_lib.data.rows import task_spec
 from ones_lib.data.squad import best_no_answer_threshold, best_spans, span_texts, squad_scores
 from ones_lib.data.text import Corpus, TextTasks
 from ones_lib.models.text import (
@@ -29,8 +29,8 @@ EVALUATION_BATCH = 128
 
 
 def finetuning_task(name: str, tasks: TextTasks) -> Classification | QuestionAnswering:
-    """The task of that name, one of :data:`ones_lib.data.text.TASKS`."""
-    return (QuestionAnswering if TASKS[name].labels is None else Classification)(tasks, name)
+    """The task of that name, one of ``tasks``."""
+    return (QuestionAnswering if tasks.spec(name).labels is None else Classification)(tasks, name)
 
 
 def pretraining_model(model: dict, data: Corpus, seed: int) -> WideNetForMaskedLM:
@@ -41,10 +41,12 @@ def pretraining_model(model: dict, data: Corpus, seed: int) -> WideNetForMaskedL
         return WideNetForMaskedLM(WideNetTextConfig(**of_data | model))
 
 
-def finetuning_model(pretrained: WideNetForMaskedLM, task: str, seed: int, length: int = 0) -> nn.Module:
+def finetuning_model(
+    pretrained: WideNetForMaskedLM, task: str, seed: int, length: int = 0, own: Mapping[str, Mapping] | None = None
+) -> nn.Module:
     """A model with a new head for ``task`` on a copy of the encoder, for examples of up to ``length`` tokens. Where the encoder
-    has fewer position embeddings, new ones follow its own."""
-    labels, old = TASKS[task].labels, pretrained.config
+    has fewer position embeddings, new ones follow its own. ``own`` as for :func:`ones_lib.data.text.text_tasks`."""
+    labels, old = task_spec(task, own).labels, pretrained.config
     changes = {"max_position_embeddings": max(length, old.max_position_embeddings)}
     if labels is not None:
         changes |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -139,7 +141,7 @@ class _Finetuning:
     """What the tasks on encoded text have in common."""
 
     def __init__(self, tasks: TextTasks, name: str) -> None:
-        self.tasks, self.name, self.spec = tasks, name, TASKS[name]
+        self.tasks, self.name, self.spec = tasks, name, tasks.spec(name)
 
     def batches(
         self, training: Training, seed: int, start: int, device: torch.device, share: Share = WHOLE
