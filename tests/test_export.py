@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,9 +26,10 @@ from ones_lib.data.text import text_corpus
 from ones_lib.models.causal import without_bars
 from ones_lib.models.images import WideNet
 from ones_lib.study import export as export_module
-from ones_lib.study.export import export, find_record
+from ones_lib.study.export import export
 from ones_lib.study.language_task import language_model
-from ones_lib.study.records import Record, Records
+from ones_lib.study.listing import find_record
+from ones_lib.study.records import Record, Records, config_hash
 from ones_lib.study.study import Study
 from ones_lib.study.training import Training
 
@@ -382,13 +384,36 @@ def test_the_command_takes_a_folder_or_the_start_of_a_name(images, tmp_path, cap
     _, glyphs, _ = images
     (record,) = glyphs.run([glyphs.student("average", 0)])
     root, name = glyphs.records.root, record.folder.name
-    for given in (name, name[:12], name.removeprefix("student-")[:6]):
-        assert find_record(given, root).folder == record.folder
+    for given in (name, name[:-9], name.rpartition("-")[2][:6]):
+        assert find_record(given, [tmp_path / "none", root]).folder == record.folder
+    old = record.folder.rename(root / f"student-{name.rpartition('-')[2]}")  # as records were called before
+    for given in (name, name[:-9], name.rpartition("-")[2][:6]):
+        assert find_record(given, [root]).folder == old
+    old.rename(record.folder)
     options = ["--records", str(root), "--cache-dir", str(glyphs.cache_dir)]
     assert export_module.main([str(record.folder), str(tmp_path / "mine"), *options]) == 0
     assert capsys.readouterr().out == f"wrote {tmp_path / 'mine'}\n"
     glyphs.run([glyphs.student("average", 0, 0)])
-    errors = {"student": r"found 'student' of \d+: student-", "0x0": "found '0x0'", name: "that is not there or empty"}
+    errors = {
+        "student": r"found 'student' of \d+: student-glyphs-",
+        "0x0": r"found '0x0'; python -m ones_lib\.records \[--records FOLDER\] lists them",
+        config_hash(glyphs.moe(0)): "expected a dense model's .student, dense, dense_kd., found of kind 'moe': ",
+        name: "that is not there or empty",
+    }
     for given, message in errors.items():
-        assert export_module.main([given, str(tmp_path / "mine"), *options]) == 1
+        folder = tmp_path / ("mine" if given == name else "other")
+        assert export_module.main([given, str(folder), *options]) == 1
         assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_command_looks_through_the_records_of_all_profiles(images, tmp_path, monkeypatch, capsys):
+    _, glyphs, _ = images
+    (record,) = glyphs.run([glyphs.student("average", 0)])
+    shutil.copytree(record.folder, tmp_path / "runs" / "smoke" / "records" / record.folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert export_module.main([record.folder.name, "mine", "--cache-dir", str(glyphs.cache_dir)]) == 0
+    assert (tmp_path / "mine" / "model.safetensors").exists()
+    with pytest.raises(SystemExit) as ended:
+        export_module.main(["--version"])
+    assert ended.value.code == 0
+    assert "ones_lib 0." in capsys.readouterr().out

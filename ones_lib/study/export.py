@@ -25,15 +25,18 @@ from tokenizers import decoders, processors
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ones_lib import __version__
 from ones_lib.data.files import is_free, left_behind, this_process
 from ones_lib.data.images import ImageData
-from ones_lib.data.rows import TASKS
+from ones_lib.data.rows import task_spec
 from ones_lib.data.text import Corpus
 from ones_lib.models.causal import without_bars
 from ones_lib.models.images import WideNet
 from ones_lib.models.upcycling import Upcycled
+from ones_lib.study.listing import find_record, record_roots
+from ones_lib.study.naming import data_name
 from ones_lib.study.records import Record, Records, project_root
-from ones_lib.study.running import Config, data_name, data_of, label, load_record
+from ones_lib.study.running import Config, data_of, label, load_record
 
 DENSE = ("student", "dense", "dense_kd")  # kinds of records
 TIMM_NAME = "vit_base_patch16_224"  # any plain vision transformer of timm's registry: every argument is given
@@ -137,10 +140,13 @@ def _write_text(model: nn.Module, data: Corpus, config: Config, folder: Path) ->
     _tokenizer(data, model.config.max_position_embeddings).save_pretrained(folder)
     if config["kind"] != "finetuned":
         auto, task, texts = "MaskedLM", "fill-mask", ("text",)
-    elif TASKS[config["task"]].labels is None:
-        auto, task, texts = "QuestionAnswering", "question-answering", TASKS[config["task"]].texts
     else:
-        auto, task, texts = "SequenceClassification", "text-classification", TASKS[config["task"]].texts
+        spec = task_spec(config["task"], config["task_data"].get("own"))
+        texts = (
+            spec.texts if spec.label is None else ("text", "other")[: len(spec.texts)]
+        )  # a column may be no Python name
+        answers = ("QuestionAnswering", "question-answering")
+        auto, task = answers if spec.labels is None else ("SequenceClassification", "text-classification")
     lines = f"""import ones_lib  # registers the model's class
 from transformers import AutoModelFor{auto}, AutoTokenizer
 model, tokenizer = (auto.from_pretrained("PATH") for auto in (AutoModelFor{auto}, AutoTokenizer))
@@ -233,7 +239,7 @@ def model_card(record: Record, data: ImageData | Corpus, usage: Usage, size: int
 {usage.note}
 
 {"".join(f"- {fact}{chr(10)}" for fact in facts)}
-Exported with ones_lib {version("ones-lib")}, {usage.library} {version(usage.library)}.
+Exported with ones_lib {__version__}, {usage.library} {version(usage.library)}.
 """
 
 
@@ -303,43 +309,26 @@ def _versions(result: Mapping) -> str:
 # --- command -----------------------------------------------------------------------------------------------------------
 
 
-def find_record(name: str, root: Path) -> Record:
-    """The record in the folder ``name``, or the one in ``root`` whose name, or its hash, starts so.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or more than one.
-    """
-    if Path(name).is_dir():
-        return Record(Path(name).resolve())
-    found = [r for r in Records(root).all("*") if any(part.startswith(name) for part in (r.folder.name, _hash(r)))]
-    if not found:
-        raise FileNotFoundError(f"record: expected a record's folder, or the start of a name in {root}, found {name!r}")
-    if len(found) > 1:
-        names = ", ".join(r.folder.name for r in found[:5])
-        raise ValueError(f"record: expected the start of one name in {root}, found {name!r} of {len(found)}: {names}")
-    return found[0]
-
-
-def _hash(record: Record) -> str:
-    return record.folder.name.rpartition("-")[2]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export as the command line says; the exit status."""
-    runs = project_root() / "runs"
     parser = argparse.ArgumentParser(
         prog="python -m ones_lib.study.export",
         description="Write a record's dense model to a folder that timm or transformers loads, with a model card.",
     )
-    parser.add_argument("record", help="folder of a record, or the start of its name or hash, such as student-1f3a")
+    parser.add_argument(
+        "record", help="folder of a record, or the start of its name or hash; python -m ones_lib.records lists them"
+    )
     parser.add_argument("folder", type=Path, help="folder to make")
     parser.add_argument(
-        "--records", type=Path, default=runs / "records", help="where names are looked for (runs/records)"
+        "--records", type=Path, action="append", help="where names are looked for (runs/records and runs/*/records)"
     )
-    parser.add_argument("--cache-dir", type=Path, default=runs / "cache", help="where drawn data are kept (runs/cache)")
+    cache = project_root() / "runs" / "cache"
+    parser.add_argument("--cache-dir", type=Path, default=cache, help="where drawn data are kept (runs/cache)")
+    parser.add_argument("--version", action="version", version=f"ones_lib {__version__}")
     options = parser.parse_args(arguments)
     try:
-        folder = export(find_record(options.record, options.records), options.folder, options.cache_dir)
+        record = find_record(options.record, options.records or record_roots())
+        folder = export(record, options.folder, options.cache_dir)
     except (OSError, ValueError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1

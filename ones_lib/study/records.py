@@ -2,22 +2,22 @@
 
 ::
 
-    <root>/<kind>-<hash>/
+    <root>/<kind>-<what it is>-<hash>/      such as student-glyphs-average-s0-2dd34c07a1b7e0f5
         config.json          all values that decide the result, and nothing else
         weights.safetensors  the model
         predictions.safetensors   scores of the validation examples by metric, and predictions
         history.csv          the course of the training
         result.json          metrics, wall time, execution, versions, hardware, commit, checksums
 
-Unfinished work lies in ``<kind>-<hash>.partial`` with its checkpoint, and is moved into place when complete. The process
-that works on it holds the lock ``<root>/locks/<kind>-<hash>.lock``; the system releases it if the process is killed.
+What stands between kind and hash is for people; a folder without it is found too. Unfinished work lies in
+``<kind>-<hash>.partial`` with its checkpoint, and is moved into place when complete. The process that works on it holds the
+lock ``<root>/locks/<kind>-<hash>.lock``; the system releases it if the process is killed.
 
-``python -m ones_lib.records RECORD OTHER`` prints what differs between two records.
+``python -m ones_lib.records`` lists records, see :mod:`ones_lib.study.listing`.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -42,6 +42,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ones_lib.data.files import checksum, load_tensors, remove_unfinished, save_tensors, write_text
+from ones_lib.study.naming import record_name
 
 FORMAT = 2  # to be raised when configurations change their form or meaning
 
@@ -125,9 +126,17 @@ class Records:
             raise ValueError(f"redo_before: expected a time with its zone, such as +00:00, found {redo_before!r}")
 
     def folder(self, config: Mapping) -> Path:
+        """The folder of a configuration's finished record, or where it will be."""
+        digest = self._key(config).rpartition("-")[2]
+        named = self.root / record_name(config, digest)
+        # The words of a name may be others than today's, or missing: the hash decides.
+        return named if named.exists() else next(self.root.glob(f"{config['kind']}-*{digest}"), named)
+
+    def _key(self, config: Mapping) -> str:
+        """The name of a configuration for work in progress."""
         if not re.fullmatch(r"\w+", config["kind"]):
             raise ValueError(f"kind: expected a word, found {config['kind']!r}")
-        return self.root / f"{config['kind']}-{config_hash(config)}"
+        return f"{config['kind']}-{config_hash(config)}"
 
     def find(self, config: Mapping) -> Record | None:
         """The finished record of a configuration, or None."""
@@ -149,7 +158,7 @@ class Records:
         """Only one process at a time works on a record; others wait."""
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{self.folder(config).name}.lock")
+        lock = FileLock(folder / f"{self._key(config)}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -172,7 +181,7 @@ class Records:
 
     def partial(self, config: Mapping) -> Path:
         """The folder of work in progress."""
-        return self.folder(config).with_suffix(".partial")
+        return self.root / f"{self._key(config)}.partial"
 
     def begin(self, config: Mapping) -> Path:
         """The folder of work in progress, created if needed. A checkpoint of an interrupted run stays in it."""
@@ -303,23 +312,3 @@ def _tensor_differences(part: str, ours: Mapping[str, Tensor], theirs: Mapping[s
             largest = (pair[0].double() - pair[1].double()).abs().max().item()
             rows.append((part, name, f"differs by up to {largest:.3g}", ""))
     return rows
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Compare two records as the command line says; the exit status."""
-    description = "Prints what differs between two records; exits with 1 if anything does."
-    parser = argparse.ArgumentParser(prog="python -m ones_lib.records", description=description)
-    parser.add_argument("record", type=Path, help="folder of a record")
-    parser.add_argument("other", type=Path, help="folder of another record")
-    options = parser.parse_args(arguments)
-    try:
-        table = compare(Record(options.record), Record(options.other))
-    except (OSError, ValueError) as error:
-        print(f"records: {error}", file=sys.stderr)
-        return 2
-    if table.empty:
-        print("no difference except in times")
-        return 0
-    with pd.option_context("display.max_colwidth", 60, "display.width", 200):
-        print(table.to_string(index=False))
-    return 1

@@ -16,8 +16,9 @@ from ones_lib.calibration import LayerActivations
 from ones_lib.metrics import LOWER_IS_BETTER, benefit_retention, main_metric, rank_correlation, retention_interval
 from ones_lib.spectra import output_error
 from ones_lib.study.entries import Entry
+from ones_lib.study.naming import data_name
 from ones_lib.study.records import Record, Records
-from ones_lib.study.running import data_name, record_activations
+from ones_lib.study.running import record_activations
 from ones_lib.study.study import Study
 
 AVERAGE = "average"  # the task and the metric that stand for the mean of all tasks' main metrics
