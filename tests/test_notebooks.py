@@ -13,6 +13,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -403,6 +404,19 @@ def test_a_warning_of_ours_is_text_and_others_are_not(capsys, monkeypatch):
         warn["warn"]()
     assert capsys.readouterr().out == "warning: ones_lib.views.speed: too few tokens\n"
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("soon", [0, 60])
+def test_a_bar_in_a_notebook_leaves_an_output_without_data_or_none(monkeypatch, soon):
+    shown = []
+    handle = SimpleNamespace(update=lambda data, **_: shown.append(data))
+    monkeypatch.setattr(progress, "SOON", soon)
+    monkeypatch.setattr("IPython.display.display", lambda data, **_: shown.append(data) or handle)
+    bar = progress._bar(None, [range(3)], {"desc": "steps", "mininterval": 0})
+    for step in bar:
+        bar.set_postfix_str(f"loss {step}")
+    assert bool(shown) == (not soon)
+    assert not shown or ("loss 2" in shown[-2]["text/plain"] and shown[-1] == {})
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,19 @@ it is tqdm's own, on standard error. Who executes a notebook knows a bar by :dat
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from uuid import uuid4
 
+import datasets
 from tqdm import tqdm
 from transformers.utils import logging
 
 #: How the display identifier of a bar begins.
 BAR = "ones-progress-"
+SOON = 0.5  # seconds: what is done in that time has no bar
 
 
 def show_in_outputs() -> None:
@@ -25,6 +28,7 @@ def show_in_outputs() -> None:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if hasattr(shell, "kernel"):
         logging.set_tqdm_hook(_bar)
+        datasets.disable_progress_bars()
         warnings.showwarning = partial(_show_warning, warnings.showwarning)
 
 
@@ -40,13 +44,7 @@ def duration(seconds: float) -> str:
 def _bar(make: Callable, arguments: Sequence, options: Mapping) -> tqdm:
     if not logging.is_progress_bar_enabled():
         return make(*arguments, **options)
-    own = {
-        "file": _Output(),
-        "leave": False,
-        "position": 0,
-        "delay": 0.5,
-        "ascii": False,
-    }  # seconds: what is done sooner has no bar
+    own = {"file": _Output(), "leave": False, "position": 0, "ascii": False}
     return tqdm(*arguments, **{**options, **own})
 
 
@@ -64,13 +62,13 @@ class _Output:
     """The file that tqdm writes its line to: an output, changed in place, without data once the line is cleared."""
 
     def __init__(self) -> None:
-        self._shown, self._handle = "", None
+        self._shown, self._handle, self._created = "", None, time.monotonic()
 
     def write(self, text: str) -> None:
         from IPython.display import display  # there in a kernel
 
         text = text.strip()
-        if text == self._shown:
+        if text == self._shown or (self._handle is None and time.monotonic() < self._created + SOON):
             return
         self._shown, data = text, {"text/plain": text} if text else {}
         if self._handle is None:
