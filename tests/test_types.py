@@ -301,6 +301,7 @@ def test_a_model_without_a_head(tmp_path):
     assert type(load_language_model(tmp_path / "dense")) is transformers.MistralModel
 
 
+@pytest.mark.filterwarnings("ignore:calibration_tokens")
 def test_the_global_random_state_stays_as_it_is(tmp_path):
     moe("nemotron_h").save_pretrained(tmp_path / "moe")
     torch.manual_seed(5)
