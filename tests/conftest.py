@@ -28,7 +28,10 @@ def pytest_cmdline_main(config):
 
 
 def pytest_collection_modifyitems(items):
-    """What takes long and starts processes of its own comes first, in one worker; the others take the short tests from it."""
+    """What takes long and starts processes of its own comes first, in one worker; the others take the short tests from it.
+
+    So the last tests are short, and the workers end together.
+    """
     items.sort(key=lambda item: item.get_closest_marker("processes") is None)
 
 

@@ -782,7 +782,6 @@ for method in ("average", "frequency_average"):
 """
 
 
-@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its address space from /proc")
 def test_a_checkpoint_larger_than_the_memory(tmp_path):
     """Under a limit on new address space that is less than the checkpoint; under it the MoE too runs, for the second."""

@@ -84,7 +84,6 @@ def test_version():
     )
 
 
-@pytest.mark.processes
 def test_active_environment_is_used_and_a_bad_request_fails():
     result = run_all("--only", "77", VIRTUAL_ENV=sys.prefix)
     assert f"using the active environment {sys.prefix}" in result.stderr

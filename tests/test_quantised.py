@@ -338,7 +338,6 @@ for checkpoint.scratch in (Path(folder), None):
 """
 
 
-@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
 @pytest.mark.parametrize("method", ["fp8", "mxfp4"])
 def test_a_tensor_is_dequantised_in_pieces(method, tmp_path):

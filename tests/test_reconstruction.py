@@ -230,7 +230,6 @@ for rows in map(int, sys.argv[3:]):
 """
 
 
-@pytest.mark.processes
 def test_memory_does_not_grow_with_the_tokens(tmp_path):
     """Twice the tokens of what is in memory, and eight times."""
     moe("qwen3_moe", hidden_size=256, vocab_size=64).save_pretrained(tmp_path / "moe")

@@ -102,7 +102,6 @@ def test_without_a_table_the_summary_has_that_of_the_notebooks_name(sweep, at_ha
     assert pd.read_csv(sweep / "runs/sweeps/squares/summary.csv")["square"].tolist() == [11, 14]
 
 
-@pytest.mark.processes
 def test_cells_on_a_dask_scheduler(sweep, at_hand):
     (sweep / "squares.yaml").write_text(SWEEP.replace("  - {rank: [13]}\n", ""))
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:

@@ -328,7 +328,6 @@ def test_loaded_model_predicts_what_the_record_says(study):
         assert torch.equal(predicted, record.predictions["predicted"])
 
 
-@pytest.mark.processes
 def test_processes_side_by_side_make_the_same_records_and_an_error_in_one_ends_all(study, tmp_path):
     configs = [study.moe(0), study.moe(1), study.student("fit", 0, budget=0)]
     alone = {record.folder.name: record for record in study.run(configs)}
