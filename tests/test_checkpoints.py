@@ -539,7 +539,7 @@ def test_a_changed_moe_is_noticed(tmp_path):
     moe("mixtral").save_pretrained(tmp_path / "moe")
     convert(tmp_path / "moe", tmp_path / "dense", "average")
     moe("mixtral", seed=1).save_pretrained(tmp_path / "moe")
-    with pytest.raises(FileExistsError, match="other arguments: source_sha256; force=True"):
+    with pytest.raises(FileExistsError, match="other arguments: source_stamp; force=True"):
         convert(tmp_path / "moe", tmp_path / "dense", "average")
 
 

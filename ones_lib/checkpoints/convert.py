@@ -141,7 +141,7 @@ def convert(
             f"reconstruct, reconstruct_tokens: expected at least {LEAST_SLICES} blocks of {length} tokens, found {found}"
         )
 
-    arguments = named(source, folder) | {"source_sha256": files_hash(folder)}
+    arguments = named(source, folder) | {"source_stamp": files_stamp(folder)}
     arguments |= {"method": method, "d_ff": plan.d_ff, "options": options, "approximate": approximate}
     arguments |= {name: text if text is None else described(text, ids[name]) for name, text in texts.items()}
     arguments |= {
@@ -240,7 +240,7 @@ def named(source: str | Path, folder: Path) -> dict[str, str]:
     return {"source": str(source), "revision": folder.name} if hub else {"source": folder.name}
 
 
-def files_hash(folder: Path) -> str:
+def files_stamp(folder: Path) -> str:
     """SHA-256 of names, sizes and times of a checkpoint's files: another one if they were changed."""
     stamps = file_stamps([folder / "config.json", *Shards(folder).paths()])
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 
 from ones_lib import __version__
-from ones_lib.checkpoints.convert import files_hash, local_folder, named, only_one, read_config
+from ones_lib.checkpoints.convert import files_stamp, local_folder, named, only_one, read_config
 from ones_lib.checkpoints.place import CONVERSION, DISTILLATION, Place
 from ones_lib.checkpoints.stream import load_checkpoint
 from ones_lib.checkpoints.terminal import Typed, add_version
@@ -142,7 +142,7 @@ def distill(
     arguments |= {"learning_rate": learning_rate, "warmup": warmup, "batch_size": batch_size}
     arguments |= {"mixed_precision": mixed_precision}
     folders = {"moe": source, "dense": dense}
-    arguments |= {f"{key}_sha256": files_hash(folder) for key, folder in folders.items()}
+    arguments |= {f"{key}_stamp": files_stamp(folder) for key, folder in folders.items()}
     arguments |= {f"{key}_sha256": ids_hash(ids) for key, ids in vars(blocks).items()}
     if place.done(arguments):
         return place.found()
