@@ -100,7 +100,7 @@ def _differences(found: Mapping, facts: Mapping, prefix: str = "") -> Iterator[s
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, f"{name}.")
         elif old != new:
-            yield name if key.endswith("sha256") else f"{name} {_short(old)}, now {_short(new)}"
+            yield name if key.endswith(("sha256", "stamp")) else f"{name} {_short(old)}, now {_short(new)}"
 
 
 def _short(value: object) -> str:

@@ -44,8 +44,7 @@ def duration(seconds: float) -> str:
 def _bar(make: Callable, arguments: Sequence, options: Mapping) -> tqdm:
     if not logging.is_progress_bar_enabled():
         return make(*arguments, **options)
-    delay = 0.5  # seconds: what is done sooner has no bar
-    own = {"file": _Output(), "leave": False, "position": 0, "delay": delay, "ascii": False}
+    own = {"file": _Output(), "leave": False, "position": 0, "ascii": False}
     return tqdm(*arguments, **{**options, **own})
 
 
