@@ -13,6 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import ones_lib
+from ones_lib.study import command
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -74,14 +75,12 @@ def test_help():
         assert option in result.stdout
 
 
-def test_version():
+def test_version(capsys):
     assert run_all("--version").stdout == f"ones_lib {PROJECT['version']}\n"
     assert PROJECT["version"] == ones_lib.__version__
-    command = [sys.executable, "-m", "ones_lib.study", "--version"]
-    assert (
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        == run_all("--version").stdout
-    )
+    with pytest.raises(SystemExit):
+        command.main(["--version"])
+    assert capsys.readouterr().out == f"ones_lib {PROJECT['version']}\n"
 
 
 def test_active_environment_is_used_and_a_bad_request_fails():

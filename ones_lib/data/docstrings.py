@@ -148,9 +148,10 @@ def _sentences(text: str) -> Iterator[str]:
         if re.match(r"\s+\S|\.\.|>>>|[-*+=|] ?|\d+\.", paragraph) or "::" in paragraph or "\\" in paragraph:
             continue
         for sentence in _SENTENCE_END.split(_clean(paragraph)):
-            letters = sum(c.isalpha() or c == " " for c in sentence)
-            if sentence.endswith(".") and len(sentence.split()) >= 4 and letters > 0.8 * len(sentence):
-                yield sentence
+            if sentence.endswith(".") and len(sentence.split()) >= 4:
+                letters = sum(map(str.isalpha, sentence)) + sentence.count(" ")
+                if letters > 0.8 * len(sentence):
+                    yield sentence
 
 
 def _parameters(section: str) -> Iterator[Parameter]:
