@@ -50,10 +50,11 @@ def records_made(root):
 
 
 def assert_reads_like_a_paper(executed):
-    """No outputs of bars, which live while work lasts, nor of standard error; trainings are one line."""
+    """No outputs of bars, which live while work lasts, of standard error, or of bare objects; trainings are one line."""
     outputs = [o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])]
     texts = [o["text"] for o in outputs if o["output_type"] == "stream"]
     assert [o for o in outputs if o.get("name") == "stderr" or "%|" in str(o.get("text", o.get("data")))] == []
+    assert [o["data"] for o in outputs if set(o.get("data", ())) == {"text/plain"}] == []  # no repr of an object
     if executed.name != "05_inference_speed.ipynb":
         assert any(re.search(r": \d+ models found(, \d+ made in .*\d s)?\n", text) for text in texts)
 
