@@ -127,7 +127,8 @@ def test_a_kernel_that_dies_is_one_line(arguments, here, monkeypatch, capsys):
     assert line.endswith("run it again to go on where it stopped")
 
 
-def test_a_process_that_trains_and_dies_is_one_line(here, monkeypatch):
+@pytest.mark.parametrize("seen", ["by the pool", "by us"])
+def test_a_process_that_trains_and_dies_is_one_line(seen, here, monkeypatch):
     class Pool:
         def __init__(self, *_):
             pass
@@ -140,10 +141,13 @@ def test_a_process_that_trains_and_dies_is_one_line(here, monkeypatch):
 
         def submit(self, *_):
             future = Future()
-            future.set_exception(BrokenProcessPool("terminated abruptly"))
+            if seen == "by the pool":
+                future.set_exception(BrokenProcessPool("terminated abruptly"))
             return future
 
+    killed = [SimpleNamespace(pid=7, exitcode=-9)] if seen == "by us" else []
     monkeypatch.setattr(parallel, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(parallel.multiprocessing, "active_children", lambda: killed)
     config = {"kind": "moe", "seed": 0, "training": None}
     with pytest.raises(RunError, match="a process that trains died, most often since memory ran out"):
         parallel._run_parallel({"key": config}, SimpleNamespace(), 1, SimpleNamespace())

@@ -115,6 +115,7 @@ def _run_parallel(missing: Mapping[str, Config], place: Workplace, processes: in
     context = _context()
     reports, stop = context.Queue(), context.Event()
     waiting, running = dict(missing), {}  # key -> configuration; future -> key
+    workers = {}  # by number of the process
     progress = {key: _bar_progress(bar, label(config)) for key, config in missing.items()}
     needs = {key: {config_hash(other) for other in needed(config)} for key, config in missing.items()}
 
@@ -137,14 +138,17 @@ def _run_parallel(missing: Mapping[str, Config], place: Workplace, processes: in
                     running[pool.submit(_work, key, waiting.pop(key), place)] = key
                 done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 drain()
+                workers |= {worker.pid: worker for worker in multiprocessing.active_children()}
+                if any(worker.exitcode for worker in workers.values()):  # the pool may see it only when another is done
+                    raise BrokenProcessPool
                 for future in done:
                     key = running.pop(future)
                     future.result()
             drain()
-        except BrokenProcessPool as error:
-            raise RunError(f"a process that trains died, {WHY_KILLED}") from error
-        except BaseException:
+        except BaseException as error:
             stop.set()  # the workers end at their next report
+            if isinstance(error, BrokenProcessPool):
+                raise RunError(f"a process that trains died, {WHY_KILLED}") from error
             raise
 
 
