@@ -8,9 +8,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -65,6 +69,20 @@ def parameter(name: str, value, notebook: str = "01_imagenet", **others) -> Call
     def case(here: Path) -> None:
         groups = groups_of(ROOT / "notebooks" / f"{notebook}.ipynb")
         check(read_parameters("demo", {name: value, **others}, groups))
+
+    return case
+
+
+def injected(notebook: str = "student", **given) -> Callable:
+    """A notebook's parameters where papermill's own command has given values to names, read as the notebook reads them."""
+
+    def case(here: Path) -> None:
+        cells = parameterize_notebook(load_notebook_node(str(ROOT / "notebooks" / f"{notebook}.ipynb")), given).cells
+        sources = [cell.source for cell in cells if "parameters" in " ".join(cell.metadata.get("tags", []))]
+        names: dict = {}
+        exec("\n".join(sources), names)
+        with patch("IPython.get_ipython", lambda: SimpleNamespace(user_ns={"In": ["", *sources]})):
+            read_parameters(*(names[name] for name in ("profile", "overrides", "groups")))
 
     return case
 
@@ -230,6 +248,60 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         CommandError,
         "--launch: expected a command, found none called 'torchrum'",
     ),
+    "launcher that is no command": (
+        command("--launch", "torchrun 'a"),
+        CommandError,
+        '--launch: expected a command, found "torchrun \'a" .No closing quotation',
+    ),
+    "launcher of spaces": (
+        command("--launch", " "),
+        CommandError,
+        "--launch: expected a command, found none called ''",
+    ),
+    "profile that is no text": (
+        lambda here: (
+            (here / "notebooks/profiles/smoke.yaml").write_bytes(b"\xff\xfe"),
+            read_parameters("smoke", {}, ["image"]),
+        ),
+        ParameterError,
+        r"smoke\.yaml: expected YAML",
+    ),
+    "profiles that are each other's base": (
+        command(
+            "--profile", "smoke", notebooks__profiles__smoke_yaml="base: b", notebooks__profiles__b_yaml="base: smoke"
+        ),
+        CommandError,
+        r"run_all.sh: b\.yaml: base: expected another profile, found 'smoke'",
+    ),
+    "a base that is no name": (
+        command("--profile", "smoke", notebooks__profiles__smoke_yaml="base: 5"),
+        CommandError,
+        r"smoke\.yaml: base: expected a profile's name, found 5",
+    ),
+    # papermill's own command
+    "parameter beside the overrides": (
+        injected(profile="smoke", method="topk"),
+        ParameterError,
+        r"papermill: expected one of profile, overrides, groups, found 'method', .*-y '\{overrides: \{method: \.\.\.\}\}'",
+    ),
+    "parameter of another group": (
+        injected(profile="smoke", text_seeds=[1]),
+        ParameterError,
+        "papermill: no parameter 'text_seeds'; did you mean 'seeds'",
+    ),
+    "profile misspelt": (
+        injected(profil="smoke"),
+        ParameterError,
+        "papermill: no parameter 'profil'; did you mean 'profile'",
+    ),
+    "overrides that are a text": (
+        injected(overrides="{method: topk}"),
+        ParameterError,
+        r"overrides: expected names with values, such as .*found '\{method: topk\}'",
+    ),
+    "override misspelt": (injected(overrides={"metod": "topk"}), ParameterError, "did you mean 'method'"),
+    "profile of a number": (injected(profile=5), ParameterError, "profile: expected a name, or the path .*found 5"),
+    "groups of a text": (injected(groups="image"), ParameterError, "groups: expected a list of .*found 'image'"),
     "file in the place of runs": (
         command("--only", "01", runs=""),
         CommandError,
@@ -260,6 +332,16 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         command("--sweep", "s.yaml", s_yaml=SWEEP + "grid: {sede: [0]}"),
         CommandError,
         "s.yaml: no chosen notebook has a parameter 'sede'; did you mean 'seed'",
+    ),
+    "sweep with a value of another type": (
+        command("--sweep", "s.yaml", s_yaml=SWEEP + "grid: {seed: [0]}\nretries: often"),
+        CommandError,
+        "s.yaml: retries: expected int, found 'often'",
+    ),
+    "sweep with a grid of nothing": (
+        command("--sweep", "s.yaml", s_yaml=SWEEP + "grid: all"),
+        CommandError,
+        r"s.yaml: grid: expected dict \| list, found 'all'",
     ),
     "sweep of no jobs": (
         command("--sweep", "s.yaml", "--jobs", "0", s_yaml=SWEEP + "grid: {seed: [0]}"),
@@ -334,7 +416,48 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "heads that do not divide": (
         parameter("num_heads", 5),
         ValueError,
-        "cannot be built .dim should be divisible by num_heads",
+        "num_heads: expected a divisor of d_model=24, found 5",
+    ),
+    "heads of the text model that do not divide": (
+        parameter("text_num_heads", 5, "03_nlp"),
+        ValueError,
+        "text_d_model: expected a multiple of text_num_heads=5, found 24",
+    ),
+    "odd batches with mixup": (
+        parameter("batch_size", 15, mixup=0.2),
+        ValueError,
+        "batch_size: expected an even number with mixup, found 15",
+    ),
+    "model without experts": (
+        parameter("model", "vit_tiny_patch16_224"),
+        ValueError,
+        r"model: .*vit_tiny_patch16_224.*cannot be built \(.*'d_ff'",
+    ),
+    "infinite rate": (
+        parameter("learning_rate", float("inf")),
+        ValueError,
+        "learning_rate: expected a number above 0, found inf",
+    ),
+    "seed beyond numpy's": (
+        parameter("seeds", [2**32]),
+        ValueError,
+        "seeds: expected a number at least 0 and at most 4294967295, found 4294967296",
+    ),
+    "optimizer of second order": (parameter("optimizer", "adahessian"), ValueError, "optimizer: found 'adahessian'"),
+    "no MoEs": (
+        parameter("language_moes", {}, "06_published_moe"),
+        ParameterError,
+        "language_moes: expected an MoE or more, or a language_source, found none",
+    ),
+    "an MoE of no type": (
+        parameter("language_moes", {"mine": {"hidden_size": 8}}, "06_published_moe"),
+        ParameterError,
+        "language_moes: mine: expected a model_type of transformers, .*found {'hidden_size': 8}",
+    ),
+    "a layer without sizes": (
+        parameter("speed_layers", {"mine": {"d_model": 8, "batch_sizes": [1]}}, "05_inference_speed"),
+        ParameterError,
+        "speed_layers: mine: expected numbers above 0 for d_model, d_ff, .*found {'d_model': 8",
     ),
     "model of no library": (
         parameter("model", "widenet_xl"),

@@ -262,6 +262,13 @@ def test_models_that_do_not_belong_together_are_refused(place, tmp_path):
     refused("with model_type mixtral, found qwen3_moe", dense=tmp_path / "other")
     (tmp_path / "other" / "conversion.json").write_text("{")
     refused("other.conversion.json: expected a JSON object", dense=tmp_path / "other")
+    (tmp_path / "other" / "conversion.json").write_text(
+        json.dumps({k: v for k, v in conversion.items() if k != "method"})
+    )
+    refused("other.conversion.json: expected what a conversion writes, found no 'method'", dense=tmp_path / "other")
+    shutil.copy(place / "dense" / "conversion.json", tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
+    refused(r"other.tokenizer.json: expected a tokenizer \(", dense=tmp_path / "other")
 
 
 def test_another_name_is_only_a_warning(place, tmp_path):

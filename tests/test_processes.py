@@ -157,7 +157,7 @@ def test_an_error_in_a_launched_process_reaches_the_caller(tmp_path, monkeypatch
     (tmp_path / "said.txt").write_text(capsys.readouterr().out)
     (tmp_path / "launcher.sh").write_text(f"cat '{tmp_path / 'said.txt'}'; exit 1")
     study = tiny_study(tmp_path, launch=f"sh {tmp_path / 'launcher.sh'}")
-    with pytest.raises(RuntimeError, match="launch: RuntimeError: launch: expected a launcher that sets WORLD_SIZE"):
+    with pytest.raises(RuntimeError, match="launch: RunError: launch: expected a launcher that sets WORLD_SIZE"):
         study.run([study.dense(0)])
 
 

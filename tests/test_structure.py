@@ -49,6 +49,17 @@ def test_a_package_says_what_it_is_for(name):
     assert len(ast.get_docstring(ast.parse(path.read_text())).split()) > 8
 
 
+def test_no_check_is_an_assert():
+    """Python leaves these out with -O or PYTHONOPTIMIZE."""
+    asserts = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assert)
+    ]
+    assert asserts == []
+
+
 def test_a_public_function_has_a_docstring():
     missing = []
     for path in FILES:

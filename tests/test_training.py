@@ -20,7 +20,7 @@ from ones_lib.data.images import image_data
 from ones_lib.distillation import HiddenStates, hidden_error, soft_kl
 from ones_lib.models.images import WideNet
 from ones_lib.models.upcycling import Upcycled
-from ones_lib.study import entries, parallel
+from ones_lib.study import entries, parallel, training
 from ones_lib.study.image_task import ImageClassification
 from ones_lib.study.records import Records, compare, config_hash
 from ones_lib.study.running import carry_out, steps_of
@@ -34,7 +34,7 @@ from ones_lib.study.tables import (
     what_decides,
 )
 from ones_lib.study.teaching import Guard
-from ones_lib.study.training import Diverged, Training, fit
+from ones_lib.study.training import Diverged, Training, fit, optimizers
 from ones_lib.views.explorer import moe_records
 
 DATA = {"name": "glyphs", "image_size": 16, "num_classes": 4, "train_per_class": 20, "val_per_class": 10}
@@ -127,6 +127,53 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(task, tmp_path, loss):
         assert torch.equal(weights(resumed)[name], tensor), name
     assert history["step"].iloc[-1] == whole_history["step"].iloc[-1] == 12
     assert history["val_accuracy"].iloc[-1] == whole_history["val_accuracy"].iloc[-1]
+
+
+def went_on_exactly(task, checkpoint, recipe):
+    """Train, and train again from the checkpoint that was left on the way: weights and history must be the same."""
+
+    def trained(seed):  # the second one's weights come from the checkpoint
+        how = {"checkpoint": checkpoint, "checkpoint_every": 3}
+        model, history = fit(small_model(num_experts=1, seed=seed), task, recipe, seed=3, **how)
+        return weights(model), history.drop(columns="seconds")
+
+    (whole, course), (resumed, course_again) = trained(seed=0), trained(seed=9)
+    assert [name for name, tensor in whole.items() if not torch.equal(resumed[name], tensor)] == []
+    pd.testing.assert_frame_equal(course, course_again)
+
+
+@pytest.mark.parametrize("optimizer", optimizers())
+def test_every_optimizer_goes_on_exactly(task, tmp_path, optimizer):
+    recipe = replace(RECIPE, steps=5, batch_size=8, optimizer=optimizer)
+    with torch.compiler.set_stance("force_eager"):  # kron would be compiled
+        went_on_exactly(task, tmp_path / "checkpoint.safetensors", recipe)
+
+
+def test_the_scale_of_fp16_goes_on(task, tmp_path, monkeypatch):
+    """With a scale of the loss that grows every other step: accelerate has none on a CPU."""
+
+    class Scaled(training.Accelerator):
+        def __init__(self, **how):
+            super().__init__(**how)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_factor=4.0, growth_interval=2)
+
+    monkeypatch.setattr(training, "Accelerator", Scaled)
+    recipe = replace(
+        RECIPE, steps=5, batch_size=8, optimizer="sgd", clip_norm=1e-3
+    )  # the clipping sees scaled gradients
+    went_on_exactly(task, tmp_path / "checkpoint.safetensors", recipe)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(task, tmp_path):
+    save_tensors(tmp_path / "c.safetensors", {"a": torch.ones(1)}, {"step": "3", "history": "[]"})
+    with pytest.raises(ValueError, match=r"c\.safetensors: expected a checkpoint of this version"):
+        fit(small_model(), task, RECIPE, seed=3, checkpoint=tmp_path / "c.safetensors")
+
+
+def test_optimizers_that_cannot_be_used_here_are_refused():
+    for name in ("adahessian", "bnbadam", "fusedlamb"):
+        with pytest.raises(ValueError, match=f"optimizer: expected one of timm's, such as 'adamw', found '{name}'"):
+            replace(RECIPE, optimizer=name)
 
 
 def test_seed_decides_the_result(task):
@@ -318,6 +365,15 @@ def test_records_can_be_asked_to_be_made_again(study):
     later = datetime.now(UTC) + timedelta(seconds=5)
     assert Records(study.records.root, later.isoformat()).find(study.dense(0)) is None
     assert Records(study.records.root, "2020-01-01T00:00:00+00:00").find(study.dense(0)) == record
+
+
+def test_what_is_made_again_does_not_go_on_from_an_old_checkpoint(study):
+    config, now = study.dense(0), datetime.now(UTC)
+    checkpoint = study.records.begin(config) / "checkpoint.safetensors"
+    checkpoint.touch()
+    for redo_before, stays in ((now - timedelta(minutes=1), True), (now + timedelta(minutes=1), False)):
+        Records(study.records.root, redo_before.isoformat()).begin(config)
+        assert checkpoint.exists() == stays
 
 
 def test_loaded_model_predicts_what_the_record_says(study):

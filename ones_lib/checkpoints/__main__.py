@@ -14,7 +14,7 @@ from ones_lib.checkpoints import inspection
 from ones_lib.checkpoints.convert import convert
 from ones_lib.checkpoints.place import CONVERSION
 from ones_lib.checkpoints.plan import ACTIVE
-from ones_lib.checkpoints.terminal import Typed, add_version
+from ones_lib.checkpoints.terminal import Typed, add_version, exit_status
 from ones_lib.checkpoints.text import token_count
 from ones_lib.data.files import is_free
 from ones_lib.gathering.registry import gathering_methods, gives_widths
@@ -139,21 +139,24 @@ def _convert(arguments: Sequence[str]) -> None:
         if narrow:
             print(f"{given['method']} gathers to one expert's width: --d-ff expert", file=sys.stderr)
     typed = Typed(given, {"source": "MOE", "destination": "DENSE"}, options)
-    fresh = given["force"] or is_free(Path(given["destination"]).expanduser())
-    try:
+
+    def said(error: object) -> str:
+        return typed.said(error) + ("; take --d-ff expert" if narrow and str(error).startswith("d_ff: ") else "")
+
+    def work() -> None:
+        place = Path(given["destination"]).expanduser()
+        fresh = given["force"] or is_free(place)
         with typed.warnings(hidden=not fresh):
             table = convert(**given, **options)
-    except (OSError, ValueError, TypeError) as error:
-        hint = "; take --d-ff expert" if narrow and str(error).startswith("d_ff: ") else ""
-        parser.exit(1, f"{typed.said(error)}{hint}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted; the same command goes on where it stopped\n")
-    if not fresh:
-        print(f"already done with these arguments: {given['destination']}")
-        return
-    facts = json.loads((Path(given["destination"]).expanduser() / CONVERSION).read_text())
-    print(_report(table, facts))
-    print(f"wrote {given['destination']}")
+        if not fresh:
+            print(f"already done with these arguments: {given['destination']}")
+            return
+        print(_report(table, json.loads((place / CONVERSION).read_text())))
+        print(f"wrote {given['destination']}")
+
+    status = exit_status(work, said, interrupted="interrupted; the same command goes on where it stopped")
+    if status:
+        sys.exit(status)
 
 
 def _report(table: pd.DataFrame, facts: Mapping) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ones_lib.checkpoints.convert import TOKENS, check_ids, local_folder, read_c
 from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.quantised import readable
 from ones_lib.checkpoints.shards import Shards
-from ones_lib.checkpoints.terminal import Typed, add_version
+from ones_lib.checkpoints.terminal import Typed, add_version, exit_status
 from ones_lib.checkpoints.text import BLOCK, asked_for, check_tokens, found_text, text_blocks, token_count
 from ones_lib.ffn import FeedForwardWeights, compute_dtype
 from ones_lib.gathering.registry import checked_experts, gather_precisely
@@ -269,12 +270,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_version(parser)
     given = vars(parser.parse_args(arguments))
     typed = Typed(given, {"source": "MOE"})
-    try:
+
+    def work() -> None:
         with typed.warnings():
-            found = _inspect(**given)
-    except (OSError, ValueError, TypeError) as error:
-        parser.exit(1, f"{typed.said(error)}\n")
-    print(_report(found))
+            print(_report(_inspect(**given)))
+
+    if status := exit_status(work, typed.said):
+        sys.exit(status)
 
 
 def _report(found: Inspection) -> str:

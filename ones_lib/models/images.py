@@ -25,7 +25,10 @@ class WideNet(MoEModel, VisionTransformer):
         top_k, capacity_factor, renormalize: see :class:`ones_lib.moe.Router`.
         share_depth: False gives each depth its own attention and experts.
         slots_per_expert: above 0, Soft MoE layers with this many slots, which ignore top_k, capacity and renormalize.
-        kwargs: of timm's ``VisionTransformer``.
+        embed_dim, num_heads, kwargs: of timm's ``VisionTransformer``.
+
+    Raises:
+        ValueError: a size is out of bounds, or ``embed_dim`` no multiple of ``num_heads``.
     """
 
     def __init__(
@@ -37,8 +40,13 @@ class WideNet(MoEModel, VisionTransformer):
         renormalize: bool = False,
         share_depth: bool = True,
         slots_per_expert: int = 0,
+        embed_dim: int = 768,
+        num_heads: int = 12,
         **kwargs,
     ) -> None:
+        if embed_dim % num_heads:  # timm asserts it, which Python can leave out
+            raise ValueError(f"num_heads: expected a divisor of embed_dim={embed_dim}, found {num_heads}")
+        kwargs |= {"embed_dim": embed_dim, "num_heads": num_heads}
         moe = {
             "d_ff": d_ff,
             "num_experts": num_experts,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from ones_lib.data.glyphs import CANVAS
 from ones_lib.data.images import folder_classes
 from ones_lib.data.rows import find_split
 from ones_lib.study.image_task import classification_model
-from ones_lib.study.parameters import Parameters
+from ones_lib.study.parameters import Group, Parameters
 from ones_lib.study.records import project_root
 from ones_lib.study.study import Study, make_study
 from ones_lib.study.text_tasks import pretraining_model
@@ -39,7 +41,7 @@ def check(parameters: Parameters) -> None:
             if domain == "image":
                 _check_images(study, parameters)
             elif domain == "text":
-                _check_text(study)
+                _check_text(study, groups[domain])
 
 
 def _check_images(study: Study, parameters: Parameters) -> None:
@@ -61,13 +63,13 @@ def _check_images(study: Study, parameters: Parameters) -> None:
     if size % patch:
         raise ValueError(f"image_size: expected a multiple of patch_size={patch}, found {size}")
     data = SimpleNamespace(num_classes=classes, image_size=size, in_chans=1 if name == "glyphs" else 3)
-    for config in (study.dense(0), study.moe(0)):
-        layer = _build(classification_model, config["model"], data).moe_layers()[0]
     groups = parameters.groups
+    for config in (study.dense(0), study.moe(0)):
+        model = _build(classification_model, config["model"], data, groups["image"])
+    layer, depth = model.moe_layers()[0], len(model.hidden_state_readers())
     ranks = [("ranks", rank) for rank in parameters.ranks] if "ablation" in groups else []
     if "student" in groups and parameters.rank is not None:
         ranks.append(("rank", parameters.rank))
-    depth = len(_build(classification_model, study.moe(0)["model"], data).hidden_state_readers())
     if "teachers" in groups and len(parameters.hidden_depths) != depth:
         raise ValueError(f"hidden_depths: expected {depth} numbers, one a block, found {parameters.hidden_depths}")
     for name, rank in ranks:
@@ -75,19 +77,23 @@ def _check_images(study: Study, parameters: Parameters) -> None:
             raise ValueError(f"{name}: expected a number from 1 to {min(layer.up.shape[1:])}, found {rank}")
 
 
-def _check_text(study: Study) -> None:
+def _check_text(study: Study, group: Group) -> None:
     if study.task_data["name"] == "local":
         for task in study.tasks:
             find_split(Path(study.task_data["text_dir"]) / task, "train")
     data = SimpleNamespace(vocab_size=study.data["vocab_size"], tokenizer=SimpleNamespace(pad_token_id=0))
     for config in (study.moe(0), study.dense(0)):
-        _build(pretraining_model, config["model"], data)
+        _build(pretraining_model, config["model"], data, group)
 
 
-def _build(make: Callable[..., nn.Module], model: Mapping, data: SimpleNamespace) -> nn.Module:
-    """A model without memory for its weights. Libraries' own errors name none of our parameters, so the values are added."""
+def _build(make: Callable[..., nn.Module], model: Mapping, data: SimpleNamespace, group: Group) -> nn.Module:
+    """A model without memory for its weights. Errors name the parameters of ``group`` in the place of the model's arguments.
+    Libraries' own errors name none, so the values are added."""
     try:
         with torch.device("meta"):
             return make(model, data, 0)
-    except (AssertionError, RuntimeError) as error:
+    except ValueError as error:
+        own = {f.metadata["to"].removeprefix("model."): f.name for f in fields(group)}
+        raise ValueError(re.sub(r"\b[a-z]+_[a-z_]+\b", lambda name: own.get(name[0], name[0]), str(error))) from error
+    except (AssertionError, RuntimeError, TypeError) as error:
         raise ValueError(f"model: {dict(model)}: cannot be built ({error})") from error

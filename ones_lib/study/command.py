@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 import ones_lib
+from ones_lib.checkpoints.terminal import exit_status, one_line, path
 from ones_lib.study.notebooks import CommandError, dry_run, run
-from ones_lib.study.parameters import ParameterError, load_yaml
+from ones_lib.study.parameters import load_yaml
 from ones_lib.study.running import Execution
 from ones_lib.study.sweeps import run_sweep
 
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument(
         "--dry-run", action="store_true", help="try each training by one step, and say what all would cost"
     )
-    again.add_argument("--sweep", type=Path, metavar="FILE", help="execute a notebook for every cell of a grid")
+    again.add_argument("--sweep", type=path, metavar="FILE", help="execute a notebook for every cell of a grid")
     add("--jobs", type=int, default=1, help="cells of a sweep at a time (1)")
     add("--on", default="local", help="where a sweep runs: local, slurm, or a Dask scheduler's address")
     add("--launch", default="", help="command that starts the processes of a training: 'torchrun ...'")
@@ -56,9 +57,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _execution(options: argparse.Namespace) -> dict[str, str]:
     """Environment variables that tell the notebooks how to work."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # torchrun lies beside this Python
-    if options.launch and not shutil.which(shlex.split(options.launch)[0], path=path):
-        raise CommandError(f"--launch: expected a command, found none called {shlex.split(options.launch)[0]!r}")
+    places = (
+        f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # torchrun lies beside this Python
+    )
+    try:
+        program = next(iter(shlex.split(options.launch)), "")
+    except ValueError as error:
+        raise CommandError(f"--launch: expected a command, found {options.launch!r} ({error})") from error
+    if options.launch and not shutil.which(program, path=places):
+        raise CommandError(f"--launch: expected a command, found none called {program!r}")
     try:
         execution = Execution(options.launch, options.device_batch, options.shard, options.deterministic)
     except ValueError as error:
@@ -69,7 +76,8 @@ def _execution(options: argparse.Namespace) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; the exit status."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def work() -> int | None:
         overrides = {name: parse_value(value) for name, value in options.p}
         execution = _execution(options)
         if options.sweep is not None:
@@ -79,11 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             return dry_run(options.profile, options.only, overrides, execution)
         os.environ.update(execution)
-        run(options.profile, options.only, overrides, options.force, options.figures, options.to)
-    except (CommandError, ParameterError, OSError) as error:  # an OSError, such as a full disk, names its file
-        print(f"run_all.sh: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("run_all.sh: interrupted; run it again to go on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+        return run(options.profile, options.only, overrides, options.force, options.figures, options.to)
+
+    again = "interrupted; run it again to go on where it stopped"
+    return exit_status(work, lambda error: f"run_all.sh: {one_line(error)}", interrupted=again)

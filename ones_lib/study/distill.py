@@ -32,7 +32,7 @@ from ones_lib import __version__
 from ones_lib.checkpoints.convert import files_stamp, local_folder, named, only_one, read_config
 from ones_lib.checkpoints.place import CONVERSION, DISTILLATION, Place
 from ones_lib.checkpoints.stream import load_checkpoint
-from ones_lib.checkpoints.terminal import Typed, add_version
+from ones_lib.checkpoints.terminal import Typed, add_version, exit_status
 from ones_lib.checkpoints.text import block_length, found_text, ids_hash, text_blocks, text_name, token_count
 from ones_lib.checkpoints.work import copy_files, perplexities
 from ones_lib.data.files import is_free, model_tensors, remove_unfinished, write_text
@@ -40,7 +40,7 @@ from ones_lib.distillation import Distillation
 from ones_lib.models.causal import load_language_model, text_config
 from ones_lib.study.language_task import LanguageModel, LanguageModelling
 from ones_lib.study.processes import is_main, join, main_first, said_by_main, wait_for_all, whole_tensors, world_size
-from ones_lib.study.training import Diverged, Progress, Training, fit, share_of
+from ones_lib.study.training import Progress, Training, fit, share_of
 
 HELD_OUT = 2**16  # tokens of held-out text, at most
 EVALUATIONS = 10  # on it, of one training
@@ -326,6 +326,8 @@ def _conversion(moe: Path, dense: Path, name: str) -> dict:
         conversion = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: expected a JSON object ({error})") from error
+    if missing := [key for key in ("source", "model_type", "method", "d_ff", "options") if key not in conversion]:
+        raise ValueError(f"{path}: expected what a conversion writes, found no {missing[0]!r}")
     teacher, student = read_config(moe), read_config(dense)
     if teacher.is_encoder_decoder:
         raise ValueError(f"{moe}: expected a causal model, found {teacher.model_type}, an encoder-decoder")
@@ -337,13 +339,20 @@ def _conversion(moe: Path, dense: Path, name: str) -> dict:
             raise ValueError(f"{moe}: expected the MoE that {dense} was made of, with {key} {made_of}, found {found}")
     files = [folder / "tokenizer.json" for folder in (moe, dense)]
     if all(file.exists() for file in files):
-        one, two = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
+        one, two = map(_vocabulary, files)
         if odd := sorted(token for token, _ in one.items() ^ two.items()):
             raise ValueError(f"{files[1]}: expected the tokens of {files[0]}, found others, such as {odd[0]!r}")
     if conversion.get("source") != name and is_main():
         found = f"found one made of {conversion.get('source')}, of the same form"
         warnings.warn(f"{dense}: expected a model made of {name}, {found}", stacklevel=3)
     return conversion
+
+
+def _vocabulary(file: Path) -> dict[str, int]:
+    try:
+        return Tokenizer.from_file(str(file)).get_vocab()
+    except Exception as error:  # tokenizers has no other type of its own
+        raise ValueError(f"{file}: expected a tokenizer ({error})") from error
 
 
 def _read_blocks(text: str | Path, check: str | Path | None, dense: Path, length: int) -> Blocks:
@@ -436,31 +445,29 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run :func:`distill` as the command line says; the exit status."""
     given = vars(_parser().parse_args(arguments))
-    state = join() if "WORLD_SIZE" in os.environ else None
     typed = Typed(given, {"moe": "MOE", "dense": "DENSE", "out": "OUT"})
-    fresh = given["force"] or is_free(Path(given["out"]).expanduser())
-    try:
+
+    def work() -> None:
+        state = join() if "WORLD_SIZE" in os.environ else None
+        fresh = given["force"] or is_free(Path(given["out"]).expanduser())
         with typed.warnings(hidden=not fresh):
             about = distill(**given)
-    except (OSError, ValueError, Diverged) as error:
-        print(typed.said(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where the last checkpoint was written", file=sys.stderr)
-        return 130
-    if state is not None:
-        state.destroy_process_group()
-    if state is not None and not state.is_main_process:
-        return 0
-    if not fresh:
-        print(f"already done with these arguments: {given['out']}")
-        return 0
+        if state is not None:
+            state.destroy_process_group()
+        if state is None or state.is_main_process:
+            print(_report(about, given["out"]) if fresh else f"already done with these arguments: {given['out']}")
+
+    goes_on = "interrupted; the same command goes on where the last checkpoint was written"
+    return exit_status(work, typed.said, interrupted=goes_on, launched=True)
+
+
+def _report(about: Mapping, out: str) -> str:
     trained = about["steps"] * about["batch_size"] * about["length"]
     asked = "" if trained == about["tokens"] else f", of {about['tokens']:,} asked for"
-    print(f"trained on {trained:,} tokens{asked}: {about['steps']} steps of {about['batch_size']} x {about['length']}")
-    print("perplexity: " + ", ".join(f"{name} {value:.4g}" for name, value in about["perplexity"].items()))
-    print(f"wrote {given['out']}")
-    return 0
+    return f"""\
+trained on {trained:,} tokens{asked}: {about["steps"]} steps of {about["batch_size"]} x {about["length"]}
+perplexity: {", ".join(f"{name} {value:.4g}" for name, value in about["perplexity"].items())}
+wrote {out}"""
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 from transformers.utils.logging import tqdm
 
+from ones_lib.checkpoints.terminal import exit_status, one_line
 from ones_lib.data import evaluation_keys
 from ones_lib.distillation import Distillation
 from ones_lib.models.causal import empty_model
@@ -247,6 +248,10 @@ def report(table: pd.DataFrame) -> None:
 
 def main(plan_file: str) -> int:
     """Try what a plan holds and print what it would cost; the exit status is 1 if something could not be tried."""
+    return exit_status(lambda: _try_plan(plan_file), lambda error: f"run_all.sh: --dry-run: {one_line(error)}")
+
+
+def _try_plan(plan_file: str) -> int:
     logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of a schedule of one step
     plan = json.loads(Path(plan_file).read_text())
     configs, cache_dir = plan["configs"], Path(plan["cache_dir"])

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ones_lib import __version__
+from ones_lib.checkpoints.terminal import add_version, exit_status, one_line, path
 from ones_lib.data.files import is_free, left_behind, this_process
 from ones_lib.data.images import ImageData
 from ones_lib.data.rows import task_spec
@@ -318,22 +319,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "record", help="folder of a record, or the start of its name or hash; python -m ones_lib.records lists them"
     )
-    parser.add_argument("folder", type=Path, help="folder to make")
+    parser.add_argument("folder", type=path, help="folder to make")
     parser.add_argument(
-        "--records", type=Path, action="append", help="where names are looked for (runs/records and runs/*/records)"
+        "--records", type=path, action="append", help="where names are looked for (runs/records and runs/*/records)"
     )
     cache = project_root() / "runs" / "cache"
-    parser.add_argument("--cache-dir", type=Path, default=cache, help="where drawn data are kept (runs/cache)")
-    parser.add_argument("--version", action="version", version=f"ones_lib {__version__}")
+    parser.add_argument("--cache-dir", type=path, default=cache, help="where drawn data are kept (runs/cache)")
+    add_version(parser)
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         record = find_record(options.record, options.records or record_roots())
-        folder = export(record, options.folder, options.cache_dir)
-    except (OSError, ValueError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {folder}")
-    return 0
+        print(f"wrote {export(record, options.folder, options.cache_dir)}")
+
+    return exit_status(work, lambda error: f"export: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ones_lib import __version__
+from ones_lib.checkpoints.terminal import add_version, exit_status, one_line, path
 from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.study.naming import describe, record_name
 from ones_lib.study.records import Record, Records, compare, project_root
@@ -108,11 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m ones_lib.records",
         description="List the records (the default), or compare two of them.",
     )
-    parser.add_argument("--version", action="version", version=f"ones_lib {__version__}")
+    add_version(parser)
     commands = parser.add_subparsers(dest="command")
     shared = argparse.ArgumentParser(add_help=False)
     where = "a folder of records; may be repeated (runs/records and runs/*/records)"
-    shared.add_argument("--records", type=Path, action="append", metavar="FOLDER", help=where)
+    shared.add_argument("--records", type=path, action="append", metavar="FOLDER", help=where)
     listed = commands.add_parser("list", parents=[shared], help="a line for each record", allow_abbrev=False)
     for name in FILTERS:
         listed.add_argument(f"--{name}", default="", help=f"only of this {name}")
@@ -124,11 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compared.add_argument(name, help="folder of a record, or the start of its name or hash")
     options = parser.parse_args(given)
     options.records = options.records or record_roots()
-    try:
-        return _compare(options) if options.command == "compare" else _list(options)
-    except (OSError, ValueError) as error:
-        print(f"records: {error}", file=sys.stderr)
-        return 2
+    work = _compare if options.command == "compare" else _list
+    return exit_status(lambda: work(options), lambda error: f"records: {one_line(error)}", failed=2)
 
 
 def _list(options: argparse.Namespace) -> int:

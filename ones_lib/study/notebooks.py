@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,7 +26,10 @@ from typing import Any
 import nbformat
 import papermill
 from filelock import FileLock
+from jupyter_client import KernelManager
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
 from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
@@ -33,8 +37,10 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 import ones_lib
+from ones_lib.checkpoints.terminal import MENDABLE
 from ones_lib.data.files import UNFINISHED
 from ones_lib.study.checks import check
+from ones_lib.study.parallel import WHY_KILLED
 from ones_lib.study.parameters import EXECUTION, Parameters, check_names, group_of, read_parameters
 from ones_lib.study.progress import BAR
 from ones_lib.study.records import project_root
@@ -87,7 +93,7 @@ def check_values(chosen: Mapping[str, Parameters]) -> None:
     for name, parameters in chosen.items():
         try:
             check(parameters)
-        except (ValueError, OSError, TypeError) as error:
+        except MENDABLE as error:
             raise CommandError(f"{name}: {error}") from error
 
 
@@ -116,7 +122,17 @@ def finished(output: Path, print_of_inputs: str) -> bool:
     return note.get("fingerprint") == print_of_inputs and all(Path(f).exists() for f in note.get("files", []))
 
 
-class _Client(PapermillNotebookClient):
+class _OwnPython(NotebookClient):
+    """Executes cells in a kernel of the Python that runs, whatever kernels are installed."""
+
+    def create_kernel_manager(self) -> KernelManager:
+        """The kernel's; what it is called elsewhere, such as on JUPYTER_PATH, is not looked at."""
+        manager = super().create_kernel_manager()
+        manager.kernel_spec_manager = KernelSpecManager(kernel_dirs=[])
+        return manager
+
+
+class _Client(_OwnPython, PapermillNotebookClient):
     """Executes cells. Bars and standard error, such as other libraries' notices, go to the terminal and not into the notebook."""
 
     _drawn = ""
@@ -173,7 +189,7 @@ def execute(notebook: Path, output: Path, profile: str, parameters: Parameters) 
             str(notebook),
             str(unfinished),
             parameters={"profile": profile, "overrides": parameters.overrides},
-            kernel_name="python3",
+            kernel_name=NATIVE_KERNEL_NAME,
             cwd=str(project_root()),
             progress_bar=False,
             engine_name="ones",
@@ -228,8 +244,10 @@ def run(
                 failed = output.with_suffix(".failed.ipynb").relative_to(root)
                 raise CommandError(
                     f"{notebook.name} failed in cell {error.cell_index + 1} (code cell [{error.exec_count}]):"
-                    f" {error.ename}: {error.evalue}\n  the notebook up to there: {failed}"
+                    f" {_short(f'{error.ename}: {error.evalue}')}; the notebook up to there: {failed}"
                 ) from error
+            except DeadKernelError as error:
+                raise CommandError(f"{notebook.name}: its kernel died, {WHY_KILLED}") from error
         print(f"{head}: done in {time.monotonic() - started:.0f} s, see {shown}", flush=True)
 
     if not figures:  # in this thread, where an interrupt ends the notebook at once
@@ -246,6 +264,11 @@ def run(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _short(message: str) -> str:
+    """An error of a notebook in a line. What a launcher's processes have printed is long; the notebook has all of it."""
+    return textwrap.shorten(message, 1000, placeholder=" ...")
 
 
 # --- dry run -----------------------------------------------------------------------------------------------------------
@@ -287,10 +310,13 @@ def _plan_notebook(notebook: Path, profile: str, parameters: Parameters, environ
     print(f"{notebook.name}: what it would train", flush=True)
     given = parameterize_notebook(cells, {"profile": profile, "overrides": parameters.overrides})
     resources = {"metadata": {"path": str(project_root())}}
-    client = NotebookClient(given, kernel_name="python3", allow_errors=True, resources=resources, extra_arguments=QUIET)
-    executed = client.execute(env=environment).cells
+    how = {"kernel_name": NATIVE_KERNEL_NAME, "allow_errors": True, "extra_arguments": QUIET}
+    try:
+        executed = _OwnPython(given, resources=resources, **how).execute(env=environment).cells
+    except DeadKernelError as error:
+        raise CommandError(f"{notebook.name}: its kernel died, {WHY_KILLED}") from error
     asking = [i for i, cell in enumerate(executed) if ".run(" in cell.source]
     for i in [*range(asking[0]), *asking]:  # the other cells only work with results
         for error in (output for output in executed[i].get("outputs", []) if output.output_type == "error"):
             if i < asking[0] or error.ename not in WITHOUT_RESULTS:
-                raise CommandError(f"{notebook.name}: {error.ename}: {error.evalue}")
+                raise CommandError(f"{notebook.name}: {_short(f'{error.ename}: {error.evalue}')}")

@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar, tqdm
 
+from ones_lib.checkpoints.terminal import RunError, check_environment
 from ones_lib.data import images
 from ones_lib.data.files import left_behind, this_process, write_text
 from ones_lib.data.images import available_cores
@@ -34,6 +36,12 @@ from ones_lib.study.processes import is_main, join
 from ones_lib.study.records import Records, config_hash
 from ones_lib.study.running import Config, Execution, Workplace, carry_out, label, needed, steps_of
 from ones_lib.study.training import Progress
+
+#: What to say of a process that has ended without a word.
+WHY_KILLED = (
+    "most often since memory ran out (the system then kills the largest process); set fewer -p processes or a smaller"
+    " --device-batch, and run it again to go on where it stopped"
+)
 
 # --- processes -------------------------------------------------------------------------------------------------------
 
@@ -51,6 +59,7 @@ def run_all(
     Args:
         processes: trainings side by side; 0: one on a GPU, else one a core. With a launch command they are one after another.
     """
+    check_environment(launched=False)  # a notebook may have been opened without run_all.sh
     steps = sum(steps_of(config) for config in missing.values())
     bar = tqdm(total=steps, desc=description, unit="step", mininterval=2, dynamic_ncols=True)
     with bar, _teacher_logits(cache_dir) as logits:
@@ -106,6 +115,7 @@ def _run_parallel(missing: Mapping[str, Config], place: Workplace, processes: in
     context = _context()
     reports, stop = context.Queue(), context.Event()
     waiting, running = dict(missing), {}  # key -> configuration; future -> key
+    workers = {}  # by number of the process
     progress = {key: _bar_progress(bar, label(config)) for key, config in missing.items()}
     needs = {key: {config_hash(other) for other in needed(config)} for key, config in missing.items()}
 
@@ -128,12 +138,17 @@ def _run_parallel(missing: Mapping[str, Config], place: Workplace, processes: in
                     running[pool.submit(_work, key, waiting.pop(key), place)] = key
                 done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 drain()
+                workers |= {worker.pid: worker for worker in multiprocessing.active_children()}
+                if any(worker.exitcode for worker in workers.values()):  # the pool may see it only when another is done
+                    raise BrokenProcessPool
                 for future in done:
                     key = running.pop(future)
                     future.result()
             drain()
-        except BaseException:
+        except BaseException as error:
             stop.set()  # the workers end at their next report
+            if isinstance(error, BrokenProcessPool):
+                raise RunError(f"a process that trains died, {WHY_KILLED}") from error
             raise
 
 
@@ -207,7 +222,7 @@ def _run_launched(missing: Mapping[str, Config], place: Workplace, bar: tqdm) ->
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
             )
         except OSError as failure:
-            raise RuntimeError(f"launch: could not start {command[0]!r}: {failure}") from failure
+            raise RunError(f"launch: could not start {command[0]!r}: {failure}") from failure
         with process:
             try:
                 for line in process.stdout:
@@ -225,7 +240,7 @@ def _run_launched(missing: Mapping[str, Config], place: Workplace, bar: tqdm) ->
     left = [label(config) for config in missing.values() if records.find(config) is None]
     if process.returncode or left:
         why = error or f"exit status {process.returncode}, and {len(left)} of {len(missing)} left to do"
-        raise RuntimeError(f"launch: {why}; from {shlex.join(command)}:\n{''.join(said)}")
+        raise RunError(f"launch: {why}; from {shlex.join(command)}:\n{''.join(said)}")
 
 
 def main(plan_file: str) -> None:

@@ -6,10 +6,12 @@ that ``./run_all.sh -p num_experts 16`` needs no section.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import html
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -19,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.optim import list_optimizers
 
 from ones_lib.data.rows import OWN_FORM, TASKS, check_definition
 from ones_lib.gathering import gathering_methods
@@ -27,6 +28,7 @@ from ones_lib.gathering.scale import SCALE_WORDS
 from ones_lib.integration import integration_methods
 from ones_lib.study.language_task import CONTROLS
 from ones_lib.study.records import project_root
+from ones_lib.study.training import optimizers
 
 
 class ParameterError(ValueError):
@@ -99,11 +101,11 @@ def _floats(given: Any) -> Any:
 def _check_bounds(name: str, given: Any, about: Mapping[str, Any]) -> None:
     least, above, most, below = about["bounds"]
     limits = [("at least", least), ("above", above), ("at most", most), ("below", below)]
-    expected = " and ".join(f"{word} {limit:g}" for word, limit in limits if math.isfinite(limit))
+    expected = " and ".join(f"{word} {limit:.10g}" for word, limit in limits if math.isfinite(limit))
     allowed = about["of"]() if callable(about["of"]) else about["of"]
     for one in given if isinstance(given, list) else [given]:
-        if isinstance(one, (int, float)) and expected and not (least <= one <= most and above < one < below):
-            raise ParameterError(f"{name}: expected a number {expected}, found {one!r}")
+        if isinstance(one, (int, float)) and not (math.isfinite(one) and least <= one <= most and above < one < below):
+            raise ParameterError(f"{name}: expected a number {expected or 'that is finite'}, found {one!r}")
         if allowed and isinstance(one, str) and one not in allowed:
             raise ParameterError(f"{name}: found {one!r}{hint(one, allowed)}")
     if about["distinct"] and (not given or len(set(given)) < len(given)):
@@ -111,6 +113,7 @@ def _check_bounds(name: str, given: Any, about: Mapping[str, Any]) -> None:
 
 
 _TEXT = ("names", "local", "hub")
+SEEDS = 2**32 - 1  # the largest that numpy takes
 
 # --- the groups --------------------------------------------------------------------------------------------------------
 
@@ -160,13 +163,15 @@ class Image(Group):
     renormalize: bool = value("gates of the chosen experts sum to 1", to="model.renormalize")
     share_depth: bool = value("all blocks share attention and experts", to="model.share_depth")
     drop_rate: float = value("dropout", least=0, below=1, to="model.proj_drop_rate")
-    seeds: list[int] = value("teacher, baselines and students of a seed belong together", least=0, distinct=True)
+    seeds: list[int] = value(
+        "teacher, baselines and students of a seed belong together", least=0, most=SEEDS, distinct=True
+    )
     teacher_steps: int = value("optimizer steps of teacher and dense baseline", least=1, to="teaching.steps")
     batch_size: int = value("examples a step", least=1, to="teaching.batch_size")
     learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
     warmup: float = value("part of the steps", least=0, below=1, to="teaching.warmup")
     weight_decay: float = value("of matrices", least=0, to="teaching.weight_decay")
-    optimizer: str = value("a timm optimizer", of=list_optimizers, to="teaching.optimizer")
+    optimizer: str = value("a timm optimizer", of=optimizers, to="teaching.optimizer")
     label_smoothing: float = value("part of the label", least=0, below=1, to="teaching.label_smoothing")
     mixup: float = value("alpha of the Beta distribution; 0: none", least=0, to="teaching.mixup")
     ema_decay: float = value("of the weights' moving average; 0: none", least=0, below=1, to="teaching.ema_decay")
@@ -226,13 +231,13 @@ class Text(Group):
         "reach of learned attention biases; 0: none", least=0, to="model.relative_positions"
     )
     initializer_range: float = value("initial SD of the embeddings", above=0, to="model.initializer_range")
-    text_seeds: list[int] = value("seeds", least=0, distinct=True)
+    text_seeds: list[int] = value("seeds", least=0, most=SEEDS, distinct=True)
     text_teacher_steps: int = value("optimizer steps of pre-training", least=1, to="teaching.steps")
     text_batch_size: int = value("sequences a step", least=1, to="teaching.batch_size")
     text_learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
     text_warmup: float = value("part of the steps", least=0, below=1, to="teaching.warmup")
     text_weight_decay: float = value("of matrices", least=0, to="teaching.weight_decay")
-    text_optimizer: str = value("a timm optimizer", of=list_optimizers, to="teaching.optimizer")
+    text_optimizer: str = value("a timm optimizer", of=optimizers, to="teaching.optimizer")
     text_kd_steps: int = value("optimizer steps of distillation, the largest budget", least=1, to="learning.steps")
     text_kd_learning_rate: float = value("of distillation, after warm-up", above=0, to="learning.learning_rate")
     text_temperature: float = value("T of the KD loss", above=0, to="distillation.temperature")
@@ -276,7 +281,7 @@ class Language(Group):
     language_sequence_length: int = value("tokens", least=8, to="data.sequence_length")
     language_max_corpus: int | None = value("texts; null: all", least=8, to="data.max_corpus")
     language_validation: int = value("validation sequences", least=1, to="data.validation_sequences")
-    language_seeds: list[int] = value("seeds", least=0, distinct=True)
+    language_seeds: list[int] = value("seeds", least=0, most=SEEDS, distinct=True)
     language_teacher_steps: int = value("optimizer steps of MoE and dense baselines", least=1, to="teaching.steps")
     language_batch_size: int = value("sequences a step", least=1, to="teaching.batch_size")
     language_learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
@@ -290,6 +295,12 @@ class Language(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.language_moes and not self.language_source:
+            raise ParameterError("language_moes: expected an MoE or more, or a language_source, found none")
+        for name, moe in self.language_moes.items():
+            if not isinstance(moe, dict) or not isinstance(moe.get("model_type"), str):
+                expected = "a model_type of transformers, and what its configuration takes"
+                raise ParameterError(f"language_moes: {name}: expected {expected}, found {moe!r}")
         for name, student in self.language_students.items():
             method, options = student if isinstance(student, list) and len(student) == 2 else (None, None)
             known = [*gathering_methods(), *CONTROLS]
@@ -326,6 +337,17 @@ class Speed(Group):
     speed_precisions: list[str] = value("torch dtypes", of=("float32", "bfloat16", "float16"))
     seconds: float = value("least time of each number, s", above=0)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = ("d_model", "d_ff", "num_experts", "top_k", "tokens")
+        for name, layer in self.speed_layers.items():
+            given = layer if isinstance(layer, dict) else {}
+            counts = [given.get(size) for size in sizes]
+            counts += batches if isinstance(batches := given.get("batch_sizes"), list) and batches else [None]
+            if not all(_fits(count, int) and count > 0 for count in counts) or given["top_k"] > given["num_experts"]:
+                expected = f"numbers above 0 for {', '.join(sizes)}, and a list of batch_sizes"
+                raise ParameterError(f"speed_layers: {name}: expected {expected}, found {layer!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation(Group):
@@ -343,7 +365,7 @@ class Ablation(Group):
     ranks: list[int] = value("K of SVD-KG (router's scale) and of whitened SVD-KG; as variant_methods", least=1)
     ablation_budgets: list[int] = value("steps of KD on images", least=0)
     variant_budget: int = value("steps of KD of the variants on images", least=0)
-    ablation_text_seeds: list[int] = value("seeds on text", least=0, distinct=True)
+    ablation_text_seeds: list[int] = value("seeds on text", least=0, most=SEEDS, distinct=True)
     ablation_text_budgets: list[int] = value("steps of KD on text", least=0)
 
 
@@ -372,7 +394,7 @@ class Student(Group):
     scale: float | str | None = value("null: the method's own", of=tuple(SCALE_WORDS))
     rank: int | None = value("K; null: the method's own", least=1)
     budget: int = value("steps of KD; 0: right after gathering", least=0)
-    seed: int = value("seed of teacher, baseline and student", least=0)
+    seed: int = value("seed of teacher, baseline and student", least=0, most=SEEDS)
 
 
 GROUPS: dict[str, type[Group]] = {
@@ -432,6 +454,9 @@ def read_parameters(
 ) -> Parameters:
     """The values of groups in a profile, some of them overridden.
 
+    In a notebook it also looks at the cell that papermill added, if it did: a name in it that is none of the parameters cell would
+    have no effect, and is refused.
+
     A profile's ``figures_dir`` holds figures of its own values alone: with others, or in a profile that has it from its
     ``base``, figures go to ``runs/<profile>/figures``, unless ``figures_dir`` is overridden too.
 
@@ -444,10 +469,12 @@ def read_parameters(
     Raises:
         ParameterError: no such profile or name, or a value of another type or out of bounds.
     """
+    _check_given(profile, overrides, groups)
     wanted = list(dict.fromkeys(["common", *groups]))
     if unknown := [name for name in wanted if name not in GROUPS]:
         raise ParameterError(f"groups: expected one of {list(GROUPS)}, found {unknown[0]!r}")
     known = [name for name, group in group_of().items() if group in wanted]
+    _check_injected(known)
     check_names(overrides, known, source)
     file, given = _read_profile(profile)
     if _other_values(overrides, given) or "figures_dir" not in (read_yaml(file).get("common") or {}):
@@ -466,6 +493,35 @@ def read_parameters(
     return Parameters(Path(profile).stem, made, overrides)
 
 
+CELL = ("profile", "overrides", "groups")  # the names of a notebook's parameters cell
+ADDED = "# Parameters\n"  # how the cell begins that papermill adds after it
+
+
+def _check_given(profile: Any, overrides: Any, groups: Any) -> None:
+    """Raise ParameterError for what a parameters cell can't hold, such as overrides that papermill's -p took for a text."""
+    if not isinstance(profile, str):
+        raise ParameterError(f"profile: expected a name, or the path of a YAML file, found {profile!r}")
+    if not isinstance(overrides, Mapping):
+        expected = "names with values, such as {'num_experts': 16} (for papermill: -y '{overrides: {num_experts: 16}}')"
+        raise ParameterError(f"overrides: expected {expected}, found {overrides!r}")
+    if isinstance(groups, str) or not isinstance(groups, Iterable):
+        raise ParameterError(f"groups: expected a list of {list(GROUPS)}, found {groups!r}")
+
+
+def _check_injected(known: Collection[str]) -> None:
+    """Raise ParameterError if papermill added a name that is none of the parameters cell. ``known``: the notebook's parameters."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    executed = [] if shell is None else shell.user_ns.get("In", [])
+    added = next((cell for cell in reversed(executed) if cell.startswith(ADDED)), "")
+    assigned = (target for line in ast.parse(added).body if isinstance(line, ast.Assign) for target in line.targets)
+    for name in (ast.unparse(target) for target in assigned):
+        if name in known:
+            found = f"{name!r}, which is one of the profile's: give it as -y '{{overrides: {{{name}: ...}}}}'"
+            raise ParameterError(f"papermill: expected one of {', '.join(CELL)}, found {found}")
+        if name not in CELL and not name.startswith("PAPERMILL_"):  # what papermill itself can add
+            raise ParameterError(f"papermill: no parameter {name!r}{hint(name, [*CELL, *known])}")
+
+
 def _other_values(overrides: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether overrides give something that decides results another value than a profile's sections."""
     deciding = [name for name in overrides if name not in (*EXECUTION, *PLACES)]
@@ -481,25 +537,27 @@ def check_names(given: Iterable[str], known: Collection[str], source: str) -> No
 
 def hint(name: str, known: Collection[str]) -> str:
     """The known name that was probably meant, for an error."""
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(str(name), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f", expected one of {sorted(known)}"
 
 
-def _read_profile(profile: str) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """A profile's file and its sections, those of its ``base`` filled in."""
+def _read_profile(profile: str, above: Collection[Path] = ()) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """A profile's file and its sections, those of its ``base`` filled in. ``above``: the profiles whose base it is."""
     file = (
-        Path(profile)
+        Path(profile).expanduser()
         if profile.endswith((".yaml", ".yml"))
         else project_root() / "notebooks/profiles" / f"{profile}.yaml"
     )
     if not file.exists():
         known = sorted(path.stem for path in (project_root() / "notebooks/profiles").glob("*.yaml"))
         raise ParameterError(f"profile: expected one of {known} or the path of a YAML file, found {profile!r}")
+    if file.resolve() in above:
+        raise ParameterError(f"{Path(above[-1]).name}: base: expected another profile, found {profile!r}")
     sections = read_yaml(file)
-    base = sections.pop("base", None)
-    if base is not None and Path(base).stem == file.stem:
-        raise ParameterError(f"{file.name}: base: expected another profile, found {base!r}")
-    inherited = {} if base is None else _read_profile(base)[1]
+    base, above = sections.pop("base", None), (*above, file.resolve())
+    if base is not None and not isinstance(base, str):
+        raise ParameterError(f"{file.name}: base: expected a profile's name, found {base!r}")
+    inherited = {} if base is None else _read_profile(base, above)[1]
     for section, values in sections.items():
         if section not in GROUPS:
             raise ParameterError(f"{file.name}: no group {section!r}{hint(section, GROUPS)}")
@@ -531,8 +589,8 @@ def load_yaml(text: str) -> Any:
 def read_yaml(file: Path) -> dict[str, Any]:
     """A YAML file of names with values."""
     try:
-        values = load_yaml(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        values = load_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ParameterError(f"{file}: expected YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise ParameterError(f"{file}: expected names with values, found {type(values).__name__}")

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ones_lib.checkpoints.terminal import RunError
+
 TIMEOUT = timedelta(days=1)  # others wait while the first process gathers or converts
 
 _ALONE = False
@@ -28,17 +30,17 @@ def join() -> PartialState:
     """Join the processes that torchrun has started.
 
     Raises:
-        RuntimeError: the launcher did not set WORLD_SIZE, or another number of processes is there.
+        RunError: the launcher did not set WORLD_SIZE, or another number of processes is there.
     """
     expected = os.environ.get("WORLD_SIZE")
     if expected is None:
-        raise RuntimeError(
+        raise RunError(
             "launch: expected a launcher that sets WORLD_SIZE and RANK for each process, as torchrun does, found neither;"
             " accelerate launch --cpu, for one, starts a single process whatever it is told"
         )
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
     if state.num_processes != int(expected):
-        raise RuntimeError(f"launch: expected {expected} processes (WORLD_SIZE), found {state.num_processes}")
+        raise RunError(f"launch: expected {expected} processes (WORLD_SIZE), found {state.num_processes}")
     return state
 
 

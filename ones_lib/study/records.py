@@ -96,13 +96,13 @@ class Record:
         if not path.exists():
             raise FileNotFoundError(f"{path}: expected a record's {name}, found none")
         try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: expected JSON, found something else ({error})") from error
+            return dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: expected JSON, names with values, found something else ({error})") from error
 
     def _checked(self, name: str) -> Path:
         """Path of a file, if its checksum is the one in the result."""
-        path, expected = self.folder / name, self.result["sha256"][name]
+        path, expected = self.folder / name, self.result.get("sha256", {}).get(name)
         if not path.exists():
             raise FileNotFoundError(f"{path}: expected this file of a finished record, found none; delete the record")
         if (found := checksum(path)) != expected:
@@ -184,10 +184,14 @@ class Records:
         return self.root / f"{self._key(config)}.partial"
 
     def begin(self, config: Mapping) -> Path:
-        """The folder of work in progress, created if needed. A checkpoint of an interrupted run stays in it."""
+        """The folder of work in progress, created if needed. A checkpoint of an interrupted run stays in it, unless it is older
+        than ``redo_before``."""
         partial = self.partial(config)
         partial.mkdir(parents=True, exist_ok=True)
         remove_unfinished(partial)
+        checkpoint = partial / "checkpoint.safetensors"
+        if self.redo_before and checkpoint.exists() and checkpoint.stat().st_mtime < self.redo_before.timestamp():
+            checkpoint.unlink()
         write_text(partial / "config.json", json.dumps(config, indent=1, sort_keys=True))
         return partial
 

@@ -22,10 +22,14 @@ from tqdm import tqdm
 
 from ones_lib.data.files import write_text
 from ones_lib.study.notebooks import CommandError, check_values, settings
+from ones_lib.study.parallel import WHY_KILLED
 from ones_lib.study.parameters import hint, read_yaml
 from ones_lib.study.records import project_root
 
-SWEEP_KEYS = {"notebook", "profile", "parameters", "grid", "table", "retries", "slurm"}
+SWEEP_KEYS = {
+    **{"notebook": str, "profile": str, "parameters": dict, "grid": dict | list},
+    **{"table": str, "retries": int, "slurm": dict},
+}
 
 
 def sweep_cells(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -60,6 +64,7 @@ def run_cell(
     status = "failed" if code else "found" if "finished before" in said else "done"
     lines = [line for line in said.splitlines() if line.startswith("run_all.sh: ")] or said.splitlines()[-1:]
     error = lines[-1].removeprefix("run_all.sh: ") if code and lines else ""
+    error = f"signal {-code}: it died, {WHY_KILLED}" if code < 0 else error
     return {"status": status, "attempts": attempt, "seconds": round(time.monotonic() - started, 1), "error": error}
 
 
@@ -103,11 +108,14 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
     exit status is then 1. Finished cells are not run again.
     """
     sweep, root = read_yaml(file), project_root()
-    if unknown := set(sweep) - SWEEP_KEYS:
-        odd = sorted(unknown)[0]
+    if unknown := [name for name in sweep if name not in SWEEP_KEYS]:
+        odd = unknown[0]
         raise CommandError(f"{file}: unknown key {odd!r}{hint(odd, SWEEP_KEYS)}")
     if missing := {"notebook", "grid"} - set(sweep):
         raise CommandError(f"{file}: expected {sorted(missing)}, found {sorted(sweep)}")
+    for name, value in sweep.items():
+        if not isinstance(value, kind := SWEEP_KEYS[name]):
+            raise CommandError(f"{file}: {name}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
     if jobs < 1:
         raise CommandError(f"--jobs: expected a number of at least 1, found {jobs}")
     profile, fixed, cells = sweep.get("profile", "demo"), sweep.get("parameters", {}), sweep_cells(sweep)

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ones_lib.checkpoints.terminal import RunError
 from ones_lib.data.files import model_tensors, opened, save_tensors
 from ones_lib.data.keys import WHOLE, Share
 from ones_lib.distillation import Distillation
@@ -42,6 +43,12 @@ from ones_lib.study.teaching import Guard, TeacherLogits, Teaching
 #: Called every few steps with (step, steps, loss, accuracy).
 Progress = Callable[[int, int, float, float], None]
 REPORT_EVERY = 25  # steps; a report waits for the device
+
+
+@cache
+def optimizers() -> list[str]:
+    """timm's optimizers that :func:`fit` can use: without those of second order, and those of libraries that are not ours."""
+    return list_optimizers(exclude_filters=["adahessian", "bnb*", "fused*"])
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Training:
         learning_rate: peak, after warm-up.
         warmup: fraction of the steps.
         weight_decay: of matrices only, not of biases and norms.
-        optimizer: timm's name, such as ``adamw`` or ``lamb``.
+        optimizer: one of :func:`optimizers`, such as ``adamw`` or ``lamb``.
         clip_norm: largest gradient norm.
         label_smoothing: 0 to below 1.
         mixup: alpha of the Beta distribution; 0 is none.
@@ -88,8 +95,10 @@ class Training:
         for name in ("warmup", "label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number from 0 to below 1, found {getattr(self, name)}")
-        if self.optimizer not in list_optimizers():
+        if self.optimizer not in optimizers():
             raise ValueError(f"optimizer: expected one of timm's, such as 'adamw', found {self.optimizer!r}")
+        if self.mixup and self.batch_size % 2:  # timm asserts it, which Python can leave out
+            raise ValueError(f"batch_size: expected an even number with mixup, found {self.batch_size}")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"mixed_precision: expected 'no', 'bf16' or 'fp16', found {self.mixed_precision!r}")
 
@@ -128,7 +137,7 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
-class Diverged(RuntimeError):
+class Diverged(RunError):
     """The loss became NaN or infinite."""
 
 
@@ -165,6 +174,7 @@ def fit(
 
     Raises:
         Diverged: a step's loss is not finite. The error names the step; the last checkpoint stays.
+        ValueError: the checkpoint is damaged, or of an earlier version.
     """
     if (teacher is None) != (distillation is None):
         raise ValueError("teacher, distillation: expected both or neither")
@@ -331,15 +341,18 @@ class _Run:
             progress(self.step, self.training.steps, row["loss"], row["train_accuracy"])
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint: weights, optimizer state, step and history."""
+        """Write a checkpoint: weights, all that the optimizer keeps, the scale of fp16's loss, step and history."""
         saved = self._saved()
         tensors = {f"{m}.{name}": t for m, module in saved.items() for name, t in model_tensors(module).items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        state = {"step": self.step, "history": self.rows}
+        state["optimizer"] = _packed(self.optimizer.state_dict(), "optimizer", tensors)
+        if self.guard is not None:
+            state["guard"] = self.guard.state()
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
         tensors = whole_tensors(tensors)
-        guard = {} if self.guard is None else {"guard": json.dumps(self.guard.state())}
         if is_main():
-            save_tensors(path, tensors, {"step": str(self.step), "history": json.dumps(self.rows), **guard})
+            save_tensors(path, tensors, {name: json.dumps(value) for name, value in state.items()})
 
     def _saved(self) -> dict[str, nn.Module]:
         """The modules of a checkpoint: the guard's start too, until the guard ends."""
@@ -347,20 +360,29 @@ class _Run:
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint."""
-        state: dict[int, dict[str, Tensor]] = {}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         with opened(path) as file, torch.no_grad():
-            metadata = file.metadata()
+            state = {name: json.loads(value) for name, value in file.metadata().items()}
+            if "optimizer" not in state:
+                raise ValueError(f"{path}: expected a checkpoint of this version, found an older one; delete it")
             if self.guard is not None:
-                self.guard.restore(json.loads(metadata.get("guard", "null")))
+                self.guard.restore(state.get("guard"))
             for prefix, module in self._saved().items():
                 for name, tensor in model_tensors(module).items():
                     tensor.copy_(shard_like(file.get_tensor(f"{prefix}.{name}"), tensor))
-            for key in (key for key in file.keys() if key.startswith("optimizer.")):  # noqa: SIM118 (no dict)
-                _, index, name = key.split(".")
-                state.setdefault(int(index), {})[name] = shard_like(file.get_tensor(key), parameters[int(index)])
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.step, self.rows = int(metadata["step"]), json.loads(metadata["history"])
+
+            def tensor_of(name: str) -> Tensor:
+                _, part, index, *_ = name.split(".")
+                tensor = file.get_tensor(name)
+                return shard_like(tensor, parameters[int(index)]) if part == "state" else tensor
+
+            optimizer = _unpacked(state["optimizer"], tensor_of)
+        now = self.optimizer.state_dict()["param_groups"]  # with what is constant, such as dtypes
+        groups = [old | new for old, new in zip(now, optimizer["param_groups"], strict=True)]
+        self.optimizer.load_state_dict({**optimizer, "param_groups": groups})
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.rows = state["step"], state["history"]
 
     def close(self) -> tuple[nn.Module, pd.DataFrame]:
         """The trained model and its history."""
@@ -378,6 +400,35 @@ def _seed(seed: int) -> None:
         random.seed(seed)
         np.random.seed(seed)
         torch.default_generator.manual_seed(seed)
+
+
+def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A tree of plain values in the form that JSON keeps. Its tensors go to ``tensors``, by names that begin with ``name``; what
+    is neither, such as a dtype or a function, is left out: an optimizer has it from its making."""
+    if torch.is_tensor(value):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        known = {key: one for key, one in value.items() if one is None or isinstance(one, _KEPT)}
+        return {"dict": [[key, _packed(one, f"{name}.{key}", tensors)] for key, one in known.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_packed(one, f"{name}.{i}", tensors) for i, one in enumerate(value)]}
+    return value
+
+
+_KEPT = (Tensor, dict, list, tuple, str, int, float)
+
+
+def _unpacked(packed: Any, tensor_of: Callable[[str], Tensor]) -> Any:
+    """Undo :func:`_packed`."""
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, content),) = packed.items()
+    if kind == "tensor":
+        return tensor_of(content)
+    if kind == "dict":
+        return {key: _unpacked(one, tensor_of) for key, one in content}
+    return {"list": list, "tuple": tuple}[kind](_unpacked(one, tensor_of) for one in content)
 
 
 def share_of(batch_size: int, device_batch: int) -> Share:
