@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ones_lib import __version__
-from ones_lib.data.files import is_free, left_behind, this_process
+from ones_lib.data.files import allow_as_usual, is_free, left_behind, this_process
 from ones_lib.data.images import ImageData
 from ones_lib.data.rows import task_spec
 from ones_lib.data.text import Corpus
@@ -103,6 +103,7 @@ def _whole(folder: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
+        allow_as_usual(beside)
         if folder.exists():
             folder.rmdir()
         os.replace(beside, folder)
