@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
@@ -325,6 +326,18 @@ def test_a_config_is_read_without_what_the_machine_decides(changes, here, kinds,
     assert (tmp_path / "dense" / WHOLE).read_bytes() == (tmp_path / "expected" / WHOLE).read_bytes()
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"model_type": ["a"]}', "{}"])
+def test_a_config_that_is_none_is_told_by_its_name(text, here, tmp_path, capsys):
+    folder = here()
+    (folder / "config.json").write_text(text)
+    for command in (["convert", str(folder), str(tmp_path / "dense")], ["inspect", str(folder)]):
+        with pytest.raises(SystemExit):
+            main(command)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert re.match(rf"{folder}(/config.json: expected .*JSON|: expected a model type)", said), said
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -440,6 +453,15 @@ def test_config_and_tensors_agree_that_no_layer_predicts_further_tokens(here, tm
     convert(folder, tmp_path / "dense", "average")
     assert config_of(tmp_path / "dense")["num_nextn_predict_layers"] == 0
     assert AutoConfig.from_pretrained(tmp_path / "dense").num_nextn_predict_layers == 0
+
+
+def test_the_name_of_the_weights_stays_with_the_moe(here, tmp_path):
+    folder = here("glm4_moe")
+    (folder / WHOLE).rename(folder / "other.safetensors")
+    edit(folder, transformers_weights="other.safetensors", auto_map={"AutoConfig": "own.Config"})
+    convert(folder, tmp_path / "dense", "average")
+    assert not {"transformers_weights", "auto_map"} & config_of(tmp_path / "dense").keys()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
 
 
 def test_a_number_of_such_layers_on_which_others_depend_stays(here, tmp_path):

@@ -188,8 +188,12 @@ class Architecture:
     def __init__(self, config: Config, source: str | Path, approximate: bool = False) -> None:
         self.config, self.source = without_quantization(config), source
         for part in {id(part): part for part in (self.config, text_config(self.config))}.values():
-            if hasattr(part, "auto_map"):  # the twin has no code of its own
-                del part.auto_map
+            for name in (
+                "auto_map",
+                "transformers_weights",
+            ):  # the twin has no code of its own, nor files with other names
+                if hasattr(part, name):
+                    delattr(part, name)
         kind = config.model_type
         self.special = SPECIAL.get(kind, Special())
         if kind in REFUSED:
@@ -490,7 +494,10 @@ def _without_further_tokens(model: PreTrainedModel) -> PreTrainedModel:
     values = model.config.to_dict()
     if (changed := without(values)) == values:
         return model
-    other = empty_model(type(model.config).from_dict(changed))
+    try:
+        other = empty_model(type(model.config).from_dict(changed))
+    except REFUSALS:
+        return model
     shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (model, other)]
     return other if shapes[0] == shapes[1] else model
 

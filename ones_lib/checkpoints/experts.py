@@ -187,7 +187,8 @@ def open_experts(source: nn.Module | str | Path) -> ExpertBanks:
         return ExpertBanks(type(source).__name__, shapes, tensors.__getitem__, layouts)
     path = Path(source).expanduser()
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    shards = Shards(path, _spare(path) if config.get("model_type") in CONFIG_MAPPING else lambda name: False)
+    known = str(config.get("model_type")) in CONFIG_MAPPING
+    shards = Shards(path, _spare(path) if known else lambda name: False)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     found = [part["quantization_config"] for part in parts if part.get("quantization_config")]
     shards = Dequantised(shards, found[0]) if found else declared_beside(shards)

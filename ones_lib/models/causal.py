@@ -63,7 +63,8 @@ def model_config(source: str | Path) -> PreTrainedConfig:
         ValueError: it is no JSON object, its type is none that transformers has, or transformers refuses a value; names the key.
     """
     values = _config_values(source)
-    if (kind := values.get("model_type")) not in CONFIG_MAPPING:  # else transformers would look for code in the folder
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:  # else transformers would look for code in the folder
         raise ValueError(
             f"{source}: expected a model type that transformers {version('transformers')} has, found {kind!r}"
         )
