@@ -108,16 +108,18 @@ def test_only_the_layer_asked_for_is_read(tmp_path, monkeypatch):
 
 
 def test_which_files_of_a_folder_are_read(tmp_path):
-    """Those that the index names; without it, model.safetensors; without that, all."""
+    """As transformers does: model.safetensors; without it, those that the index names; without that, all."""
     for name, value in {"model": 1.0, "a": 2.0, "b": 3.0}.items():
         save_file({name: torch.full((2,), value)}, tmp_path / f"{name}.safetensors")
     assert list(Shards(tmp_path).shapes) == ["model"]
     assert list(Shards(tmp_path / "a.safetensors").shapes) == ["a"]
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
+    with pytest.warns(UserWarning, match="takes model.safetensors, as transformers does, and not a.safetensors, which"):
+        assert list(Shards(tmp_path).shapes) == ["model"]
+    (tmp_path / "model.safetensors").unlink()
     assert list(Shards(tmp_path).shapes) == ["a"]
     index.unlink()
-    (tmp_path / "model.safetensors").unlink()
     shards = Shards(tmp_path)
     assert shards.shapes == {"a": [2], "b": [2]}
     assert shards.read("b").tolist() == [3.0, 3.0]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from math import ceil
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config,
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from ones_lib.checkpoints import convert, quantised
+from ones_lib.checkpoints import convert, open_experts, quantised
 from ones_lib.checkpoints.quantised import Dequantised, readable, without_quantization
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stream import load_checkpoint
@@ -580,3 +581,47 @@ def test_a_config_says_it_in_a_part_of_it(tmp_path):
     assert not hasattr(found.text_config, "quantization_config")
     assert isinstance(readable(Shards(tmp_path), found), Shards)
     assert config.text_config.quantization_config == {"quant_method": "fp8"}
+
+
+MODELOPT = {"producer": {"name": "modelopt", "version": "0.33"}, "quantization": {"quant_algo": "FP8"}}
+
+
+@pytest.mark.parametrize(
+    ("file", "declared", "message"),
+    [
+        ("hf_quant_config.json", MODELOPT, ""),
+        (
+            "hf_quant_config.json",
+            {"quantization": {"quant_algo": "NVFP4"}},
+            "found quant_method 'modelopt' with quant_algo 'NVFP4'",
+        ),
+        ("quantize_config.json", {"bits": 4, "group_size": 128}, "found quant_method None of 4 bits"),
+        ("quant_config.json", {"quant_method": "awq", "bits": 4}, "found quant_method 'awq' of 4 bits"),
+    ],
+)
+def test_quantisation_that_only_another_file_declares_is_read_or_refused_by_its_name(file, declared, message, tmp_path):
+    """As ModelOpt writes it; and config.json says nothing."""
+    moe("qwen3_moe").to(torch.bfloat16).save_pretrained(tmp_path / "moe")
+    path, plain = tmp_path / "moe" / "model.safetensors", tmp_path / "plain"
+    tensors = load_file(path)
+    (tmp_path / "moe" / file).write_text(json.dumps(declared))
+    convert(tmp_path / "moe", tmp_path / "whole", "average")  # of weights in full precision the file says nothing
+    shutil.copytree(tmp_path / "moe", plain, ignore=shutil.ignore_patterns(file))
+    for name in [name for name in tensors if ".experts." in name]:
+        numbers, scale = tensors[name].float().to(FP8), torch.tensor(0.5)
+        tensors |= {name: numbers, f"{name}_scale": scale, name.replace("weight", "input_scale"): scale.clone()}
+    save_file(tensors, path, {"format": "pt"})
+    if message:
+        with pytest.raises(ValueError, match=re.escape(file) + f": .*{message}"):
+            convert(tmp_path / "moe", tmp_path / "dense", "average")
+        return
+    tensors = {
+        n: t.float().mul(0.5).bfloat16() if t.dtype == FP8 else t for n, t in tensors.items() if "scale" not in n
+    }
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    ids = torch.randint(3, 60, (4, 24), generator=torch.Generator().manual_seed(2))
+    found, expected = (convert(tmp_path / n, tmp_path / f"{n}-dense", "average", check=ids) for n in ("moe", "plain"))
+    assert_close(*(load_file(tmp_path / f"{n}-dense" / "model.safetensors") for n in ("moe", "plain")), atol=0, rtol=0)
+    assert found.attrs["perplexity"]["MoE"] == pytest.approx(expected.attrs["perplexity"]["MoE"], rel=1e-3)
+    assert not (tmp_path / "moe-dense" / file).exists()
+    assert (open_experts(tmp_path / "moe")["model.layers.1.mlp.experts"].up.dtype) == torch.bfloat16

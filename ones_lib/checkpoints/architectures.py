@@ -7,6 +7,7 @@ refusals, and config keys.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from ones_lib.checkpoints.layers import LINEAR, Gates, computes, ffn_parts, gates_of, has_row_per_expert, router_fill
 from ones_lib.checkpoints.quantised import without_quantization
 from ones_lib.models.causal import (
+    REFUSALS,
     activation_of,
     block_of,
     empty_model,
     experts_modules,
     has_input_gates,
+    refusal,
     text_config,
 )
 
@@ -39,6 +42,10 @@ _CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 _WIDTHS = ("moe_intermediate_size", "intermediate_size")
 _GROUPS = ("n_group", "topk_group")
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+# Of the number of layers that predict further tokens, or whether there are any. No twin has their weights.
+_FURTHER_TOKENS = re.compile(
+    r"^(use_mtp|num_(nextn_predict|mtp)_(layers|modules)|mtp_(num_hidden|transformer)_layers)$"
+)
 _TRIAL = 72  # a width that no published model has
 _ROUND = 8  # hidden units of an expert are a multiple of this
 # Values that make every layer of n dense.
@@ -181,8 +188,12 @@ class Architecture:
     def __init__(self, config: Config, source: str | Path, approximate: bool = False) -> None:
         self.config, self.source = without_quantization(config), source
         for part in {id(part): part for part in (self.config, text_config(self.config))}.values():
-            if hasattr(part, "auto_map"):  # the twin has no code of its own
-                del part.auto_map
+            for name in (
+                "auto_map",
+                "transformers_weights",
+            ):  # the twin has no code of its own, nor files with other names
+                if hasattr(part, name):
+                    delattr(part, name)
         kind = config.model_type
         self.special = SPECIAL.get(kind, Special())
         if kind in REFUSED:
@@ -192,7 +203,12 @@ class Architecture:
         self.special = self.special.approximation if approximate else self.special
         if reason := self.special.refuse(config):
             raise ValueError(f"{source}: no dense twin for this {kind}: {reason}")
-        self.model = empty_model(self.config)
+        try:
+            self.model = empty_model(self.config)
+        except REFUSALS as error:
+            if not (Path(source) / "config.json").is_file():
+                raise
+            raise refusal(source, error, empty_model) from error
         self.experts = self.text_experts(self.model)
         if not self.experts:
             raise ValueError(f"{source}: expected a model with experts, found {type(self.model).__name__} without")
@@ -390,6 +406,7 @@ class Architecture:
             twin = self._changed({**self._changes, **self._sizes(width)})
         else:
             twin = empty_model(self._dense_config({**self._changes, self._width: width}))
+        twin = _without_further_tokens(twin)
         twin.config.architectures = [type(twin).__name__]
         return twin
 
@@ -461,6 +478,28 @@ class Architecture:
             if changed or not tensor.is_floating_point():
                 found[name] = router_fill(name, torch.empty_like(tensor, device="cpu"))
         return found
+
+
+def _without_further_tokens(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with a config that says that no layers predict further tokens; as it was, if its weights depend on that."""
+
+    def without(values: dict) -> dict:
+        found = {}
+        for name, value in values.items():
+            if isinstance(value, int) and value and _FURTHER_TOKENS.search(str(name)):
+                value = type(value)(0)
+            found[name] = without(value) if isinstance(value, dict) else value
+        return found
+
+    values = model.config.to_dict()
+    if (changed := without(values)) == values:
+        return model
+    try:
+        other = empty_model(type(model.config).from_dict(changed))
+    except REFUSALS:
+        return model
+    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (model, other)]
+    return other if shapes[0] == shapes[1] else model
 
 
 def _settings(module: nn.Module) -> tuple:

@@ -9,8 +9,9 @@ import pandas as pd
 
 from ones_lib import __version__
 from ones_lib.checkpoints.architectures import ONE_EXPERT
+from ones_lib.checkpoints.beside import left_behind, no_tokenizer
 from ones_lib.checkpoints.plan import TwinPlan
-from ones_lib.checkpoints.text import TOKEN_IDS
+from ones_lib.checkpoints.text import TOKEN_IDS, tokenizer_code
 
 
 def model_card(plan: TwinPlan, arguments: Mapping, layers: pd.DataFrame, perplexities: Mapping[str, float]) -> str:
@@ -73,6 +74,11 @@ def _approximations(plan: TwinPlan, arguments: Mapping) -> list[str]:
         facts.append(
             f"Approximate: the gate of the shared expert, which depends on the token, is now its mean over {data}."
         )
+    if code := tokenizer_code(plan.shards.path):
+        facts.append(f"About text: {no_tokenizer(code)}.")
+    if left := left_behind(plan.shards.path):
+        more = f" and {len(left) - 12} more" if len(left) > 12 else ""
+        facts.append(f"Left behind of the MoE's folder: {', '.join(left[:12])}{more}.")
     if plan.dropped:
         facts.append(
             f"Left out, since transformers does not load them either: {len(plan.dropped)} tensors, such as {plan.dropped[0]}"

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from tempfile import gettempdir
 
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, IncompleteSnapshotError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ones_lib.checkpoints.architectures import Architecture
+from ones_lib.checkpoints.beside import SMALL, check_beside
 from ones_lib.checkpoints.place import CONVERSION, Place
 from ones_lib.checkpoints.plan import TwinPlan
-from ones_lib.checkpoints.quantised import readable
-from ones_lib.checkpoints.shards import Shards
+from ones_lib.checkpoints.quantised import quantisation_files
+from ones_lib.checkpoints.shards import WHOLE, Shards, weight_files, weights_to_fetch
+from ones_lib.checkpoints.stored import open_checkpoint
 from ones_lib.checkpoints.stream import LEAST_SLICES
 from ones_lib.checkpoints.text import HUB_NAME, asked_for, check_tokens, described, found_text, text_blocks
-from ones_lib.checkpoints.work import COPIED, Work, read_layers
+from ones_lib.checkpoints.work import Work, read_layers
 from ones_lib.data.files import file_stamps
 from ones_lib.gathering.registry import check_options, needs_calibration, options_of
 from ones_lib.gathering.scale import ROUTER_SCALES
-from ones_lib.models.causal import text_config
+from ones_lib.models.causal import model_config, text_config
 
 TOKENS = {"calibration": 4096, "reconstruct": 2**20}  # taken of a text where no number is asked for
 
@@ -124,7 +126,8 @@ def convert(
             "reconstruct: expected a causal model whose blocks hand on hidden states and nothing else, found"
             f" {config.model_type!r}"
         )
-    plan = TwinPlan(readable(Shards(folder), config), architecture, method, d_ff, options.get("k"))
+    plan = TwinPlan(open_checkpoint(folder, config, architecture.model), architecture, method, d_ff, options.get("k"))
+    check_beside(folder, plan.config)
     texts = {"reconstruct": reconstruct, "calibration": calibration, "check": check}
     ids = {name: text if text is None else _blocks(name, text, folder, config) for name, text in texts.items()}
     if calibration is None and reconstruct is not None:
@@ -190,36 +193,43 @@ def _checked_options(method: str, options: Mapping) -> dict:
 def local_folder(source: str | Path, name: str = "source") -> Path:
     """The checkpoint's folder. A hub name's is in the hub's cache; missing files are downloaded. Errors call it ``name``."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or path.suffix in (".safetensors", ".json", ".gguf") or not HUB_NAME.fullmatch(str(source)):
-        raise FileNotFoundError(f"{name}: expected a folder or a hub name like owner/name, found {str(source)!r}")
-    patterns = ["model*.safetensors", *(f"*{ending}" for ending in COPIED)]
+    folder = Path(os.path.abspath(path)) if path.is_dir() else _hub_folder(str(source), name)  # "." has no name
+    if (folder / "adapter_config.json").is_file():
+        warnings.warn(
+            f"{folder}: adapter_config.json: an adapter beside the MoE is not part of it, and not read", stacklevel=3
+        )
+    return folder
+
+
+def _hub_folder(source: str, name: str) -> Path:
+    path = Path(source).expanduser()
+    if path.exists() or path.suffix in (".safetensors", ".json", ".gguf") or not HUB_NAME.fullmatch(source):
+        raise FileNotFoundError(f"{name}: expected a folder or a hub name like owner/name, found {source!r}")
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        folder = _fetched(source, None, [*SMALL, WHOLE])
+        if weights := weights_to_fetch(folder):
+            _fetched(source, folder.name, weights)
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConnectionError(
-            f"{name}: expected a folder or a model on the Hugging Face hub, found no folder {str(source)!r}, and the hub"
+            f"{name}: expected a folder or a model on the Hugging Face hub, found no folder {source!r}, and the hub"
             f" failed: {error}"
         ) from error
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of the MoE in a folder; ValueError: its type is none that transformers has."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder}: expected config.json, found {sorted(p.name for p in folder.iterdir())[:8]}")
+def _fetched(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """The folder in the hub's cache. Without the hub it may lack files; those that are needed are named when they are read."""
     try:
-        kind = json.loads(path.read_text()).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON ({error})") from error
-    if kind not in CONFIG_MAPPING:  # else transformers would look for code in the folder
-        raise ValueError(
-            f"{folder}: expected a model type that transformers {version('transformers')} has, found {kind!r}"
-        )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except IncompleteSnapshotError as error:
+        return Path(error.snapshot_path)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of the MoE in a folder, with a dtype: see :func:`ones_lib.models.causal.model_config`."""
+    config = model_config(folder)
     if config.dtype is None:
-        config.dtype = text_config(config).dtype or Shards(folder).dtype
+        config.dtype = text_config(config).dtype or Shards(folder, lambda name: True).dtype
     return config
 
 
@@ -242,16 +252,22 @@ def named(source: str | Path, folder: Path) -> dict[str, str]:
 
 def files_stamp(folder: Path) -> str:
     """SHA-256 of names, sizes and times of a checkpoint's files: another one if they were changed."""
-    stamps = file_stamps([folder / "config.json", *Shards(folder).paths()])
+    weights = [file for file in weight_files(folder)[0] if file.exists()]
+    stamps = file_stamps([folder / "config.json", *weights, *quantisation_files(folder)])
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
 @contextmanager
 def only_one(destination: Path) -> Iterator[None]:
-    """Refuse a second conversion or distillation to the same place: it would start the first one's work over."""
-    name = hashlib.sha256(str(destination).encode()).hexdigest()[:16]
+    """Refuse a second conversion or distillation to the same place, from this machine or another: it would start the first one's
+    work over."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    path = destination.with_name(f".{destination.name}.lock")
     try:
-        with FileLock(Path(gettempdir()) / f"ones-convert-{name}.lock", timeout=0):
-            yield
+        with FileLock(path, timeout=0):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)  # while it is held: who opened it before tries again
     except Timeout as error:
         raise FileExistsError(f"{destination}: another conversion or distillation to it is under way") from error

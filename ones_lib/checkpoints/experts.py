@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 
 from ones_lib.checkpoints.layers import LINEAR
-from ones_lib.checkpoints.quantised import Dequantised
+from ones_lib.checkpoints.quantised import Dequantised, declared_beside
 from ones_lib.checkpoints.shards import Shards
+from ones_lib.checkpoints.stored import spare_tensors
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.models.causal import experts_modules
+from ones_lib.models.causal import empty_model, experts_modules, model_config, read_json
 
 # Names of expert tensors:
 # - this library's: all experts in one tensor a part, "up" [E, h, d], "down" [E, d, h], ...;
@@ -184,7 +186,16 @@ def open_experts(source: nn.Module | str | Path) -> ExpertBanks:
         layouts = {name: Layout.of(module) for name, module in experts_modules(source).items()}
         return ExpertBanks(type(source).__name__, shapes, tensors.__getitem__, layouts)
     path = Path(source).expanduser()
-    shards, config = Shards(path), path / "config.json"
-    if config.exists() and (quantization := json.loads(config.read_text()).get("quantization_config")):
-        shards = Dequantised(shards, quantization)
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    known = str(config.get("model_type")) in CONFIG_MAPPING
+    shards = Shards(path, _spare(path) if known else lambda name: False)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    found = [part["quantization_config"] for part in parts if part.get("quantization_config")]
+    shards = Dequantised(shards, found[0]) if found else declared_beside(shards)
     return ExpertBanks(str(shards.path), shards.shapes, shards.read)
+
+
+def _spare(folder: Path) -> Callable[[str], bool]:
+    """:func:`spare_tensors` of a checkpoint; its model is made when it is first asked for, which is rare."""
+    model = cache(lambda: spare_tensors(empty_model(model_config(folder))))
+    return lambda name: model()(name)

@@ -23,8 +23,7 @@ from ones_lib.checkpoints.activations import split_tokens, store_activations, st
 from ones_lib.checkpoints.architectures import Architecture
 from ones_lib.checkpoints.convert import TOKENS, check_ids, local_folder, read_config
 from ones_lib.checkpoints.plan import Block, TwinPlan
-from ones_lib.checkpoints.quantised import readable
-from ones_lib.checkpoints.shards import Shards
+from ones_lib.checkpoints.stored import open_checkpoint
 from ones_lib.checkpoints.terminal import Typed, add_version, exit_status
 from ones_lib.checkpoints.text import BLOCK, asked_for, check_tokens, found_text, text_blocks, token_count
 from ones_lib.ffn import FeedForwardWeights, compute_dtype
@@ -91,7 +90,8 @@ def _inspect(source: str | Path, calibration: str | Path | Tensor, calibration_t
     calibration = found_text("calibration", calibration)
     folder = local_folder(source)
     config = read_config(folder)
-    plan = TwinPlan(readable(Shards(folder), config), Architecture(config, folder), "readout", d_ff=None, k=None)
+    architecture = Architecture(config, folder)
+    plan = TwinPlan(open_checkpoint(folder, config, architecture.model), architecture, "readout", d_ff=None, k=None)
     if isinstance(calibration, (str, Path)):
         blocks = text_blocks(calibration, folder, split="train", name="calibration")
         calibration = asked_for("calibration_tokens", blocks, calibration_tokens, TOKENS["calibration"], calibration)

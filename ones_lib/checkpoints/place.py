@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ones_lib.data.files import is_free, write_text
+from ones_lib.data.files import allow_as_usual, is_free, write_text
 
 CONVERSION, DISTILLATION = "conversion.json", "distillation.json"
 
@@ -81,6 +81,7 @@ class Place:
 
     def put(self, made: Path, facts: Mapping) -> None:
         """Write the record to a whole folder and move that here. What it replaces is removed then."""
+        allow_as_usual(made)
         files = sorted({path.name for path in made.iterdir()} | {self.record})
         write_text(made / self.record, json.dumps({**facts, "files": files}, indent=1))
         old = self.folder.with_name(f".{self.folder.name}.replaced")

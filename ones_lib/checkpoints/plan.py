@@ -276,7 +276,7 @@ class Shapes:
     """What a model's checkpoint would hold, without the tensors; for a plan."""
 
     def __init__(self, architecture: Architecture) -> None:
-        self.path = Path(architecture.config.model_type)
+        self.path, self.absent = Path(architecture.config.model_type), {}
         self.shapes = {name: list(tensor.shape) for name, tensor in architecture.model.state_dict().items()}
 
     def read(self, name: str) -> Tensor:

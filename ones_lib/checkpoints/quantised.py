@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ones_lib.checkpoints.shards import Shards
-from ones_lib.models.causal import text_config
+from ones_lib.models.causal import read_json, text_config
 
 LARGE = 64 * 2**20  # bytes of bfloat16 above which a tensor goes to a file
 _PIECE = 2**21  # numbers that are dequantised at a time
@@ -44,10 +44,29 @@ _UNDONE = ("bitsandbytes", "compressed-tensors", "higgs", "metal")  # transforme
 
 
 def readable(shards: Shards, config: PreTrainedConfig) -> Shards | Dequantised:
-    """A checkpoint's tensors, dequantised if its config says that they are quantised. See :class:`Dequantised`."""
+    """A checkpoint's tensors, dequantised if its config, or a file beside it, says that they are quantised.
+
+    See :class:`Dequantised`. A file beside the config counts if there are tensors that are no weights in full precision.
+    """
     found = getattr(config, "quantization_config", None)
     found = found or getattr(config.get_text_config(decoder=True), "quantization_config", None)  # as transformers looks
-    return Dequantised(shards, found) if found else shards
+    return Dequantised(shards, found) if found else declared_beside(shards)
+
+
+def declared_beside(shards: Shards) -> Shards | Dequantised:
+    """Tensors of which a file such as ModelOpt's hf_quant_config.json may say that they are quantised."""
+    if shards.path.is_dir() and not {*shards.dtypes.values()} <= {"F64", "F32", "F16", "BF16"}:
+        for file in quantisation_files(shards.path):
+            found = read_json(file)
+            if isinstance(own := found.get("quantization"), Mapping):  # ModelOpt's
+                found = {"quant_method": (found.get("producer") or {}).get("name", "modelopt"), **own}
+            return Dequantised(shards, found, file)
+    return shards
+
+
+def quantisation_files(folder: Path) -> list[Path]:
+    """Files beside the config that say how weights are quantised: hf_quant_config.json, quantize_config.json and the like."""
+    return sorted(file for file in folder.glob("*.json") if re.match(r"(.*[_.-])?quant", file.name.lower()))
 
 
 def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -89,6 +108,7 @@ class Dequantised:
     Args:
         shards: the files.
         quantization: config.json's ``quantization_config``.
+        declared: the file that has it in its place.
 
     Attributes:
         scratch: a folder for large tensors. Each is a file without a name there, mapped, that goes away with the
@@ -101,10 +121,10 @@ class Dequantised:
 
     scratch: Path | None = None
 
-    def __init__(self, shards: Shards, quantization: Mapping) -> None:
-        self.path, self._shards = shards.path, shards
-        self._method = _supported_method(shards.path, quantization)
-        self._blocks = [*_configured_blocks(shards.path, quantization), _MX]
+    def __init__(self, shards: Shards, quantization: Mapping, declared: Path | None = None) -> None:
+        self.path, self._shards, self.absent = shards.path, shards, shards.absent
+        self._method = _supported_method(declared or shards.path, quantization, declared is None)
+        self._blocks = [*_configured_blocks(declared or shards.path, quantization), _MX]
         self._dtypes = shards.dtypes
         pairs = [self._pair(name) for name in self._dtypes if self._is_quantised(name)]
         self._pairs = {pair.name: pair for pair in pairs}
@@ -203,7 +223,7 @@ class Dequantised:
         return [prod(lead), *found[-2:]], fitting.pop()
 
 
-def _supported_method(path: Path, quantization: Mapping) -> str:
+def _supported_method(path: Path, quantization: Mapping, in_config: bool) -> str:
     """Its name; ValueError: it is none that is supported."""
     method = quantization.get("quant_method")
     bits = quantization.get("bits")
@@ -219,12 +239,13 @@ def _supported_method(path: Path, quantization: Mapping) -> str:
         supported = str(algorithm).upper().startswith(("FP8", "MXFP8"))
         found += f" with quant_algo {algorithm!r}"
     if not supported:
+        place = "quantization_config's " if in_config else ""
         advice = "take the release in bfloat16 that it was made of"
         if method in _UNDONE:
             advice = f"load it with transformers, dequantised, and save that, or {advice}"
         raise ValueError(
             f"{path}: expected weights in full precision, FP8, MXFP8 or MXFP4 by one of {list(_METHODS)},"
-            f" found quantization_config's quant_method {found}; {advice}"
+            f" found {place}quant_method {found}; {advice}"
         )
     return method
 

@@ -9,8 +9,10 @@ offsets of every tensor; the data.
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ones_lib.data.files import written_beside
+from ones_lib.models.causal import read_json
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32}  # tables
 _QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
@@ -31,28 +34,45 @@ _LONGEST_HEADER = 100_000_000  # bytes, the library's limit
 class Shards:
     """The tensors of a safetensors file or of a folder of them.
 
-    A folder's files are those that its index names; without an index, ``model.safetensors``; without that, all.
-    ``shapes`` and ``dtypes`` have the shape and the dtype, as safetensors calls it, of every tensor by name. ``scratch`` is a
+    A folder's files are those that transformers reads, see :func:`weight_files`; where it reads none, all safetensors files.
+    ``shapes`` and ``dtypes`` have the shape and the dtype, as safetensors calls it, of every tensor by name, ``absent`` the files,
+    by tensor, that the index names and that are not there. ``plain`` is whether transformers opens such a folder. ``scratch`` is a
     folder for what is made of tensors, by a reader that makes some.
+
+    Args:
+        path: of a file or folder.
+        spare: whether a tensor of this name may be absent.
 
     Raises:
         FileNotFoundError: there is no safetensors file, or one that the index names is missing.
-        ValueError: a file is damaged, or the index does not fit the files or names files outside the folder.
+        ValueError: a file is damaged, a tensor is in two, or the index does not fit the files or names files outside the folder.
     """
 
     scratch: Path | None = None
 
-    def __init__(self, path: Path) -> None:
-        self.path, index = path, path / INDEX
-        indexed = _read_index(index) if index.exists() else None
-        files = _files(path) if indexed is None else [path / name for name in sorted(set(indexed.values()))]
+    def __init__(self, path: Path, spare: Callable[[str], bool] = lambda name: False) -> None:
+        self.path = path
+        files, index = weight_files(path)
+        indexed = {} if index is None else _read_index(index)
+        missing = {file.name for file in files if not file.exists()}
+        self.absent = {name: file for name, file in indexed.items() if file in missing}
+        self.plain = path.is_dir() and not missing and _first(path) is not None
+        if lost := sorted({file for name, file in self.absent.items() if not spare(name)}):
+            others = f", nor {', '.join(lost[1:5])}" if lost[1:] else ""
+            raise FileNotFoundError(f"{path / lost[0]}: expected this file, which the index names, found none{others}")
         # By tensor: its file, dtype, shape, and the bytes from start to stop.
-        self._stored = {name: (file, *rest) for file in files for name, rest in _read_header(file).items()}
+        self._stored: dict[str, tuple[Path, str, list[int], int, int]] = {}
+        for file in files:
+            for name, rest in _read_header(file).items() if file.name not in missing else ():
+                if name in self._stored:
+                    both = f"{self._stored[name][0].name} and {file.name}"
+                    raise ValueError(f"{path}: expected every tensor in one file, found {name} in {both}")
+                self._stored[name] = (file, *rest)
         self.files = {name: file.name for name, (file, *_) in self._stored.items()}
         self.dtypes = {name: dtype for name, (_, dtype, *_) in self._stored.items()}
         self.shapes = {name: shape for name, (_, _, shape, *_) in self._stored.items()}
-        if indexed is not None and indexed != self.files:
-            odd = sorted(name for name, _ in indexed.items() ^ self.files.items())
+        if index is not None and indexed != (found := self.files | self.absent):
+            odd = sorted(name for name, _ in indexed.items() ^ found.items())
             raise ValueError(f"{index}: expected the tensors of its files, each in its own, found others: {odd[:5]}")
 
     def paths(self) -> list[Path]:
@@ -116,24 +136,67 @@ class Shards:
                 file.write(self.raw(name).flatten().view(torch.uint8).numpy())
 
 
-def _files(path: Path) -> list[Path]:
-    """The safetensors files at a path without an index."""
-    if (path / "model.safetensors").exists():
-        return [path / "model.safetensors"]
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+def weight_files(path: Path) -> tuple[list[Path], Path | None]:
+    """The files of the weights at a path, and the index that names them, if one does.
+
+    They are those that transformers takes, in its order: what config.json names as ``transformers_weights``; ``model.safetensors``;
+    those that the index names. Where there is none of these, which transformers does not open, all safetensors files but an
+    adapter's.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: config.json or the index names files outside the folder, or the files hold parts of tensors.
+    """
+    if path.is_file():
+        return [path], None
+    files = sorted(path.glob("*.safetensors"))
+    if parts := [file.name for file in files if re.match(r"shard-\d{5}-model-\d{5}-of-\d{5}\.", file.name)]:
+        raise ValueError(f"{path}: expected whole tensors, found a checkpoint of several processes, {parts[0]}")
+    first, index = _first(path), path / INDEX
+    if first is not None and not first.exists():
+        raise FileNotFoundError(f"{first}: expected this file, which config.json names, found none")
+    if first is not None and first.suffix == ".json":
+        return [path / name for name in sorted({*_read_index(first).values()})], first
+    if first is not None:
+        if index.exists() and (others := {*_read_index(index).values()} - {first.name}):
+            warnings.warn(
+                f"{path}: takes {first.name}, as transformers does, and not {', '.join(sorted(others)[:3])}, which {INDEX} names",
+                stacklevel=1,
+            )
+        return [first], None
+    files = [file for file in files if not file.name.startswith((".", "adapter_"))]
     if path.is_dir() and not files and any(path.glob("*.gguf")):
         raise FileNotFoundError(f"{path}: expected safetensors files, found GGUF; take the release in safetensors")
     if not files:
         found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "none"
         raise FileNotFoundError(f"{path}: expected a safetensors file or a folder of them, found {found}")
-    return files
+    return files, None
+
+
+def weights_to_fetch(folder: Path) -> list[str]:
+    """Names or patterns of the files of weights that a hub name's folder asks for and that are not there."""
+    if (first := _first(folder)) is None:
+        return ["model*.safetensors"]
+    names = {first.name, *(_read_index(first).values() if first.suffix == ".json" and first.exists() else ())}
+    return sorted(name for name in names if not (folder / name).exists())
+
+
+def _first(path: Path) -> Path | None:
+    """The file of weights or the index that transformers opens first, which config.json may name; None: there is none."""
+    config = path / "config.json"
+    name = read_json(config).get("transformers_weights") if config.is_file() else None
+    if name is None:
+        return next((file for file in (path / WHOLE, path / INDEX) if file.exists()), None)
+    if not str(name).endswith((".safetensors", ".safetensors.index.json")) or Path(name).name != name:
+        raise ValueError(f"{config}: transformers_weights: expected a safetensors file of this folder, found {name!r}")
+    return path / name
 
 
 def _read_index(index: Path) -> dict[str, str]:
     """The file of every tensor."""
     try:
-        files = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = {name: str(file) for name, file in read_json(index)["weight_map"].items()}
+    except (KeyError, AttributeError) as error:
         raise ValueError(f"{index}: expected JSON with a weight_map of files by tensor ({error!r})") from error
     if outside := [file for file in files.values() if Path(file).name != file]:
         raise ValueError(f"{index}: expected an index that names files of this folder, found {outside[0]!r}")
@@ -142,8 +205,6 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _read_header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
     """Dtype, shape, and first byte and end of every tensor."""
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: expected this file, which the index names, found none")
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:

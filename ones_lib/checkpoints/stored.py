@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -25,6 +26,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from ones_lib.checkpoints.quantised import Dequantised, readable
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.ffn import count_non_finite
 
@@ -34,12 +36,43 @@ _DROPPED = re.compile(
 )
 
 
+def spare_tensors(model: PreTrainedModel) -> Callable[[str], bool]:
+    """Whether a tensor in the files, by its name there, is one that transformers does not load into ``model``: of layers that
+    predict further tokens, or what it computes itself."""
+    transforms = get_model_conversion_mapping(model)
+    renamings, converters = (
+        [t for t in transforms if isinstance(t, kind)] for kind in (WeightRenaming, WeightConverter)
+    )
+    expected, ignored = model.state_dict(), model._keys_to_ignore_on_load_unexpected or []
+    last = max((int(n) for name in expected for n in re.findall(r"layers\.(\d+)\.", name)), default=-1)
+
+    def spare(name: str) -> bool:
+        known, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        if known in expected or name in expected:
+            return False
+        beyond = (found := re.search(r"layers\.(\d+)\.", name)) and int(found[1]) > last
+        return bool(beyond or _DROPPED.search(name) or any(re.search(pattern, name) for pattern in ignored))
+
+    return spare
+
+
+def open_checkpoint(folder: Path, config: PreTrainedConfig, model: PreTrainedModel) -> Shards | Dequantised:
+    """The tensors of a checkpoint with this config, and the empty ``model`` that it is of. All that converts or runs a checkpoint
+    reads it so: the same files as transformers, quantised or not.
+
+    Raises:
+        FileNotFoundError: there are no files, or one is missing that the model needs.
+        ValueError: see :class:`Shards` and :class:`Dequantised`.
+    """
+    return readable(Shards(folder, spare_tensors(model)), config)
+
+
 class StoredModel:
     """The tensors of a checkpoint as ``model``, which may be empty, has them.
 
     Names are those of the model's state dict. Only the experts of the modules ``apart``, if they are stored one by one, are named
-    ``<module>.<e>.gate_proj.weight`` and so on, as most files do. ``shapes`` has all names, ``dropped`` the names in the files of
-    what transformers does not load either.
+    ``<module>.<e>.gate_proj.weight`` and so on, as most files do. ``shapes`` has all names, ``dropped`` the names in the files, or
+    in the index of files that are not there, of what transformers does not load either.
 
     Raises:
         ValueError: there are tensors that the model hasn't.
@@ -97,14 +130,8 @@ class StoredModel:
         return parts[converter.source_patterns.index(pattern)]
 
     def _check(self, unknown: list[str]) -> None:
-        ignored = self.model._keys_to_ignore_on_load_unexpected or []
-        last = max((int(n) for name in self._expected for n in re.findall(r"layers\.(\d+)\.", name)), default=-1)
-
-        def left_out(name: str) -> bool:
-            beyond = (found := re.search(r"layers\.(\d+)\.", name)) and int(found[1]) > last
-            return bool(beyond or _DROPPED.search(name) or any(re.search(pattern, name) for pattern in ignored))
-
-        self.dropped = [name for name in unknown if left_out(name)]
+        left_out = spare_tensors(self.model)
+        self.dropped = [*filter(left_out, unknown), *self.shards.absent]
         if odd := [f"{name} {self.shards.shapes[name]}" for name in unknown if not left_out(name)]:
             raise ValueError(
                 f"{self.path}: expected the tensors of {type(self.model).__name__}, found others: {odd[:5]}"

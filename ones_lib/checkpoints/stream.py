@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ones_lib.checkpoints.quantised import Dequantised, readable, without_quantization
+from ones_lib.checkpoints.quantised import Dequantised, without_quantization
 from ones_lib.checkpoints.shards import Shards
-from ones_lib.checkpoints.stored import StoredModel
+from ones_lib.checkpoints.stored import StoredModel, open_checkpoint
 from ones_lib.data.files import opened, save_tensors
-from ones_lib.models.causal import block_of, empty_model, load_language_model
+from ones_lib.models.causal import block_of, empty_model, load_language_model, model_config
 
 TOKENS_A_SLICE = 4096  # tokens that go through a block at a time
 LEAST_SLICES = 8
@@ -134,19 +134,31 @@ class LazyModel:
         return self.model
 
 
+def open_stored(folder: Path) -> StoredModel:
+    """A checkpoint's tensors with an empty model, whole by names and shapes. No tensor is read.
+
+    Raises:
+        FileNotFoundError, ValueError: files or tensors are missing, or others are there.
+    """
+    read = model_config(folder)
+    config = without_quantization(read)
+    config.dtype = config.dtype or Shards(folder, lambda name: True).dtype
+    model = empty_model(config)
+    stored = StoredModel(open_checkpoint(folder, read, model), model, ())
+    stored.check()
+    return stored
+
+
 def load_checkpoint(folder: Path, **options) -> PreTrainedModel:
     """:func:`ones_lib.models.causal.load_language_model`; a quantised model is dequantised as everywhere here, into memory.
 
     Transformers' own dequantisation refuses DeepSeek-V3's blocks, which don't divide every matrix. Of ``options``, such a model
-    takes ``device_map`` and what goes with it.
+    takes ``device_map`` and what goes with it; so does one in files that transformers doesn't open.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    shards = readable(Shards(folder), config)
-    if not isinstance(shards, Dequantised):
+    stored = open_stored(folder)
+    if not isinstance(stored.shards, Dequantised) and stored.shards.plain:
         return load_language_model(folder, **options)
-    config = without_quantization(config)
-    config.dtype = config.dtype or torch.bfloat16
-    model = LazyModel(StoredModel(shards, empty_model(config), ()), torch.device("cpu")).all()
+    model = LazyModel(stored, torch.device("cpu")).all()
     if torch.cuda.is_available() and "device_map" in options:
         places = infer_auto_device_map(model, options.get("max_memory"), model._no_split_modules)
         model = dispatch_model(model, places, offload_dir=options.get("offload_folder"))

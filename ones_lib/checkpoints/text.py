@@ -6,26 +6,24 @@ import hashlib
 import re
 import warnings
 from argparse import ArgumentTypeError
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from ones_lib.data.rows import READERS
 from ones_lib.data.text import EMBEDDED, read_texts
 from ones_lib.data.tokens import pack
-from ones_lib.models.causal import text_config
+from ones_lib.models.causal import model_config, read_json, text_config
 
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    ".model",
-    "vocab.json",
-    "vocab.txt",
-    ".tiktoken",
-)  # files' ends
+#: Files of which a tokenizer is made, as transformers' tokenizers of MoEs call them.
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+TOKENIZERS += ("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "tekken.json")
+TOKENIZERS += ("tiktoken.model", "*.tiktoken")
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 BLOCK = 512  # tokens of a block, where the model can take that many
 TOKEN_IDS = "token ids"  # what a text is called that was given as such
@@ -67,6 +65,45 @@ def text_name(text: str | Path | Tensor) -> str:
     return path.resolve().name if path.exists() else str(text)
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether there are files of a tokenizer in a folder."""
+    return any(fnmatch(path.name, pattern) for path in Path(folder).iterdir() for pattern in TOKENIZERS)
+
+
+def tokenizer_code(folder: str | Path) -> str:
+    """The code that a tokenizer is, if transformers can't open it without; else empty."""
+    file = Path(folder) / "tokenizer_config.json"
+    values = read_json(file) if file.is_file() else {}
+    classes = values.get("auto_map") or {}
+    classes = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
+    code = next(filter(None, [classes] if isinstance(classes, str) else classes or []), "")
+    known = tokenizer_class_from_name(values.get("tokenizer_class") or "") is not None
+    return "" if known or (Path(folder) / "tokenizer.json").is_file() else code
+
+
+def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Code that comes with it is never run: ``tokenizer.json`` has what it does.
+
+    Raises:
+        ValueError: it can't be opened.
+    """
+    if code := tokenizer_code(folder):
+        raise ValueError(
+            f"{folder}: expected a tokenizer beside the model that is no code of its own, which is never run, or tokenizer.json,"
+            f" found {code}"
+        )
+    try:
+        try:
+            return AutoTokenizer.from_pretrained(folder, config=model_config(folder), trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library has no class for its errors
+        said = re.sub(r"\s*\n\s*", " ", str(error))
+        raise ValueError(f"{folder}: expected a tokenizer beside the model that opens: {said}") from error
+
+
 def text_blocks(
     text: str | Path,
     folder: str | Path,
@@ -90,14 +127,9 @@ def text_blocks(
         ValueError: the text is none, or too short; or the folder has no tokenizer, or one with more tokens than the model.
     """
     text = found_text(name, text)
-    # Without any, transformers makes an empty one.
-    if Path(folder).is_dir() and not any(p.name.endswith(_TOKENIZERS) for p in Path(folder).iterdir()):
+    if not has_tokenizer(folder):  # transformers would make an empty one
         raise ValueError(f"{folder}: expected a tokenizer beside the model, to read text with, found none")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: expected a tokenizer beside the model, to read text with: {error}") from error
-    config = text_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    tokenizer, config = open_tokenizer(folder), text_config(model_config(folder))
     length = length or block_length(config)
     try:
         blocks = pack(read_texts(text, split), tokenizer, length)

@@ -25,6 +25,7 @@ from transformers.utils.logging import tqdm
 from ones_lib import __version__
 from ones_lib.calibration import LayerActivations
 from ones_lib.checkpoints.activations import split_tokens, store_activations, stored_activations
+from ones_lib.checkpoints.beside import check_whole, copy_files
 from ones_lib.checkpoints.card import model_card
 from ones_lib.checkpoints.place import CONVERSION, Place
 from ones_lib.checkpoints.plan import Block, TwinPlan
@@ -41,7 +42,6 @@ from ones_lib.models.causal import perplexity, text_config, token_losses
 
 FILE_SIZE = 50 * 10**9  # bytes of a safetensors file, at most: what transformers' save_pretrained takes
 LAYERS = "conversion.csv"
-COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # tokenizer and generation files; never code
 
 
 class Work:
@@ -260,7 +260,7 @@ class Work:
         return concatenate([routed, shared])
 
     def write_config(self) -> None:
-        """Write the config and, of several files, the index, and copy the source's tokenizer and generation files."""
+        """Write the config and, of several files, the index, and copy what lies beside the source's that a twin needs."""
         found = Shards(self.model)
         if len(found.paths()) > 1:
             about = {"metadata": {"total_size": sum(found.sizes().values())}, "weight_map": found.files}
@@ -306,6 +306,7 @@ class Work:
         layers.attrs["perplexity"] = dict(perplexities)
         write_text(self.model / "README.md", model_card(self.plan, self.arguments, layers, perplexities))
         measured = {"perplexity": dict(perplexities), "versions": self._versions()}
+        check_whole(self.model)
         self.place.put(self.model, self.facts() | measured)
         shutil.rmtree(self.folder)
         return layers
@@ -316,13 +317,6 @@ def read_layers(folder: Path) -> pd.DataFrame:
     layers = pd.read_csv(folder / LAYERS)
     layers.attrs["perplexity"] = json.loads((folder / CONVERSION).read_text())["perplexity"]
     return layers
-
-
-def copy_files(source: Path, destination: Path) -> None:
-    """Copy a model's tokenizer and generation files from one folder to another."""
-    for path in source.iterdir():
-        if path.is_file() and path.name.endswith(COPIED) and path.name not in ("config.json", INDEX):
-            shutil.copyfile(path, destination / path.name)
 
 
 def fits_memory(shards: Shards) -> bool:

@@ -33,7 +33,10 @@ def written_beside(path: Path) -> Iterator[Path]:
         left.unlink(missing_ok=True)
     beside = path.with_name(f"{path.name}.{this_process()}{UNFINISHED}")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # by the user's umask; some libraries write files that nobody else may read
         yield beside
+        beside.chmod(mode)
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         room = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
@@ -43,6 +46,16 @@ def written_beside(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def allow_as_usual(folder: Path) -> None:
+    """Give all files in a folder the permissions that new files have there, by the user's umask."""
+    probe = folder / f"{this_process()}{UNFINISHED}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in filter(Path.is_file, folder.rglob("*")):
+        file.chmod(mode)
 
 
 def this_process() -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+import reprlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
@@ -28,6 +33,107 @@ _CLASSES = [
     modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     modeling_auto.MODEL_MAPPING,
 ]
+# Keys of config.json that say how a model is run, not what it is.
+_RUNNING = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
+_RUNNING |= {"output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "use_cache"}
+#: What transformers raises for values of a config that it can't use.
+REFUSALS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError)
+REFUSALS = (*REFUSALS, ImportError, StrictDataclassError)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError: it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def model_config(source: str | Path) -> PreTrainedConfig:
+    """The config of the model in a folder, or of a hub name. All that opens a checkpoint's config.json does so here.
+
+    Left out are keys that say how to run a model, such as an attention that is not installed. A ``dtype`` may be named as torch
+    prints it; ``"auto"`` is none.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it is no JSON object, its type is none that transformers has, or transformers refuses a value; names the key.
+    """
+    values = _config_values(source)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:  # else transformers would look for code in the folder
+        raise ValueError(
+            f"{source}: expected a model type that transformers {version('transformers')} has, found {kind!r}"
+        )
+    try:
+        return _config_of(values, source)
+    except REFUSALS as error:
+        raise refusal(source, error, lambda config: None) from error
+
+
+def _config_values(source: str | Path) -> dict:
+    """What is in config.json, but for what :func:`model_config` leaves out."""
+    folder = Path(source)
+    path = folder / "config.json"
+    if folder.is_dir() and not path.is_file():
+        raise FileNotFoundError(f"{folder}: expected config.json, found {sorted(p.name for p in folder.iterdir())[:8]}")
+    if folder.is_dir():
+        read_json(path)  # its errors name the file in one line
+    return _plain(PreTrainedConfig.get_config_dict(str(source))[0])
+
+
+def _plain(values: dict) -> dict:
+    found = {}
+    for name, value in values.items():
+        dtype = name in ("dtype", "torch_dtype") and isinstance(value, str)
+        if name in _RUNNING or (dtype and value == "auto"):
+            continue
+        plain = _plain(value) if isinstance(value, dict) else value
+        found[name] = value.removeprefix("torch.") if dtype else plain
+    return found
+
+
+def _config_of(values: dict, source: str | Path) -> PreTrainedConfig:
+    kind = values["model_type"]
+    if kind == "mistral" and "layer_types" in values:  # as AutoConfig does
+        kind = "ministral"
+    return CONFIG_MAPPING[kind].from_dict({**deepcopy(values), "model_type": kind, "name_or_path": str(source)})
+
+
+def refusal(source: str | Path, error: Exception, use: Callable[[PreTrainedConfig], object]) -> ValueError:
+    """An error in one line, for one that ``use`` of a config has raised. It names file and key to blame."""
+    values = _config_values(source)
+
+    def works(values: dict) -> bool:
+        try:
+            use(_config_of(values, source))
+        except REFUSALS:
+            return False
+        return True
+
+    keys, value = _culprit(values, works), values
+    for key in keys:
+        value = value[key]
+    found = f"{'.'.join(keys)}: expected a value that transformers takes, found {reprlib.repr(value)}: " if keys else ""
+    said = re.sub(r"\s*\n\s*", " ", str(error) or type(error).__name__)
+    return ValueError(f"{Path(source) / 'config.json'}: {found}{said}")
+
+
+def _culprit(values: dict, works: Callable[[dict], bool]) -> list[str]:
+    """The key without which values work, and what of its own value is to blame; empty: none alone."""
+    for name in values:
+        if name != "model_type" and works({key: value for key, value in values.items() if key != name}):
+            return [name, *_culprit_in(name, values, works)]
+    return []
+
+
+def _culprit_in(name: str, values: dict, works: Callable[[dict], bool]) -> list[str]:
+    if not isinstance(values[name], dict):
+        return []
+    return _culprit(values[name], lambda part: works({**values, name: part}))
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -69,14 +175,15 @@ def load_language_model(folder: str | Path, **options) -> PreTrainedModel:
 
     Weights in FP8 or MXFP4 are dequantised. ``options`` are those of ``from_pretrained``.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = model_config(folder)
     quantization = getattr(config, "quantization_config", None) or {}
     method = quantization.get("quant_method")
     if quantization and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise ValueError(f"{folder}: expected weights that transformers can dequantise, found quant_method {method!r}")
     if method in ("fp8", "mxfp8", "mxfp4"):  # else on a GPU its activations would be quantised too
         quantization["dequantize"] = True
-    options = {"dtype": "auto", "use_safetensors": True, **options}
+    # With peft, transformers would load an adapter that lies beside the weights; in another folder there is none.
+    options = {"dtype": "auto", "use_safetensors": True, "adapter_kwargs": {"subfolder": "no adapter"}, **options}
     return model_class(config).from_pretrained(folder, config=config, **options).eval()
 
 

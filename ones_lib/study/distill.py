@@ -29,12 +29,13 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 
 from ones_lib import __version__
+from ones_lib.checkpoints.beside import check_whole, copy_files
 from ones_lib.checkpoints.convert import files_stamp, local_folder, named, only_one, read_config
 from ones_lib.checkpoints.place import CONVERSION, DISTILLATION, Place
-from ones_lib.checkpoints.stream import load_checkpoint
+from ones_lib.checkpoints.stream import load_checkpoint, open_stored
 from ones_lib.checkpoints.terminal import Typed, add_version, exit_status
 from ones_lib.checkpoints.text import block_length, found_text, ids_hash, text_blocks, text_name, token_count
-from ones_lib.checkpoints.work import copy_files, perplexities
+from ones_lib.checkpoints.work import perplexities
 from ones_lib.data.files import is_free, model_tensors, remove_unfinished, write_text
 from ones_lib.distillation import Distillation
 from ones_lib.models.causal import load_language_model, text_config
@@ -267,6 +268,7 @@ class _Work:
         student.model.generation_config = GenerationConfig.from_model_config(student.model.config)
         student.model.save_pretrained(self.model)
         copy_files(self.dense, self.model)
+        shutil.copyfile(self.dense / CONVERSION, self.model / CONVERSION)
         history = history.assign(val_perplexity=history["val_loss"].map(math.exp))
         history.to_csv(self.model / "history.csv", index=False)
 
@@ -280,6 +282,7 @@ class _Work:
         if earlier.exists():
             about["earlier"] = json.loads(earlier.read_text())
         write_text(self.model / "README.md", _card(self.conversion, about, read_config(self.model)))
+        check_whole(self.model)
         self.place.put(self.model, about)
         shutil.rmtree(self.folder)
         return self.place.found()
@@ -329,6 +332,8 @@ def _conversion(moe: Path, dense: Path, name: str) -> dict:
     if missing := [key for key in ("source", "model_type", "method", "d_ff", "options") if key not in conversion]:
         raise ValueError(f"{path}: expected what a conversion writes, found no {missing[0]!r}")
     teacher, student = read_config(moe), read_config(dense)
+    for folder in (moe, dense):
+        open_stored(folder)
     if teacher.is_encoder_decoder:
         raise ValueError(f"{moe}: expected a causal model, found {teacher.model_type}, an encoder-decoder")
     pairs = {"model_type": (conversion.get("model_type"), teacher.model_type)}

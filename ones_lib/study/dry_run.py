@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
 from transformers.utils.logging import tqdm
 
 from ones_lib.checkpoints.terminal import exit_status, one_line
 from ones_lib.data import evaluation_keys
 from ones_lib.distillation import Distillation
-from ones_lib.models.causal import empty_model
+from ones_lib.models.causal import empty_model, model_config
 from ones_lib.moe import Router
 from ones_lib.study.running import Config, build_model, data_of, task_of
 from ones_lib.study.training import Task, Training, default_device, fit
@@ -132,7 +131,7 @@ def _check_memory(config: Config) -> None:
     """Raise MemoryError before a published MoE is loaded that does not fit."""
     published = config.get("teacher", config).get("model", {}).get("checkpoint")
     if published:
-        settings = AutoConfig.from_pretrained(published, trust_remote_code=False)
+        settings = model_config(published)
         parameters = sum(p.numel() for p in empty_model(settings).parameters())
         needed, free = 4 * parameters, psutil.virtual_memory().available
         if needed > free:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ones_lib import __version__
 from ones_lib.checkpoints.terminal import add_version, exit_status, one_line, path
-from ones_lib.data.files import is_free, left_behind, this_process
+from ones_lib.data.files import allow_as_usual, is_free, left_behind, this_process
 from ones_lib.data.images import ImageData
 from ones_lib.data.rows import task_spec
 from ones_lib.data.text import Corpus
@@ -104,6 +104,7 @@ def _whole(folder: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
+        allow_as_usual(beside)
         if folder.exists():
             folder.rmdir()
         os.replace(beside, folder)
