@@ -92,7 +92,8 @@ def _inspect(source: str | Path, calibration: str | Path | Tensor, calibration_t
     config = read_config(folder)
     plan = TwinPlan(readable(Shards(folder), config), Architecture(config, folder), "readout", d_ff=None, k=None)
     if isinstance(calibration, (str, Path)):
-        blocks = text_blocks(calibration, folder, split="train", name="calibration")
+        most = calibration_tokens or TOKENS["calibration"]
+        blocks = text_blocks(calibration, folder, split="train", name="calibration", most=most)
         calibration = asked_for("calibration_tokens", blocks, calibration_tokens, TOKENS["calibration"], calibration)
     check_ids("calibration", calibration, text_config(config).vocab_size)
     if calibration.numel() < LEAST:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from ones_lib.data.rows import READERS
+from ones_lib.data.sources import TEXT_ENDINGS, ending, is_hub_name
 from ones_lib.data.text import EMBEDDED, read_texts
 from ones_lib.data.tokens import pack
 from ones_lib.models.causal import text_config
@@ -26,7 +26,7 @@ _TOKENIZERS = (
     "vocab.txt",
     ".tiktoken",
 )  # files' ends
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+READ_WHOLE = 2**22  # tokens of a text that are read in any case
 BLOCK = 512  # tokens of a block, where the model can take that many
 TOKEN_IDS = "token ids"  # what a text is called that was given as such
 Given = TypeVar("Given")
@@ -46,12 +46,14 @@ def found_text(name: str, text: Given) -> Given | Path:
     """
     if not isinstance(text, (str, Path)) or str(text) in EMBEDDED:
         return text
-    path, endings = Path(text).expanduser(), (".txt", *READERS)
-    if path.is_file() and path.suffix not in endings:
-        raise ValueError(f"{name}: expected a file with one of the endings {', '.join(endings)}, found {str(text)!r}")
+    path = Path(text).expanduser()
+    if path.is_file() and ending(path) not in TEXT_ENDINGS:
+        raise ValueError(
+            f"{name}: expected a file with one of the endings {', '.join(TEXT_ENDINGS)}, found {str(text)!r}"
+        )
     if path.exists():
         return path
-    if path.suffix in endings or not HUB_NAME.fullmatch(str(text).partition(":")[0]):
+    if not is_hub_name(text):
         embedded = " or ".join(map(repr, EMBEDDED))
         raise FileNotFoundError(
             f"{name}: no such file or folder, {str(text)!r}; expected one, a hub name like owner/name, or {embedded}"
@@ -74,6 +76,7 @@ def text_blocks(
     split: str = "validation",
     length: int | None = None,
     name: str = "text",
+    most: int | None = None,
 ) -> Tensor:
     """Token ids [n, L] of a text, by the tokenizer of the model in ``folder``.
 
@@ -84,6 +87,8 @@ def text_blocks(
         split: which split to read, where there are several.
         length: tokens of a block. None: :func:`block_length`.
         name: what errors call the text.
+        most: tokens that are needed. Of a text with more than twice so many, and than :data:`READ_WHOLE`, these are read from
+            places evenly spread over it. None: those of ``tokens``, or the whole text.
 
     Raises:
         FileNotFoundError, ConnectionError: there is no such text.
@@ -100,7 +105,8 @@ def text_blocks(
     config = text_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     length = length or block_length(config)
     try:
-        blocks = pack(read_texts(text, split), tokenizer, length)
+        needed = tokens if most is None else most
+        blocks = pack(read_texts(text, split), tokenizer, length, needed and max(needed, READ_WHOLE))
     except ConnectionError as error:
         raise ConnectionError(
             f"{name}: expected a file, a folder, or a data set on the Hugging Face hub, found no file or folder {str(text)!r},"

@@ -33,6 +33,7 @@ from ones_lib.data.text import Corpus
 from ones_lib.models.causal import without_bars
 from ones_lib.models.images import WideNet
 from ones_lib.models.upcycling import Upcycled
+from ones_lib.study.inputs import located
 from ones_lib.study.listing import find_record, record_roots
 from ones_lib.study.naming import data_name
 from ones_lib.study.records import Record, Records, project_root
@@ -209,7 +210,7 @@ def model_card(record: Record, data: ImageData | Corpus, usage: Usage, size: int
     tags = ["ones", *(["knowledge-gathering"] if made else []), *(["knowledge-distillation"] if distilled else [])]
     teacher = records.find(config["teacher"]) if "teacher" in config else None
     of_teacher = f" Its teacher's: {_scores(teacher)}." if teacher else ""
-    source, name = config["data"].get("data_dir") or config["data"]["name"], data_name(config["data"])
+    source, name = located(config["data"].get("data_dir") or config["data"]["name"]), data_name(config["data"])
     facts = [
         *_origin(config, records),
         f"Data: {data.report.replace(source, name, 1)}.",
@@ -320,7 +321,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="folder to make")
     parser.add_argument(
-        "--records", type=Path, action="append", help="where names are looked for (runs/records and runs/*/records)"
+        "--records",
+        type=lambda folder: Path(folder).expanduser(),
+        action="append",
+        help="where names are looked for (runs/records and runs/*/records)",
     )
     cache = project_root() / "runs" / "cache"
     parser.add_argument("--cache-dir", type=Path, default=cache, help="where drawn data are kept (runs/cache)")

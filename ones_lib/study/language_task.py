@@ -25,6 +25,7 @@ from ones_lib.data.text import Corpus
 from ones_lib.data.tokens import end_tokens
 from ones_lib.gathering.registry import gathering_methods
 from ones_lib.models.causal import block_of, experts_modules, load_language_model, new_model, without_bars
+from ones_lib.study.inputs import located
 from ones_lib.study.processes import merged, own_share
 from ones_lib.study.training import Training
 
@@ -72,7 +73,7 @@ def language_model(model: Mapping, data: Corpus, seed: int, dense: bool = False)
         dense: make the new dense model of the MoE's architecture instead.
     """
     if "checkpoint" in model and not dense:
-        return LanguageModel(load_language_model(model["checkpoint"], dtype=torch.float32))
+        return LanguageModel(load_language_model(located(model["checkpoint"]), dtype=torch.float32))
     config = language_config(model, data)
     if dense:
         config = dense_config(config, model.get("dense_width"))
@@ -84,7 +85,8 @@ def language_model(model: Mapping, data: Corpus, seed: int, dense: bool = False)
 def language_config(model: Mapping, data: Corpus) -> PreTrainedConfig:
     """The MoE's configuration in :func:`language_model`."""
     if "checkpoint" in model:
-        return AutoConfig.from_pretrained(model["checkpoint"], trust_remote_code=False)
+        source = located(model["checkpoint"])
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     first, last = end_tokens(data.tokenizer)
     tokens = {"pad_token_id": data.tokenizer.pad_token_id, "bos_token_id": first, "eos_token_id": last}
     sizes = {"vocab_size": data.vocab_size, "max_position_embeddings": data.train.shape[1]}
@@ -158,8 +160,8 @@ def gathered_model(teacher: LanguageModel, config: Mapping, data: Corpus) -> tup
     if "reconstruct" in options:
         options["reconstruct"] = thinned(data.train, options["reconstruct"])
     with TemporaryDirectory() as folder, without_bars():
-        source, destination = moe.get("checkpoint"), Path(folder, "dense")
-        if source is None:
+        source, destination = located(moe.get("checkpoint", "")), Path(folder, "dense")
+        if not source:
             source = Path(folder, "moe")
             teacher.model.save_pretrained(source)
         table = convert(source, destination, "topk" if method in CONTROLS else method, **options)

@@ -32,8 +32,8 @@ def find_record(name: str, roots: Iterable[Path]) -> Record:
     Raises:
         FileNotFoundError, ValueError: there is none, or more than one.
     """
-    if Path(name).is_dir():
-        return Record(Path(name).resolve())
+    if (folder := Path(name).expanduser()).is_dir():
+        return Record(folder.resolve())
     roots = list(roots)
     every = {_digest(record): record for root in reversed(roots) for record in Records(root).all("*")}
     found = [r for digest, r in every.items() if r.folder.name.startswith(name) or digest.startswith(name)]
@@ -112,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     shared = argparse.ArgumentParser(add_help=False)
     where = "a folder of records; may be repeated (runs/records and runs/*/records)"
-    shared.add_argument("--records", type=Path, action="append", metavar="FOLDER", help=where)
+    shared.add_argument(
+        "--records", type=lambda folder: Path(folder).expanduser(), action="append", metavar="FOLDER", help=where
+    )
     listed = commands.add_parser("list", parents=[shared], help="a line for each record", allow_abbrev=False)
     for name in FILTERS:
         listed.add_argument(f"--{name}", default="", help=f"only of this {name}")
@@ -162,7 +164,7 @@ def _shown(folder: Path) -> str:
 
 def _compare(options: argparse.Namespace) -> int:
     pair = [
-        Record(Path(name)) if Path(name).parent != Path() else find_record(name, options.records)
+        Record(Path(name).expanduser()) if Path(name).parent != Path() else find_record(name, options.records)
         for name in (options.record, options.other)
     ]
     table = compare(*pair)

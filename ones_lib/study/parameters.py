@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import html
 import math
+import os
 import re
 import types
 import typing
@@ -455,7 +456,7 @@ def read_parameters(
     made = {}
     for name in wanted:
         names = [declared.name for declared in fields(GROUPS[name])]
-        values = {n: overrides.get(n, given.get(name, {}).get(n, ...)) for n in names}
+        values = {n: _home(overrides.get(n, given.get(name, {}).get(n, ...))) for n in names}
         if missing := [n for n, v in values.items() if v is ...]:
             raise ParameterError(f"{file.name}: {name}: expected a value for {missing[0]!r}, found none")
         try:
@@ -464,6 +465,11 @@ def read_parameters(
             culprit = str(error).partition(":")[0]
             raise ParameterError(f"{source if culprit in overrides else file.name}: {error}") from error
     return Parameters(Path(profile).stem, made, overrides)
+
+
+def _home(value: Any) -> Any:
+    """The value; a path that begins with ``~`` from the home folder on."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _other_values(overrides: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -488,7 +494,7 @@ def hint(name: str, known: Collection[str]) -> str:
 def _read_profile(profile: str) -> tuple[Path, dict[str, dict[str, Any]]]:
     """A profile's file and its sections, those of its ``base`` filled in."""
     file = (
-        Path(profile)
+        Path(profile).expanduser()
         if profile.endswith((".yaml", ".yml"))
         else project_root() / "notebooks/profiles" / f"{profile}.yaml"
     )
