@@ -81,11 +81,16 @@ def squared_error_on(ffn: FeedForwardWeights, chunks: Iterable[LayerActivations]
     """:meth:`LayerActivations.squared_error` of tokens that come chunk by chunk."""
     error = size = 0.0
     for chunk in chunks:
-        weights = chunk.token_weights().double()
+        weights = _precise(chunk.token_weights())
         output = ffn.apply(chunk.inputs, chunk.activation)
-        error = error + (weights * (output - chunk.outputs).double().square().sum(dim=1)).sum()
-        size = size + (weights * chunk.outputs.double().square().sum(dim=1)).sum()
+        error = error + (weights * _precise(output - chunk.outputs).square().sum(dim=1)).sum()
+        size = size + (weights * _precise(chunk.outputs).square().sum(dim=1)).sum()
     return (error / size).item()
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """The tensor in float64; of Apple's GPUs, which have none, on the CPU."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def collect_activations(
@@ -160,7 +165,7 @@ class _Draw:
 
     def add(self, depth: int, inputs: Tensor, gates: Tensor, outputs: Tensor, *probabilities: Tensor) -> None:
         total = self.squares.setdefault(depth, [0.0, 0])
-        total[0] += outputs.double().square().sum().item()
+        total[0] += _precise(outputs).square().sum().item()
         total[1] += len(outputs)
         numbers = torch.rand(len(inputs), generator=self.generator, dtype=torch.float64)
         self.kept.append([numbers, torch.full((len(inputs),), depth), inputs, gates, outputs, *probabilities])

@@ -18,7 +18,10 @@ from ones_lib.moe import Router
 
 
 def soft_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """``T^2 * KL(softmax(z_teacher / T) || softmax(z_student / T))``, mean over all leading axes; logits [..., classes]."""
+    """``T^2 * KL(softmax(z_teacher / T) || softmax(z_student / T))``, mean over all leading axes; logits [..., classes]. Without
+    any, 0: a part of a batch may have nothing to predict."""
+    if not student_logits.numel():
+        return student_logits.float().sum()
     student = F.log_softmax(student_logits.float() / temperature, dim=-1).flatten(0, -2)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1).flatten(0, -2)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

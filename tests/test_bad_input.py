@@ -24,7 +24,7 @@ from ones_lib.checkpoints.experts import open_experts
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.data import image_data
 from ones_lib.data.files import save_tensors, write_text
-from ones_lib.data.text import text_corpus
+from ones_lib.data.text import text_corpus, text_tasks
 from ones_lib.gathering.registry import gather
 from ones_lib.study import command as run_all
 from ones_lib.study.checks import check
@@ -167,6 +167,22 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+def bomb(path: Path) -> None:
+    """A picture that says that it is of 182 megapixels."""
+    Image.new("1", (13500, 13500)).save(path)
+
+
+def corpus(name: str, **files: str) -> Callable:
+    """A corpus, after files have been written (``__`` for a dot)."""
+
+    def case(here: Path) -> None:
+        for file, text in files.items():
+            (here / file.replace("__", ".")).write_text(text)
+        text_corpus(name, vocab_size=300, sequence_length=8, cache_dir=here / "cache")
+
+    return case
 
 
 def text_files(*rows: dict, task: str = "sst2") -> Callable:
@@ -593,6 +609,41 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         ValueError,
         r"train/ant/0\.png: expected a readable image, found: ",
     ),
+    "one class": (
+        folder(lambda r: [shutil.rmtree(r / split / "bee") for split in ("train", "val")]),
+        ValueError,
+        r"images: expected two classes or more, found \['ant'\]",
+    ),
+    "one class of several": (
+        parameter("data", "folder", data_dir="notebooks", num_classes=1),
+        ValueError,
+        r"notebooks: expected two classes or more, found \['profiles'\]",
+    ),
+    "classes without pictures": (
+        parameter("data", "folder", data_dir="notebooks", num_classes=None),
+        ValueError,
+        r"notebooks/profiles: expected images \(\.png, .*\), found others, such as demo.yaml",
+    ),
+    "pictures that Pillow refuses": (
+        folder(lambda r: bomb(r / "train/ant/0.png"), read=True),
+        ValueError,
+        r"train/ant/0\.png: expected a readable image, found: Image size \(182250000 pixels\) exceeds limit",
+    ),
+    "pictures of floats": (
+        folder(lambda r: Image.new("F", (8, 8)).save(r / "train/ant/0.tif"), read=True),
+        ValueError,
+        r"train/ant/0\.tif: expected a readable image, found: whole numbers of 8 or 16 bits are expected",
+    ),
+    "data set in a folder that is not there": (
+        parameter("data", "~/no/such/folder"),
+        FileNotFoundError,
+        "data: no such folder, '.*/no/such/folder'; expected 'glyphs', 'folder' or a hub name",
+    ),
+    "pictures at home that are not there": (
+        parameter("data", "folder", data_dir="~/no such folder"),
+        FileNotFoundError,
+        r"data_dir: expected a folder /[^~]*/no such folder/train, found .*no such folder",
+    ),
     "hub without a network": (
         lambda here: image_data("owner/no-such-data", image_size=8),
         ConnectionError,
@@ -616,6 +667,37 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         ),
         FileNotFoundError,
         "text_dir: expected .*no such folder",
+    ),
+    "texts of a folder that is not there": (corpus("./texts"), FileNotFoundError, "no such file or folder, './texts'"),
+    "texts of a misspelt file": (corpus("data/tetx.txt"), FileNotFoundError, "no such file or folder, 'data/tetx.txt'"),
+    "texts that are numbers": (
+        corpus("a.jsonl", a__jsonl='{"text": "a"}\n{"text": 3}\n'),
+        ValueError,
+        "a.jsonl: row 1: column 'text': expected text, found 3",
+    ),
+    "texts cut": (
+        corpus("a.jsonl", a__jsonl='{"text": "a"}\n{"te'),
+        ValueError,
+        "a.jsonl: could not be read: line 2 is no",
+    ),
+    "texts with commas, without quotes": (
+        corpus("a.csv", a__csv="text\none, two\nthree, four\n"),
+        ValueError,
+        "a.csv: expected 1 cells a row, as in the first line, found more",
+    ),
+    "one text alone": (
+        corpus("a.txt", a__txt="a b c"),
+        ValueError,
+        "a.txt: expected two texts at least, of which every tenth",
+    ),
+    "columns shifted": (
+        lambda here: (
+            (here / "sst2").mkdir(),
+            (here / "sst2" / "train.csv").write_text("sentence,label\ngood, very good,1\nbad, bad,0\n"),
+            text_tasks("local", tokenizer=None, text_dir=here).rows("sst2"),
+        ),
+        ValueError,
+        "sst2/train.csv: expected 2 cells a row, as in the first line, found more",
     ),
     # records
     "weights cut": (
@@ -752,7 +834,9 @@ def test_bad_input_is_told(name, here, capsys):
 def test_data_of_a_domain_that_is_not_asked_for_are_not_looked_for(here):
     """The profile of real data needs a folder of pictures for the images, and none of texts."""
     for split in ("train", "val"):
-        (here / "pictures" / split / "cat").mkdir(parents=True)
+        for name in ("cat", "dog"):
+            (here / "pictures" / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(here / "pictures" / split / name / "0.png")
     overrides = {"data_dir": "pictures"}
     groups = groups_of(here / "notebooks" / "07_gathering_ablation.ipynb")
     check(read_parameters("real", overrides, groups))

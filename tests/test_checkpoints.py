@@ -703,6 +703,24 @@ def test_a_method_of_one_width_gets_it(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == said
 
 
+def test_a_text_is_a_folder_of_files_at_home_or_has_brackets_in_its_name(tmp_path, monkeypatch):
+    with_tokenizer(tmp_path / "moe")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    texts = [f"{name} has a text of its own, and the quick brown fox jumps over it" for name in "abc"]
+    for folder in ("texts", "v[12]", "v1"):
+        (tmp_path / folder).mkdir()
+    for name, text in zip("abc", texts, strict=True):
+        (tmp_path / "texts" / f"{name}.txt").write_text(text)
+    (tmp_path / "v[12]" / "train.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in [*texts, None])
+    )
+    (tmp_path / "v1" / "train.jsonl").write_text('{"text": "another file"}')
+    with pytest.warns(UserWarning, match=r"v\[12\]/train.jsonl: 1 of 4 rows are left out"):
+        named = text_blocks(tmp_path / "v[12]" / "train.jsonl", tmp_path / "moe", length=16)
+    assert torch.equal(text_blocks("~/texts", tmp_path / "moe", length=16), named)
+    assert torch.equal(text_blocks("~/texts", tmp_path / "moe", length=16, split="train"), named)
+
+
 @pytest.mark.parametrize("option", ["calibration", "reconstruct", "check"])
 def test_a_text_that_is_not_there_is_named_as_it_was_typed(option, tmp_path, capsys, monkeypatch):
     with_tokenizer(tmp_path / "moe")

@@ -151,6 +151,50 @@ def test_corrupt_image_is_named(tmp_path, monkeypatch):
         load(data.train, evaluation_keys(9, 9)[0])
 
 
+def test_pictures_of_all_kinds_are_read_hidden_ones_are_not_and_others_are_counted(tmp_path):
+    """Also those in folders inside a class; a folder may be called as a picture is."""
+    make_folder(tmp_path, classes=("ant", "bee"), images=0)
+    picture = Image.new("RGB", (20, 16), (60, 120, 180))
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            folder = tmp_path / split / name
+            for kind in ("webp", "bmp", "tif", "gif", "PNG", "jpeg"):
+                picture.save(folder / f"a.{kind}")
+            for inner in (".ipynb_checkpoints", ".thumbnails", "more", "folder.png"):
+                (folder / inner).mkdir()
+                picture.save(folder / inner / "b.png")
+            picture.save(folder / "._a.png")
+    (tmp_path / "train" / "ant" / "notes.txt").touch()
+    picture.save(tmp_path / "train" / "lost.png")
+    with pytest.warns(
+        UserWarning, match=r"train: 2 of 18 files are left out, .* such as lost.png, ant/notes.txt"
+    ) as said:
+        data = image_data("folder", data_dir=tmp_path, image_size=16, cache_dir=tmp_path / "cache")
+    assert len(said) == 1
+    assert (len(data.train), len(data.val)) == (16, 16)
+    images, labels = load(data.train, evaluation_keys(16, 16)[0])
+    assert labels.tolist() == [0] * 8 + [1] * 8
+    assert (images - torch.tensor([60, 120, 180])[:, None, None] / 127.5 + 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_of_16_bits_the_upper_8_are_taken(tmp_path, ending):
+    make_folder(tmp_path, classes=("ant", "bee"), images=0)
+    values = np.arange(20 * 16, dtype=np.uint16).reshape(16, 20) * 200
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            Image.fromarray(values).save(tmp_path / split / name / f"a.{ending}")
+    data = image_data("folder", data_dir=tmp_path, image_size=16, cache_dir=tmp_path / "cache")
+    assert data.train.images[0].tolist() == np.stack([values >> 8] * 3).tolist()
+
+
+def test_home_is_where_the_tilde_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_folder(tmp_path / "pics")
+    data = image_data("folder", data_dir="~/pics", image_size=16, cache_dir=tmp_path / "cache")
+    assert len(data.train) == 9
+
+
 def test_hub_data_set_in_a_local_folder(tmp_path):
     """The hub's reader, on a data set saved as Parquet with the hub's columns."""
     datasets = pytest.importorskip("datasets")

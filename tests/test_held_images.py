@@ -32,11 +32,12 @@ def as_pillow(picture):
 
 
 def folder_of(root, images):
-    """The images as one class of training and validation data in ImageNet's layout."""
+    """The images as a class of training and validation data in ImageNet's layout, and the first one as another class."""
     for split in ("train", "val"):
-        (root / split / "thing").mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(images):
-            as_pillow(picture).save(root / split / "thing" / f"{i:03}.png")
+        for name, part in (("thing", images), ("things", images[:1])):
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for i, picture in enumerate(part):
+                as_pillow(picture).save(root / split / name / f"{i:03}.png")
     return root
 
 

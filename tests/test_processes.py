@@ -79,6 +79,14 @@ def test_parts_are_as_few_as_there_can_be(device_batch, parts):
     assert share_of(48, device_batch).parts == parts
 
 
+@pytest.mark.parametrize(("device_batch", "parts"), [(0, 1), (47, 2), (15, 4), (5, 12), (3, 24), (2, 24)])
+def test_parts_that_mixup_pairs_are_even(device_batch, parts):
+    assert share_of(48, device_batch, paired=True).parts == parts
+    for batch, device_batch in ((47, 0), (48, 1)):
+        with pytest.raises(ValueError, match=f"even numbers of .*, found batch_size={batch} over 1 .*={device_batch}"):
+            share_of(batch, device_batch, paired=True)
+
+
 def test_balance_loss_of_parts_is_that_of_the_whole(monkeypatch):
     """Its mean over two processes, of different size as padding makes them; each gets the counts of both."""
     torch.manual_seed(0)

@@ -23,6 +23,7 @@ from ones_lib.data.bag_of_words import bag_of_words
 from ones_lib.data.docstrings import Parameter, parse
 from ones_lib.data.names import FAMILIES
 from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS, TASKS, check_definition, own_task
+from ones_lib.data.sources import read_file
 from ones_lib.data.text import embedded_versions, read_texts, text_corpus, text_tasks
 from ones_lib.data.tokens import pack, train_tokenizer
 
@@ -244,7 +245,7 @@ def test_documents_hold_every_sentence_once_and_give_the_same_files_again(networ
 
 def test_a_corpus_of_docstrings_has_each_text_once_and_no_tasks(networkx_alone, tmp_path):
     report = text_corpus("docstrings", **SMALL_CORPUS, cache_dir=tmp_path).report
-    train, validation = (read_texts("docstrings", split, tmp_path) for split in ("train", "validation"))
+    train, validation = (list(read_texts("docstrings", split, tmp_path)) for split in ("train", "validation"))
     assert report.startswith(f"docstrings: {len(train):,} texts, ")
     assert len({*train, *validation}) == len(train) + len(validation) > 500
     assert min(map(len, validation)) >= 40
@@ -562,7 +563,7 @@ def test_corpus_from_files_keeps_its_validation_split_or_holds_one_out(tmp_path,
     assert "200 texts" in local_corpus(local, str(tmp_path / "own")).report
     (tmp_path / "own" / "train.csv").write_text("text\nother\n")  # the file that was named is read, not its neighbour
     assert torch.equal(local_corpus(local, str(tmp_path / "own" / "train.jsonl")).train, file.train)
-    with pytest.raises(ValueError, match="corpus: expected at least 14 tokens, found 0"):
+    with pytest.raises(ValueError, match="train.csv: expected two texts at least, of which every tenth is held out"):
         local_corpus(local, str(tmp_path / "own" / "train.csv"))
 
 
@@ -595,8 +596,112 @@ def test_packed_texts_with_the_tokenizer_of_a_causal_model(marks):
 def test_texts_of_a_file(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo")
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(20)))
-    assert read_texts(tmp_path / "a.txt", "train") == ["one\ntwo"]
+    assert [list(pieces) for pieces in read_texts(tmp_path / "a.txt", "train")] == [["one\ntwo"]]
     assert sorted(map(int, read_texts(tmp_path / "b.jsonl", "validation"))) == list(range(20))
+
+
+TABLES = {
+    "a.csv": 'text,n\nNA,1\nnull,2\n007,3\n,4\n"a, b",5\n',
+    "a.jsonl": '{"text": "NA"}\n{"text": "null"}\n\n{"text": "007"}\n{"text": null}\n{"text": "a, b"}\n',
+    "a.json": '[{"text": "NA"}, {"text": "null"}, {"text": "007"}, {"text": null}, {"text": "a, b"}]',
+}
+
+
+@pytest.mark.parametrize("name", [*TABLES, "a.parquet"])
+@pytest.mark.parametrize("folder", ["v[12]", "v*", "{a}", ".hidden"])
+def test_texts_are_those_of_the_named_file_and_what_is_left_out_is_counted(tmp_path, name, folder):
+    """Beside folders whose names would fit as patterns."""
+    for place in (folder, "v1", "a"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / name).write_text(TABLES.get(name, ""))
+    path = tmp_path / folder / name
+    if name == "a.parquet":
+        pd.DataFrame({"text": ["NA", "null", "007", None, "a, b"]}).to_parquet(path)
+    for other in ("v1", "a"):
+        (tmp_path / other / name).write_text("else")
+    with pytest.warns(
+        UserWarning, match=f"{name}: 1 of 5 rows are left out, whose column 'text' is null, such as row 3"
+    ):
+        assert list(read_texts(path, "train")) == ["NA", "null", "007", "a, b"]
+    rows = read_file(path, ["text"])
+    assert list(rows["text"]) == ["NA", "null", "007", None, "a, b"]
+
+
+def test_a_folder_of_texts_is_read_whole_unless_something_in_it_is_named_as_a_split(tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / ".cache").mkdir()
+    for name in ("b.txt", "more/a.txt", ".cache/x.txt", ".b.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "c.jsonl").write_text('{"text": "c"}')
+    (tmp_path / "notes.pdf").touch()
+    with pytest.warns(UserWarning, match="takes 3 of 4 files, and leaves out notes.pdf"):
+        texts = ["".join(text) for text in read_texts(tmp_path, "validation")]
+    assert texts == ["b.txt", "c", "more/a.txt"]
+    (tmp_path / "validation-00000.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match="expected .*/train with one of the endings"):
+        read_texts(tmp_path, "train")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "d.txt").write_text("d")
+    with pytest.warns(UserWarning, match="takes 1 of 6 files, and leaves out b.txt, c.jsonl, more/a.txt and others"):
+        assert list(read_texts(tmp_path, "validation")) == ["d"]
+
+
+@pytest.mark.parametrize("most", [None, 10**5, 4001, 2500, 1200])
+def test_of_long_texts_so_many_tokens_are_taken_evenly(tmp_path, monkeypatch, most):
+    """Of 8,000 lines of one token, in pieces of about 571 lines."""
+    monkeypatch.setattr("ones_lib.data.sources.PIECE", 4000)
+    monkeypatch.setattr("ones_lib.data.tokens.PIECE", 3000)
+    words = [f"w{i:05}" for i in range(8000)]
+    (tmp_path / "a.txt").write_text("\n".join(words))
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*words, "</s>"])}, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    found = pack(read_texts(tmp_path / "a.txt", "train"), tokenizer, 1, most)[:, 0]
+    if most is None or most > 4000:
+        assert found.tolist() == list(range(8001))  # one text, whose end is marked once
+    else:
+        assert most <= len(found) <= 2 * most
+        assert (found.diff() > 0).all()
+        gaps = found.diff()[found.diff() > 1]
+        assert gaps.max() < 1.1 * gaps.min()
+        assert found.float().mean() == pytest.approx(4000, rel=0.2)
+
+
+def test_a_corpus_of_the_hub_that_has_only_a_training_split_is_held_out_from(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    asked, rows = [], Dataset.from_dict({"text": [None, *(f"number {i} of many short texts" for i in range(200))]})
+
+    def load_dataset(name, configuration, split):
+        asked.append((name, configuration, split))
+        if split != "train":
+            raise ValueError(f"Unknown split {split!r}. Should be one of ['train'].")
+        return rows
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.warns(UserWarning, match="owner/name:20231101.en, split train: 1 of 201 rows are left out"):
+        corpus = text_corpus("owner/name:20231101.en", **SMALL_CORPUS, cache_dir=tmp_path)
+    assert "180 texts" in corpus.report
+    assert asked == [("owner/name", "20231101.en", split) for split in ("train", "validation")]
+    few = text_corpus("owner/name", **SMALL_CORPUS, max_corpus=10, cache_dir=tmp_path)
+    assert "10 texts" in few.report
+
+
+def test_texts_of_tasks_in_csv_are_texts(tmp_path):
+    (tmp_path / "sst2").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "sst2" / f"{split}.csv").write_text("sentence,label\nNA,1\nnull,0\n12,1\nnan,0\n")
+    rows = local_rows(tmp_path).rows("sst2")["train"]
+    assert list(rows["sentence"]) == ["NA", "null", "12", "nan"]
+    assert list(rows["label"]) == [1, 0, 1, 0]
+    (tmp_path / "sst2" / "train.csv").write_text("sentence,label\na,1\nb,NA\nc,0\n")
+    with pytest.raises(ValueError, match="row 1: column 'label': expected 0 negative, 1 positive, found 'NA'"):
+        local_rows(tmp_path).rows("sst2")
+    (tmp_path / "sst2" / "train.csv").write_text("sentence,label\na,1\n,1\n,0\n")
+    with pytest.raises(
+        ValueError, match="row 1: column 'sentence': expected text, found None, and no text in 1 more rows"
+    ):
+        local_rows(tmp_path).rows("sst2")
 
 
 def test_tokenizer_lower_cases_and_splits_numbers():
@@ -872,7 +977,7 @@ def test_bad_rows_are_refused_naming_file_row_and_column(local, task, prepare, m
         ({"of_tasks": None}, ValueError, "tasks: expected at least one for a corpus of 'tasks'"),
         ({"of_tasks": {"name": "glue", "tasks": ["sst2"]}}, ValueError, "data: expected 'names'.*found 'glue'"),
         ({"name": "no such file"}, FileNotFoundError, "corpus: expected 'names', 'docstrings', 'tasks', a file"),
-        ({"name": __file__}, ValueError, r"test_text_data.py: expected one of the endings .jsonl.*found '.py'"),
+        ({"name": __file__}, ValueError, r"test_text_data.py: expected one of the endings .txt, .jsonl.*found '.py'"),
         ({"name": "nobody/nothing"}, ConnectionError, "could not open 'nobody/nothing'"),
         ({"tokenizer": "nobody/nothing"}, ValueError, "tokenizer: could not open 'nobody/nothing'"),
     ],

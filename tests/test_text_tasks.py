@@ -109,6 +109,31 @@ def test_a_language_model_learns_what_comes_next(data):
     assert len(history["val_loss"].dropna()) == 2
 
 
+@pytest.mark.parametrize("guard", [True, False])
+def test_parts_with_nothing_to_predict_change_nothing(data, guard):
+    """One sequence at a time, of which most have no mask; with and without a teacher. A whole batch without one is a step too."""
+    task, recipe = MaskedLanguageModelling(replace(data, mask_rate=0.03)), Training(6, 8, 1e-2, balance_weight=0.0)
+    assert 0 in [task.count(batch) for batch in task.batches(replace(recipe, batch_size=1), 0, 0, CPU)]
+
+    def model(seed):
+        return pretraining_model(
+            MODEL | {"num_experts": 1}, data, seed
+        )  # routers have noise and count capacity by part
+
+    def fitted(batch_size=8, **how):
+        return fit(model(0), task, replace(recipe, batch_size=batch_size), seed=0, **how)
+
+    def kd():
+        return {"teacher": model(1), "distillation": Distillation(guard=guard)}
+
+    for how in (dict, kd):
+        (whole, history), (parts, split) = fitted(**how()), fitted(device_batch=1, **how())
+        np.testing.assert_allclose(split["loss"], history["loss"], rtol=1e-4)
+        for name, tensor in model_tensors(whole).items():
+            torch.testing.assert_close(model_tensors(parts)[name], tensor, rtol=1e-3, atol=1e-3)
+        assert fitted(batch_size=1, **how())[1]["loss"].notna().all()
+
+
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 

@@ -312,6 +312,12 @@ def test_training_learns(task):
     assert not model.training
 
 
+def test_mixup_in_parts(task):
+    """Of at most 5 examples: of 4, which it can pair."""
+    _, history = fit(small_model(), task, RECIPE, seed=0, device_batch=5)
+    assert history["loss"].notna().all()
+
+
 def test_mixed_precision_runs(task):
     _, history = fit(small_model(), task, replace(RECIPE, mixed_precision="bf16"), seed=0)
     assert history["loss"].notna().all()
@@ -333,6 +339,14 @@ def test_bad_recipes(values, message):
 
 
 # --- records and the study -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "options"), [("topk", {"d_ff": 11}), ("topk", {"k": 3}), ("average", {"d_ff": 16})])
+def test_students_of_other_widths_are_loaded_again(study, method, options):
+    for budget in (0, 2):
+        (record,) = study.run([study.student(method, 0, budget, **options)])
+        model = study.load_model(record)
+        assert model.blocks[0].mlp.up.shape[1] == options.get("d_ff", 2 * options.get("k", 0))
 
 
 def test_hash_is_of_what_is_asked_for():

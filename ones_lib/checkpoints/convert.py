@@ -27,11 +27,13 @@ from ones_lib.checkpoints.quantised import quantisation_files
 from ones_lib.checkpoints.shards import WHOLE, Shards, weight_files, weights_to_fetch
 from ones_lib.checkpoints.stored import open_checkpoint
 from ones_lib.checkpoints.stream import LEAST_SLICES
-from ones_lib.checkpoints.text import HUB_NAME, asked_for, check_tokens, described, found_text, text_blocks
+from ones_lib.checkpoints.text import asked_for, check_tokens, described, found_text, text_blocks
 from ones_lib.checkpoints.work import Work, read_layers
 from ones_lib.data.files import file_stamps
+from ones_lib.data.sources import HUB_NAME
 from ones_lib.gathering.registry import check_options, needs_calibration, options_of
 from ones_lib.gathering.scale import ROUTER_SCALES
+from ones_lib.gathering.source import source_hash
 from ones_lib.models.causal import model_config, text_config
 
 TOKENS = {"calibration": 4096, "reconstruct": 2**20}  # taken of a text where no number is asked for
@@ -129,7 +131,13 @@ def convert(
     plan = TwinPlan(open_checkpoint(folder, config, architecture.model), architecture, method, d_ff, options.get("k"))
     check_beside(folder, plan.config)
     texts = {"reconstruct": reconstruct, "calibration": calibration, "check": check}
-    ids = {name: text if text is None else _blocks(name, text, folder, config) for name, text in texts.items()}
+    needed = dict.fromkeys(
+        ("reconstruct", "calibration"), max(calibration_tokens or 0, reconstruct_tokens or 0, *TOKENS.values())
+    )
+    ids = {
+        name: text if text is None else _blocks(name, text, folder, config, needed.get(name))
+        for name, text in texts.items()
+    }
     if calibration is None and reconstruct is not None:
         texts["calibration"], ids["calibration"] = reconstruct, ids["reconstruct"]
     tokens = {"calibration": calibration_tokens, "reconstruct": reconstruct_tokens}
@@ -146,6 +154,8 @@ def convert(
 
     arguments = named(source, folder) | {"source_stamp": files_stamp(folder)}
     arguments |= {"method": method, "d_ff": plan.d_ff, "options": options, "approximate": approximate}
+    if code := source_hash(method):
+        arguments["method_source"] = code
     arguments |= {name: text if text is None else described(text, ids[name]) for name, text in texts.items()}
     arguments |= {
         "calibration_tokens": tokens["calibration"] or TOKENS["calibration"],
@@ -173,10 +183,10 @@ def convert(
             raise
 
 
-def _blocks(name: str, text: str | Path | Tensor, folder: Path, config: PreTrainedConfig) -> Tensor:
-    """All token ids [n, L] of a text or of the token ids that an argument of this name gives, checked."""
+def _blocks(name: str, text: str | Path | Tensor, folder: Path, config: PreTrainedConfig, needed: int | None) -> Tensor:
+    """Token ids [n, L] of a text, all or as many as are ``needed``, or those that an argument of this name gives, checked."""
     if isinstance(text, (str, Path)):
-        text = text_blocks(text, folder, split="validation" if name == "check" else "train", name=name)
+        text = text_blocks(text, folder, split="validation" if name == "check" else "train", name=name, most=needed)
     check_ids(name, text, text_config(config).vocab_size)
     return text
 

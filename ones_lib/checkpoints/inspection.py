@@ -93,7 +93,8 @@ def _inspect(source: str | Path, calibration: str | Path | Tensor, calibration_t
     architecture = Architecture(config, folder)
     plan = TwinPlan(open_checkpoint(folder, config, architecture.model), architecture, "readout", d_ff=None, k=None)
     if isinstance(calibration, (str, Path)):
-        blocks = text_blocks(calibration, folder, split="train", name="calibration")
+        most = calibration_tokens or TOKENS["calibration"]
+        blocks = text_blocks(calibration, folder, split="train", name="calibration", most=most)
         calibration = asked_for("calibration_tokens", blocks, calibration_tokens, TOKENS["calibration"], calibration)
     check_ids("calibration", calibration, text_config(config).vocab_size)
     if calibration.numel() < LEAST:

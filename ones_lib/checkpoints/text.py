@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from ones_lib.data.rows import READERS
+from ones_lib.data.sources import TEXT_ENDINGS, ending, is_hub_name
 from ones_lib.data.text import EMBEDDED, read_texts
 from ones_lib.data.tokens import pack
 from ones_lib.models.causal import model_config, read_json, text_config
@@ -24,7 +24,7 @@ from ones_lib.models.causal import model_config, read_json, text_config
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 TOKENIZERS += ("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "tekken.json")
 TOKENIZERS += ("tiktoken.model", "*.tiktoken")
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+READ_WHOLE = 2**22  # tokens of a text that are read in any case
 BLOCK = 512  # tokens of a block, where the model can take that many
 TOKEN_IDS = "token ids"  # what a text is called that was given as such
 Given = TypeVar("Given")
@@ -44,12 +44,14 @@ def found_text(name: str, text: Given) -> Given | Path:
     """
     if not isinstance(text, (str, Path)) or str(text) in EMBEDDED:
         return text
-    path, endings = Path(text).expanduser(), (".txt", *READERS)
-    if path.is_file() and path.suffix not in endings:
-        raise ValueError(f"{name}: expected a file with one of the endings {', '.join(endings)}, found {str(text)!r}")
+    path = Path(text).expanduser()
+    if path.is_file() and ending(path) not in TEXT_ENDINGS:
+        raise ValueError(
+            f"{name}: expected a file with one of the endings {', '.join(TEXT_ENDINGS)}, found {str(text)!r}"
+        )
     if path.exists():
         return path
-    if path.suffix in endings or not HUB_NAME.fullmatch(str(text).partition(":")[0]):
+    if not is_hub_name(text):
         embedded = " or ".join(map(repr, EMBEDDED))
         raise FileNotFoundError(
             f"{name}: no such file or folder, {str(text)!r}; expected one, a hub name like owner/name, or {embedded}"
@@ -111,6 +113,7 @@ def text_blocks(
     split: str = "validation",
     length: int | None = None,
     name: str = "text",
+    most: int | None = None,
 ) -> Tensor:
     """Token ids [n, L] of a text, by the tokenizer of the model in ``folder``.
 
@@ -121,6 +124,8 @@ def text_blocks(
         split: which split to read, where there are several.
         length: tokens of a block. None: :func:`block_length`.
         name: what errors call the text.
+        most: tokens that are needed. Of a text with more than twice so many, and than :data:`READ_WHOLE`, these are read from
+            places evenly spread over it. None: those of ``tokens``, or the whole text.
 
     Raises:
         FileNotFoundError, ConnectionError: there is no such text.
@@ -132,7 +137,8 @@ def text_blocks(
     tokenizer, config = open_tokenizer(folder), text_config(model_config(folder))
     length = length or block_length(config)
     try:
-        blocks = pack(read_texts(text, split), tokenizer, length)
+        needed = tokens if most is None else most
+        blocks = pack(read_texts(text, split), tokenizer, length, needed and max(needed, READ_WHOLE))
     except ConnectionError as error:
         raise ConnectionError(
             f"{name}: expected a file, a folder, or a data set on the Hugging Face hub, found no file or folder {str(text)!r},"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -151,7 +153,28 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_stamps(files: Iterable[Path], folder: Path | None = None) -> list[list]:
-    """Name (its place in ``folder``, if given), size and modification time of each file: they differ if a file was changed."""
-    looks = ((file.name if folder is None else file.relative_to(folder).as_posix(), file.stat()) for file in files)
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in looks]
+def content_hash(files: Sequence[Path], folder: Path, cache_dir: Path) -> str:
+    """SHA-256 of the places in ``folder`` and the contents of files. They are read once: the result is kept in ``cache_dir`` and
+    holds until a file's size or times change."""
+    from transformers.utils.logging import tqdm  # notebooks show its bars
+
+    stats = [file.stat() for file in files]
+    places = [file.relative_to(folder).as_posix() for file in files]
+    looks = [[place, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for place, s in zip(places, stats, strict=True)]
+    stamp = hashlib.sha256(json.dumps([str(folder.resolve()), looks]).encode()).hexdigest()
+    known = cache_dir / "contents" / stamp
+    if known.exists():
+        return known.read_text()
+    pairs = zip(places, tqdm(files, desc="reading files, once", unit="file", delay=2, leave=False), strict=True)
+    found = hashlib.sha256(json.dumps([[place, checksum(file)] for place, file in pairs]).encode()).hexdigest()
+    # A file that is changed again within a tick of the clock would keep its times.
+    if time.time_ns() - max((s.st_ctime_ns for s in stats), default=0) > 2e9:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_text(known, found)
+    return found
+
+
+def file_stamps(files: Iterable[Path]) -> list[list]:
+    """Name, size and modification time of each file: they differ if a file was changed."""
+    stats = ((file.name, file.stat()) for file in files)
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,16 +19,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
 from timm.data.readers import create_reader
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from transformers.utils.logging import tqdm
 
 from ones_lib.data import glyphs
-from ones_lib.data.files import file_stamps, made_once, save_tensors
+from ones_lib.data.files import content_hash, file_stamps, made_once, save_tensors
 from ones_lib.data.held import HeldImages, TensorImages
+from ones_lib.data.sources import ending, is_hub_name, some_of, visible_files
 
+#: Endings of pictures in folders, all of which Pillow reads.
+PICTURES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".tga", ".ppm",
+    ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
 LARGEST_HELD = 2**31  # bytes of decoded pictures kept in memory
 INCEPTION_MEAN_STD = 0.5  # pixels are scaled to [-1, 1], as in the authors' input pipeline
 
@@ -72,8 +78,9 @@ def image_data(
 
     Args:
         name: ``"glyphs"`` (drawn here); ``"folder"`` (``data_dir/{train,val}/<class>/*``, ImageNet's layout, or
-            ``data_dir/<class>/*``); or a name on the Hugging Face hub, such as ``"ILSVRC/imagenet-1k"`` (columns image, label;
-            splits train, validation).
+            ``data_dir/<class>/*``; :data:`PICTURES` are read, of several frames the first, hidden files and folders are not, and a
+            warning counts the others); or a name on the Hugging Face hub, such as ``"ILSVRC/imagenet-1k"`` (columns image,
+            label; splits train, validation).
         image_size: px, height and width.
         data_dir: the folder, for ``"folder"``; the download cache, for the hub (empty: the hub library's own).
         cache_dir: where drawn glyphs are kept.
@@ -97,19 +104,14 @@ def image_data(
         defaults = {"num_classes": 300, "train_per_class": 300, "val_per_class": 50}
         counts = {option: value or defaults[option] for option, value in counts.items()}
         return _glyphs({**counts, "image_size": image_size, "distortion": distortion}, Path(cache_dir))
+    check_name(name)
+    if data_dir:
+        data_dir = Path(data_dir).expanduser()
     if name == "folder":
-        splits, classes = _folder_readers(data_dir, val_fraction)
-    elif "/" in name:
-        splits, classes = _hub_readers(name, str(data_dir) or None)
+        splits, classes = _folder_readers(data_dir, val_fraction, num_classes)
     else:
-        raise ValueError(
-            f"data: expected 'glyphs', 'folder' or a hub name such as 'ILSVRC/imagenet-1k', found {name!r}"
-        )
-    if num_classes is not None and num_classes > len(classes):
-        raise ValueError(
-            f"num_classes: expected at most {len(classes)}, the classes of {data_dir or name}, found {num_classes}"
-        )
-    classes = classes[:num_classes]
+        splits, classes = _hub_readers(name, str(data_dir) or None)
+        classes = _first_classes(classes, num_classes, name)
     center = (INCEPTION_MEAN_STD,) * 3
     crop_pct = 1.0 if image_size < 64 else 0.9  # small pictures have no border to spare
     preparation = {"mean": center, "std": center, "crop_pct": crop_pct, "interpolation": "bicubic"}
@@ -139,6 +141,26 @@ def image_data(
         f" {image_size} px"
     )
     return ImageData(name, classes, 3, image_size, train, val, preparation, report)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError or FileNotFoundError unless :func:`image_data` knows data of this name."""
+    if name in ("glyphs", "folder") or is_hub_name(name) or Path(name).is_dir():
+        return
+    expected = "expected 'glyphs', 'folder' or a hub name such as 'ILSVRC/imagenet-1k'"
+    if "/" in name:
+        raise FileNotFoundError(f"data: no such folder, {name!r}; {expected}")
+    raise ValueError(f"data: {expected}, found {name!r}")
+
+
+def _first_classes(classes: list[str], count: int | None, place: str | Path) -> list[str]:
+    if count is not None and count > len(classes):
+        raise ValueError(
+            f"num_classes: expected at most {len(classes)}, the classes of {place}, or null for all, found {count}"
+        )
+    if len(classes[:count]) < 2:
+        raise ValueError(f"{place}: expected two classes or more, found {classes[:count]}; one alone is always right")
+    return classes[:count]
 
 
 class ReaderImages(Dataset):
@@ -182,19 +204,34 @@ class ReaderImages(Dataset):
         stream, _ = self.reader[source]
         try:
             with stream, Image.open(stream) as picture:
-                return picture.convert("RGB")
-        except (OSError, SyntaxError) as error:
+                return _in_rgb(picture)
+        except Exception as error:  # of a damaged file there are many kinds
             raise ValueError(f"{self._where(source)}: expected a readable image, found: {error}") from error
 
-    def stamps(self) -> list:
+    def stamps(self, cache_dir: Path) -> list:
         """What changes when a picture of the split does."""
-        return [self.indices.tolist(), _stamps(self.reader)]
+        if isinstance(self.reader, _FolderReader):
+            files = [path for path, _ in self.reader.samples]
+            return [self.indices.tolist(), content_hash(files, self.reader.folder, cache_dir)]
+        return [self.indices.tolist(), file_stamps(Path(f["filename"]) for f in self.reader.dataset.cache_files)]
 
     def _where(self, source: int) -> str:
         try:
             return self.reader.filename(source, absolute=True)
         except (KeyError, TypeError, NotImplementedError):
             return f"image {source} of the {getattr(self.reader, 'split', 'data')} split"
+
+
+def _in_rgb(picture: Image.Image) -> Image.Image:
+    """The picture with 8 bits a channel. Of a grey one with 16, where Pillow would cut off whatever is above 255, the upper 8."""
+    if picture.mode == "F":
+        raise ValueError("whole numbers of 8 or 16 bits are expected, not floats")
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        pixels = np.asarray(picture)
+        if pixels.min() < 0 or pixels.max() >= 2**16:
+            raise ValueError("8 or 16 bits a channel are expected, not 32")
+        picture = Image.fromarray((pixels >> 8).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 @contextmanager
@@ -220,7 +257,7 @@ def _held(train: ReaderImages, val: ReaderImages, cache_dir: Path) -> dict[str, 
     width, height = train.picture(0).size
     if 3 * height * width * (len(train) + len(val)) > LARGEST_HELD:
         return None
-    digest = hashlib.sha256(json.dumps([train.stamps(), val.stamps()]).encode())
+    digest = hashlib.sha256(json.dumps([images.stamps(cache_dir) for images in (train, val)]).encode())
 
     def make(folder: Path) -> None:
         decoded = {name: torch.empty(len(s), 3, height, width, dtype=torch.uint8) for name, s in splits.items()}
@@ -274,7 +311,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "tes
 
 def is_split(data_dir: str | Path) -> bool:
     """Whether a folder has, or should have, the folders train and val: it has one that is named as a split, or none at all."""
-    names = set(map(str.lower, _folders(Path(data_dir))))
+    names = set(map(str.lower, _folders(Path(data_dir).expanduser())))
     return not names or bool(names & SPLITS)
 
 
@@ -284,22 +321,22 @@ def _folders(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def folder_classes(data_dir: str | Path) -> list[str]:
-    """The classes of a folder, ``train/<class>/*`` and ``val/<class>/*`` or ``<class>/*``, sorted by name; pictures are not
-    looked for.
+def folder_classes(data_dir: str | Path, count: int | None = None) -> list[str]:
+    """The first ``count`` classes (None: all) of a folder, ``train/<class>/*`` and ``val/<class>/*`` or ``<class>/*``, sorted by
+    name; pictures are not looked for.
 
     Raises:
-        FileNotFoundError, ValueError: a split is missing or has no classes, or the splits' classes differ.
+        FileNotFoundError, ValueError: a split is missing, there are fewer than two classes, or the splits' classes differ.
     """
     if not str(data_dir):
         raise ValueError(
             "data_dir: expected a folder with train/<class>/* and val/<class>/*, or <class>/*, found none given"
         )
-    root, classes = Path(data_dir), None
+    root, classes = Path(data_dir).expanduser(), None
     if not is_split(root):
         if len(classes := _folders(root)) < 2:
             raise ValueError(f"data_dir: expected train and val or a folder for each class in {root}, found {classes}")
-        return classes
+        return _first_classes(classes, count, root)
     for split in ("train", "val"):
         folder = root / split
         if not folder.is_dir():
@@ -316,11 +353,30 @@ def folder_classes(data_dir: str | Path) -> list[str]:
                 f"{folder}: expected the {len(classes)} classes of {root / 'train'}, found {len(names)};"
                 f" in one of the two only: {odd[:5]}"
             )
-    return classes
+    return _first_classes(classes, count, root)
 
 
-def _folder_readers(data_dir: str | Path, val_fraction: float | None) -> tuple[dict, list[str]]:
-    root, classes = Path(data_dir), folder_classes(data_dir)
+def folder_files(
+    data_dir: str | Path,
+    *,
+    val_fraction: float | None = None,
+    num_classes: int | None = None,
+    train_per_class: int | None = None,
+    val_per_class: int | None = None,
+) -> list[Path]:
+    """The pictures of a folder that :func:`image_data` takes, with these of its arguments and its errors."""
+    readers, classes = _folder_readers(data_dir, val_fraction, num_classes)
+    counts, files = {"train": train_per_class, "val": val_per_class}, []
+    for split, reader in readers.items():
+        taken = ReaderImages(reader, len(classes), counts[split], None, None)
+        files += [reader.samples[i][0] for i in taken.indices.tolist()]
+    return files
+
+
+def _folder_readers(
+    data_dir: str | Path, val_fraction: float | None, num_classes: int | None
+) -> tuple[dict, list[str]]:
+    root, classes = Path(data_dir).expanduser(), folder_classes(data_dir, num_classes)
     if is_split(root):
         return {
             split: _FolderReader(root / split, _samples(root / split, classes)) for split in ("train", "val")
@@ -335,13 +391,22 @@ def _folder_readers(data_dir: str | Path, val_fraction: float | None) -> tuple[d
 
 
 def _samples(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """The pictures of ``folder/<class>/**`` and the numbers of their classes."""
-    extensions, samples = get_img_extensions(as_set=True), []
+    """The pictures of ``folder/<class>/**`` and the numbers of their classes. A warning counts what is left out."""
+    samples, left = [], [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     for label, name in enumerate(classes):
-        paths = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in extensions)
-        if not paths:
-            raise ValueError(f"{folder / name}: expected images ({', '.join(sorted(extensions))}), found none")
-        samples += [(path, label) for path in paths]
+        files = visible_files(folder / name)
+        pictures = [path for path in files if ending(path) in PICTURES]
+        if not pictures:
+            found = f"found others, such as {some_of(files, folder)}" if files else "found none"
+            raise ValueError(f"{folder / name}: expected images ({', '.join(PICTURES)}), {found}")
+        samples += [(path, label) for path in pictures]
+        left += [path for path in files if ending(path) not in PICTURES]
+    if left:
+        warnings.warn(
+            f"{folder}: {len(left):,} of {len(samples) + len(left):,} files are left out, which are no pictures in a class's"
+            f" folder ({', '.join(PICTURES)}), such as {some_of(left, folder)}",
+            stacklevel=2,
+        )
     return samples
 
 
@@ -378,13 +443,6 @@ class _FolderReader:
         return (label for _, label in self.samples)
 
 
-def _stamps(reader) -> list:
-    """Name or place, size and modification time of a reader's files."""
-    if not isinstance(reader, _FolderReader):
-        return file_stamps(Path(file["filename"]) for file in reader.dataset.cache_files)
-    return file_stamps((path for path, _ in reader.samples), reader.folder)
-
-
 def _hub_readers(name: str, cache_dir: str | None) -> tuple[dict, list[str]]:
     from datasets.exceptions import DatasetNotFoundError
 
@@ -397,6 +455,8 @@ def _hub_readers(name: str, cache_dir: str | None) -> tuple[dict, list[str]]:
                 f"data: could not open {name!r} on the Hugging Face hub ({error}). Offline, or before accepting the data"
                 " set's terms and logging in (hf auth login), use data='folder' with data_dir=<a folder with train/ and val/>"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"data: expected the splits train and validation in {name!r}: {error}") from error
     class_to_idx = readers["train"].class_to_idx
     if not class_to_idx or readers["val"].class_to_idx != class_to_idx:
         raise ValueError(f"data: expected a column 'label' with the same class names in both splits of {name!r}")

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ones_lib.data import names
+from ones_lib.data.sources import read_hub, read_split
 
 if TYPE_CHECKING:  # a third of a second to import
     from datasets import Dataset
 
 ANSWER_COLUMNS = ("id", "context", "question", "answers")
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # ending -> reader of datasets
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def task_rows(
             rows = read_hub(*spec.hub, split)
         else:
             optional = split in more or (split == first and spec.label is not None)
-            rows = read_split(folder / task, split, optional)
+            rows = read_split(folder / task, split, optional, spec.texts)
         if rows is not None:
             found[split] = rows
     if whole := first not in found:
@@ -181,11 +181,12 @@ def own_task(task: str, given: Mapping, folder: Path) -> dict:
     Raises:
         FileNotFoundError, ValueError: the training split or a column is missing, or its labels are no classes.
     """
-    rows, where = read_split(folder / task, "train"), place_of(task, folder, "train")
+    texts = _listed(given.get("text", []))
+    rows, where = read_split(folder / task, "train", texts=texts), place_of(task, folder, "train")
     if given["kind"] == "answers":
         _check_columns(rows, ANSWER_COLUMNS, where)
         return {"unanswerable": any(isinstance(a, Mapping) and not a.get("text") for a in rows["answers"])}
-    texts, label = _listed(given["text"]), given["label"]
+    label = given["label"]
     _check_columns(rows, (*texts, label), where)
     names = set(_class_names(rows, label, where))
     if len(names) < 2 or 2 * len(names) > len(rows):
@@ -200,63 +201,6 @@ def _listed(columns: object) -> list:
     return columns if isinstance(columns, list) else [columns]
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def find_split(folder: Path, split: str) -> Path:
-    """The file of a split.
-
-    Raises:
-        FileNotFoundError, ValueError: the file is missing or empty.
-    """
-    for path in (folder / f"{split}{ending}" for ending in READERS):
-        if path.exists():
-            if not path.stat().st_size:
-                raise ValueError(f"{path}: expected at least one row, found an empty file")
-            return path
-    found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
-    raise FileNotFoundError(
-        f"text_dir: expected {folder / split} with one of the endings {', '.join(READERS)}, found in {folder}: {found}"
-    )
-
-
-def read_file(path: Path) -> Dataset:
-    """The rows of a JSON, JSON lines, Parquet or CSV file; ValueError names it where it is none."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    if path.suffix not in READERS:
-        raise ValueError(f"{path}: expected one of the endings {', '.join(READERS)}, found {path.suffix!r}")
-    try:
-        return load_dataset(READERS[path.suffix], data_files=str(path), split="train", keep_in_memory=True)
-    except DatasetGenerationError as error:
-        raise ValueError(f"{path}: could not be read: {error.__cause__ or error}") from error
-
-
-def read_split(folder: Path, split: str, optional: bool = False) -> Dataset | None:
-    """The rows of ``folder/<split>.*``; None if there is no such file and it is optional."""
-    try:
-        return read_file(find_split(folder, split))
-    except FileNotFoundError:
-        if optional:
-            return None
-        raise
-
-
-def read_hub(name: str, configuration: str | None, split: str) -> Dataset:
-    """The rows of a split of a data set on the Hugging Face hub."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        return load_dataset(name, configuration, split=split)
-    except (ConnectionError, DatasetNotFoundError) as error:
-        raise ConnectionError(
-            f"data: could not open {name!r} on the Hugging Face hub ({error}). Offline, use data='local' with text_dir="
-            "<a folder with <task>/<split>.jsonl or .parquet>"
-        ) from error
-
-
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
@@ -268,9 +212,12 @@ def _checked(rows: Dataset, spec: TextTask, where: str) -> Dataset:
     """
     _check_columns(rows, spec.columns if spec.label is None else (*spec.texts, spec.label), where)
     for column in spec.texts:
-        for i, value in enumerate(rows[column]):
-            if not isinstance(value, str):
-                raise ValueError(f"{where}: row {i}: column {column!r}: expected text, found {value!r}")
+        odd = [(i, value) for i, value in enumerate(rows[column]) if not isinstance(value, str)]
+        if odd:
+            like_it = f", and no text in {len(odd) - 1:,} more rows" if len(odd) > 1 else ""
+            raise ValueError(
+                f"{where}: row {odd[0][0]}: column {column!r}: expected text, found {odd[0][1]!r}{like_it}"
+            )
     if spec.labels is None:
         every = zip(rows["answers"], rows["context"], strict=True)
         answers = [
@@ -282,7 +229,8 @@ def _checked(rows: Dataset, spec: TextTask, where: str) -> Dataset:
         numbers = [spec.labels.index(name) for name in _class_names(rows, spec.label, where, spec.labels)]
         return rows.select_columns(list(spec.texts)).add_column("label", numbers)
     meaning = ", ".join(f"{i} {label}" for i, label in enumerate(spec.labels))
-    labels = list(rows["label"])
+    # A column of a CSV file is text throughout if one of its cells is.
+    labels = [int(v) if isinstance(v, str) and re.fullmatch(r"-?\d+", v) else v for v in rows["label"]]
     for i, label in enumerate(labels):
         if label not in range(len(spec.labels)) or isinstance(label, bool):
             raise ValueError(f"{where}: row {i}: column 'label': expected {meaning}, found {label!r}")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,10 @@ from ones_lib.data.rows import (
     HUB_TASKS,
     TextTask,
     place_of,
-    read_file,
-    read_hub,
-    read_split,
     task_rows,
     task_spec,
 )
+from ones_lib.data.sources import has_splits, is_hub_name, read_hub, text_files, texts_in, texts_of
 from ones_lib.data.tokens import EncodedText
 
 if TYPE_CHECKING:  # a third of a second to import
@@ -90,8 +89,9 @@ def text_corpus(
 
     Args:
         name: ``"names"`` or ``"docstrings"`` (made from installed packages), ``"tasks"`` (texts of ``of_tasks``), a file or
-            a folder of ``<split>.jsonl``, ``.parquet`` or ``.csv`` with a column ``text``, or a hub name (``name`` or
-            ``name:configuration``). Without a validation split, every tenth text is held out.
+            folder as :func:`ones_lib.data.sources.text_files` finds them, or a hub name (``owner/name`` or
+            ``owner/name:configuration``) of a data set with a column ``text``. Without a validation split, every tenth text is
+            held out.
         tokenizer: a hub name or folder; empty: WordPiece, trained on the corpus, with ``vocab_size`` entries.
         sequence_length: tokens of a pre-training sequence.
         mask_rate: fraction of the tokens that masked-language pre-training selects.
@@ -110,7 +110,11 @@ def text_corpus(
         raise ValueError(f"mask_rate: expected a number between 0 and 1, found {mask_rate}")
     _check_versions(versions, name, (of_tasks or {}).get("name"))
     texts = _task_texts(of_tasks or {}, cache_dir) if name == "tasks" else _corpus_texts(name, cache_dir)
-    texts = {split: part[:max_corpus] for split, part in _with_validation(texts).items()}
+    texts = _with_validation(texts, max_corpus)
+    if not texts["train"]:
+        raise ValueError(
+            f"corpus {name}: expected two texts at least, of which every tenth is held out, or a validation split"
+        )
     folder = _tokenized(texts, tokenizer, vocab_size, sequence_length, Path(cache_dir))
     packed = load_file(folder / "tokens.safetensors")
     train, validation = packed["train"], packed["validation"]
@@ -217,17 +221,31 @@ def text_tasks(
     if own and name != "local":
         raise ValueError(f"data: expected 'local' for the tasks {list(own)}, found {name!r}")
     _check_versions(versions, name)
-    folder = _embedded_folder(name, cache_dir) if name == "names" else Path(text_dir) if name == "local" else None
+    folder = (
+        _embedded_folder(name, cache_dir)
+        if name == "names"
+        else Path(text_dir).expanduser()
+        if name == "local"
+        else None
+    )
     return TextTasks(name, tokenizer, task_length, stride, folder, max_train, max_validation, dict(own or {}))
 
 
-def read_texts(corpus: str | Path, split: str, cache_dir: str | Path = "runs/cache") -> list[str]:
-    """Texts of a split of embedded text, a folder or a hub data set; of a file, all texts. A ``.txt`` file is one text."""
-    path = Path(corpus)
-    if path.is_file() and path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8")]
-    splits = _with_validation(_corpus_texts(str(corpus), cache_dir))
-    return [text for texts in splits.values() for text in texts] if path.is_file() else splits[split]
+def read_texts(corpus: str | Path, split: str, cache_dir: str | Path = "runs/cache") -> Iterable[str | Iterable[str]]:
+    """Texts of a split of embedded text, a folder or a hub data set; of a file, or a folder without splits, all texts.
+
+    They are read as they are asked for. A ``.txt`` file is one text, in pieces.
+    """
+    splits = _corpus_texts(str(corpus), cache_dir)
+    if is_whole(corpus):
+        return splits["train"]
+    return splits[split] if "validation" in splits else _with_validation(splits, None)[split]
+
+
+def is_whole(corpus: str | Path) -> bool:
+    """Whether a text has no splits: a file, or a folder that :func:`ones_lib.data.sources.has_splits` says has none."""
+    path = Path(corpus).expanduser()
+    return str(corpus) not in EMBEDDED and (path.is_file() or (path.is_dir() and not has_splits(path)))
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -259,36 +277,49 @@ def _task_texts(of_tasks: Mapping, cache_dir: str | Path) -> dict[str, list[str]
     return {"train": list(dict.fromkeys(texts))}
 
 
-def _corpus_texts(corpus: str, cache_dir: str | Path) -> dict[str, list[str]]:
-    """Texts of a corpus by split, ``train`` and, where there is one, ``validation``."""
-    path = Path(corpus)
+def _corpus_texts(corpus: str, cache_dir: str | Path) -> dict[str, Iterable[str | Iterable[str]]]:
+    """Texts of a corpus by split, ``train`` and, where there is one, ``validation``; read as they are asked for."""
+    path = Path(corpus).expanduser()
     if corpus in EMBEDDED:
-        folder = _embedded_folder(corpus, cache_dir) / "corpus"
-        splits = {split: read_split(folder, split) for split in ("train", "validation")}
-    elif path.is_file():
-        splits = {"train": read_file(path)}
-    elif path.is_dir():
-        splits = {"train": read_split(path, "train"), "validation": read_split(path, "validation", optional=True)}
-    elif corpus.count("/") == 1:
-        name, _, configuration = corpus.partition(":")
-        splits = {split: read_hub(name, configuration or None, split) for split in ("train", "validation")}
-    else:
+        path = _embedded_folder(corpus, cache_dir) / "corpus"
+    elif not path.exists() and is_hub_name(corpus):
+        return _hub_texts(corpus)
+    elif not path.exists():
         raise FileNotFoundError(
-            f"corpus: expected 'names', 'docstrings', 'tasks', a file, a folder or a hub name, found {corpus!r}"
+            f"corpus: expected 'names', 'docstrings', 'tasks', a file, a folder or a hub name like owner/name, found no such file"
+            f" or folder, {corpus!r}"
         )
-    splits = {split: rows for split, rows in splits.items() if rows is not None}
-    for rows in splits.values():
-        if "text" not in rows.column_names:
-            raise ValueError(f"corpus {corpus}: expected a column 'text', found {rows.column_names}")
-    return {split: list(rows["text"]) for split, rows in splits.items()}
+    return {split: texts_in(files) for split, files in text_files(path).items()}
 
 
-def _with_validation(splits: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The splits; where ``validation`` is missing, it gets every tenth training text."""
+def _hub_texts(corpus: str) -> dict[str, Iterable[str]]:
+    name, _, configuration = corpus.partition(":")
+    splits = {}
+    for split in ("train", "validation"):
+        rows = read_hub(name, configuration or None, split, optional=split == "validation")
+        if rows is not None:
+            if "text" not in rows.column_names:
+                raise ValueError(f"corpus {corpus}: expected a column 'text', found {rows.column_names}")
+            splits[split] = texts_of(rows["text"], f"{corpus}, split {split}")
+    return splits
+
+
+def _with_validation(splits: Mapping[str, Iterable], most: int | None) -> dict[str, list[str]]:
+    """The first ``most`` texts of each split; where ``validation`` is missing, every tenth training text is of it."""
     if "validation" in splits:
-        return splits
-    texts = splits["train"]
-    return {"train": [text for i, text in enumerate(texts) if i % 10], "validation": texts[::10]}
+        return {split: [_whole(text) for text in islice(texts, most)] for split, texts in splits.items()}
+    train, validation = [], []
+    for i, text in enumerate(splits["train"]):
+        part = train if i % 10 else validation
+        if most is None or len(part) < most:
+            part.append(_whole(text))
+        elif len(train) == len(validation) == most:
+            break
+    return {"train": train, "validation": validation}
+
+
+def _whole(text: str | Iterable[str]) -> str:
+    return text if isinstance(text, str) else "".join(text)
 
 
 # --- caches ----------------------------------------------------------------------------------------------------------

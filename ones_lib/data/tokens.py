@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -71,26 +71,64 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | No
     return first, last
 
 
-def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+# Texts that are encoded at a time, and their characters: Python's integers of more would fill the memory.
+BATCH, PIECE = 10_000, 2**20
+
+
+def pack(
+    texts: Iterable[str | Iterable[str]], tokenizer: PreTrainedTokenizerBase, length: int, most: int | None = None
+) -> Tensor:
     """Join texts into one stream of tokens and cut it into sequences: token ids [n, length], int32.
 
     [SEP] follows each text; each sequence starts with [CLS] and ends with [SEP]. With a causal model's tokenizer, the end
     of text follows each text and the beginning of text, if there is one, starts each sequence.
+
+    Args:
+        texts: each a string, or the pieces of one.
+        most: of texts with more than twice so many tokens take so many at least, from places evenly spread over them. None: all.
     """
     first, end = end_tokens(tokenizer)
     before, after, between = ([] if i is None else [i] for i in (first, tokenizer.sep_token_id, end))
-    parts = [torch.empty(0, dtype=torch.int32)]
-    for start in range(0, len(texts), 10_000):  # Python's integers of a large corpus would not fit into memory
-        chunk = list(texts[start : start + 10_000])
+    kept, every = [], 1
+    for number, batch in enumerate(_batches(texts)):
+        if number % every:
+            continue
+        chunk = [piece for piece, _ in batch]
         encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        parts.append(torch.tensor([i for ids in encoded for i in (*ids, *between)], dtype=torch.int32))
-    stream, room = torch.cat(parts), length - len(before) - len(after)
+        ids = [i for ids, (_, last) in zip(encoded, batch, strict=True) for i in (*ids, *(between if last else ()))]
+        kept.append(torch.tensor(ids, dtype=torch.int32))
+        if most is not None and len(kept) > 1 and sum(map(len, kept)) > 2 * most:
+            kept, every = kept[::2], 2 * every
+    stream, room = torch.cat([torch.empty(0, dtype=torch.int32), *kept]), length - len(before) - len(after)
     count = len(stream) // room
     if not count:
         raise ValueError(f"corpus: expected at least {room} tokens, found {len(stream)}")
     body = stream[: count * room].view(count, room)
     before, after = (body.new_tensor(mark).expand(count, -1) for mark in (before, after))
     return torch.cat([before, body, after], dim=1)
+
+
+def _batches(texts: Iterable[str | Iterable[str]]) -> Iterator[list[tuple[str, bool]]]:
+    """The pieces of texts, each with whether it is its text's last one, in lists to be encoded at a time."""
+    batch, size = [], 0
+    for piece, last in _pieces(texts):
+        batch.append((piece, last))
+        size += len(piece)
+        if len(batch) == BATCH or size >= PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(texts: Iterable[str | Iterable[str]]) -> Iterator[tuple[str, bool]]:
+    for text in texts:
+        pieces = iter([text] if isinstance(text, str) else text)
+        piece = next(pieces)
+        for following in pieces:
+            yield piece, False
+            piece = following
+        yield piece, True
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def gathering_methods() -> list[str]:
     return list(_METHODS)
 
 
+def method_function(method: str) -> GatheringMethod:
+    """The registered function."""
+    return _METHODS[method]
+
+
 def uses_calibration(method: str, scale: Scale | str = 1.0) -> bool:
     """Whether the result of a method at a scale depends on activations, if there are any."""
     return "calibration" in options_of(method) or isinstance(scale, str)
@@ -114,6 +119,10 @@ def gather_precisely(
     experts = checked_experts(bank)
     check_width(d_ff, method, len(experts), experts[0].d_ff)
     calibration = _checked_calibration(calibration, method, scale, experts)
+    device = experts[0].up.device
+    if device.type == "mps":  # Apple's GPUs have no float64
+        experts = [expert.map(torch.Tensor.cpu) for expert in experts]
+        calibration = calibration and calibration.map(torch.Tensor.cpu)
     if "calibration" in options_of(method):
         options["calibration"] = calibration
     if "d_ff" in options_of(method):
@@ -122,7 +131,8 @@ def gather_precisely(
     with torch.no_grad():
         experts = [expert.map(torch.detach) for expert in experts]
         ffn = _call(method, experts, options) if groups == 1 else _gather_groups(groups, method, experts, options)
-        return scaled_output(ffn, output_factor(ffn, scale, calibration)) if isinstance(scale, str) else ffn
+        ffn = scaled_output(ffn, output_factor(ffn, scale, calibration)) if isinstance(scale, str) else ffn
+        return ffn.map(lambda t: t.to(device))
 
 
 def _call(method: str, experts: list[FeedForwardWeights], options: dict) -> FeedForwardWeights:

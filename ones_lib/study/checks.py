@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -13,9 +12,9 @@ from torch import nn
 
 from ones_lib.checkpoints.experts import open_experts
 from ones_lib.data.glyphs import CANVAS
-from ones_lib.data.images import folder_classes
-from ones_lib.data.rows import find_split
+from ones_lib.data.images import check_name, folder_classes
 from ones_lib.study.image_task import classification_model
+from ones_lib.study.inputs import located
 from ones_lib.study.parameters import Group, Parameters
 from ones_lib.study.records import project_root
 from ones_lib.study.study import Study, make_study
@@ -27,36 +26,33 @@ _CHOICES = {"ablation": "ablation_domains", "spectra": "domains"}  # of the doma
 def check(parameters: Parameters) -> None:
     """Raise ValueError, OSError or TypeError that names the parameter, for values that are right by themselves but do not go
     together, or do not fit what is on this machine."""
-    groups = parameters.groups
     for name in ("figures_dir", "records_dir"):
         folder = project_root() / getattr(parameters, name)
         if not next(f for f in (folder, *folder.parents) if f.exists()).is_dir():
             raise NotADirectoryError(f"{name}: expected a folder, found a file in its path: {folder}")
-    if "spectra" in groups and parameters.source:
+    if "spectra" in parameters.groups and parameters.source:
         open_experts(parameters.source)
+    for study in studies(parameters):
+        if study.domain == "image":
+            _check_images(study, parameters)
+        elif study.domain == "text":
+            _check_text(study, parameters.groups[study.domain])
+
+
+def studies(parameters: Parameters) -> Iterator[Study]:
+    """The studies that a notebook with these parameters makes, one of each domain."""
+    groups = parameters.groups
     chosen = [getattr(parameters, name) for group, name in _CHOICES.items() if group in groups]
     for domain in ("image", "text", "language"):
         if domain in groups and all(domain in domains for domains in chosen):
-            study = make_study(domain, parameters)
-            if domain == "image":
-                _check_images(study, parameters)
-            elif domain == "text":
-                _check_text(study, groups[domain])
+            yield make_study(domain, parameters)
 
 
 def _check_images(study: Study, parameters: Parameters) -> None:
     name, classes, size = study.data["name"], study.data["num_classes"] or 1000, study.data["image_size"]
+    check_name(name)
     if name == "folder":
-        there = len(folder_classes(study.data["data_dir"]))
-        if study.data["num_classes"] and study.data["num_classes"] > there:
-            raise ValueError(
-                f"num_classes: expected at most {there}, the classes of {study.data['data_dir']}, or null for all, found {classes}"
-            )
-        classes = study.data["num_classes"] or there
-    elif name != "glyphs" and "/" not in name:
-        raise ValueError(
-            f"data: expected 'glyphs', 'folder' or a hub name such as 'ILSVRC/imagenet-1k', found {name!r}"
-        )
+        classes = len(folder_classes(located(study.data["data_dir"]), study.data["num_classes"]))
     if name == "glyphs" and CANVAS % size:
         raise ValueError(f"image_size: expected a divisor of {CANVAS} for glyphs, found {size}")
     patch = study.model.get("patch_size") or 1
@@ -78,9 +74,6 @@ def _check_images(study: Study, parameters: Parameters) -> None:
 
 
 def _check_text(study: Study, group: Group) -> None:
-    if study.task_data["name"] == "local":
-        for task in study.tasks:
-            find_split(Path(study.task_data["text_dir"]) / task, "train")
     data = SimpleNamespace(vocab_size=study.data["vocab_size"], tokenizer=SimpleNamespace(pad_token_id=0))
     for config in (study.moe(0), study.dense(0)):
         _build(pretraining_model, config["model"], data, group)

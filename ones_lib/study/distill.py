@@ -37,6 +37,7 @@ from ones_lib.checkpoints.terminal import Typed, add_version, exit_status
 from ones_lib.checkpoints.text import block_length, found_text, ids_hash, text_blocks, text_name, token_count
 from ones_lib.checkpoints.work import perplexities
 from ones_lib.data.files import is_free, model_tensors, remove_unfinished, write_text
+from ones_lib.data.text import is_whole
 from ones_lib.distillation import Distillation
 from ones_lib.models.causal import load_language_model, text_config
 from ones_lib.study.language_task import LanguageModel, LanguageModelling
@@ -93,8 +94,8 @@ def distill(
         out: a folder that does not exist, is empty, or was made by the same call.
         text: what :func:`ones_lib.checkpoints.text.text_blocks` reads. A shorter text is read several times.
         tokens: number of tokens to train on; the last incomplete batch is left out.
-        check: a text to measure the perplexity on. None: the validation split of ``text``; of a file, every tenth block,
-            which is then not trained on.
+        check: a text to measure the perplexity on. None: the validation split of ``text``; of a file, or a folder without
+            splits, every tenth block, which is then not trained on.
         length: tokens of a block. None: 512, or what the model can take.
         alpha: weight of the teacher; the rest is the weight of the text's own next tokens.
         temperature: of the softmax of both models' logits.
@@ -135,7 +136,7 @@ def distill(
         raise ValueError(f"tokens: expected at least {batch_size * length:,}, {step}, found {tokens:,}")
     recipe = replace(recipe, steps=steps, evaluations=min(EVALUATIONS, steps))
     with main_first():  # it makes the embedded text
-        blocks = _read_blocks(text, check, dense, length)
+        blocks = _read_blocks(text, check, dense, length, steps * batch_size * length)
 
     arguments = {"moe": name.pop("source"), **name, "dense": dense.name}
     arguments |= {"text": text_name(text), "check": None if check is None else text_name(check)}
@@ -360,13 +361,14 @@ def _vocabulary(file: Path) -> dict[str, int]:
         raise ValueError(f"{file}: expected a tokenizer ({error})") from error
 
 
-def _read_blocks(text: str | Path, check: str | Path | None, dense: Path, length: int) -> Blocks:
-    train = text_blocks(text, dense, split="train", length=length)
+def _read_blocks(text: str | Path, check: str | Path | None, dense: Path, length: int, tokens: int) -> Blocks:
+    """The blocks of a text, of which so many ``tokens`` are needed to train on."""
+    train = text_blocks(text, dense, split="train", length=length, most=tokens + tokens // 8)  # a tenth may be held out
     if check is not None:
         return Blocks(train, text_blocks(check, dense, HELD_OUT, length=length, name="check"))
-    if not Path(text).is_file():
+    if not is_whole(text):
         return Blocks(train, text_blocks(text, dense, HELD_OUT, length=length))
-    every = max(10, len(train) // max(1, HELD_OUT // length))  # a file has no splits
+    every = max(10, len(train) // max(1, HELD_OUT // length))
     if len(train) < 2:
         raise ValueError(f"check: expected a held-out text, since {text} has one block of {length} only, found None")
     held_out = torch.arange(len(train)) % every == 0

@@ -29,6 +29,7 @@ from ones_lib.data import evaluation_keys
 from ones_lib.distillation import Distillation
 from ones_lib.models.causal import empty_model, model_config
 from ones_lib.moe import Router
+from ones_lib.study.inputs import located
 from ones_lib.study.running import Config, build_model, data_of, task_of
 from ones_lib.study.training import Task, Training, default_device, fit
 
@@ -131,7 +132,7 @@ def _check_memory(config: Config) -> None:
     """Raise MemoryError before a published MoE is loaded that does not fit."""
     published = config.get("teacher", config).get("model", {}).get("checkpoint")
     if published:
-        settings = model_config(published)
+        settings = model_config(located(published))
         parameters = sum(p.numel() for p in empty_model(settings).parameters())
         needed, free = 4 * parameters, psutil.virtual_memory().available
         if needed > free:

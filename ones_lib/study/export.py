@@ -34,6 +34,7 @@ from ones_lib.data.text import Corpus
 from ones_lib.models.causal import without_bars
 from ones_lib.models.images import WideNet
 from ones_lib.models.upcycling import Upcycled
+from ones_lib.study.inputs import located
 from ones_lib.study.listing import find_record, record_roots
 from ones_lib.study.naming import data_name
 from ones_lib.study.records import Record, Records, project_root
@@ -211,7 +212,7 @@ def model_card(record: Record, data: ImageData | Corpus, usage: Usage, size: int
     tags = ["ones", *(["knowledge-gathering"] if made else []), *(["knowledge-distillation"] if distilled else [])]
     teacher = records.find(config["teacher"]) if "teacher" in config else None
     of_teacher = f" Its teacher's: {_scores(teacher)}." if teacher else ""
-    source, name = config["data"].get("data_dir") or config["data"]["name"], data_name(config["data"])
+    source, name = located(config["data"].get("data_dir") or config["data"]["name"]), data_name(config["data"])
     facts = [
         *_origin(config, records),
         f"Data: {data.report.replace(source, name, 1)}.",

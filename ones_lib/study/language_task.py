@@ -32,6 +32,7 @@ from ones_lib.models.causal import (
     new_model,
     without_bars,
 )
+from ones_lib.study.inputs import located
 from ones_lib.study.processes import merged, own_share
 from ones_lib.study.training import Training
 
@@ -79,7 +80,7 @@ def language_model(model: Mapping, data: Corpus, seed: int, dense: bool = False)
         dense: make the new dense model of the MoE's architecture instead.
     """
     if "checkpoint" in model and not dense:
-        return LanguageModel(load_language_model(model["checkpoint"], dtype=torch.float32))
+        return LanguageModel(load_language_model(located(model["checkpoint"]), dtype=torch.float32))
     config = language_config(model, data)
     if dense:
         config = dense_config(config, model.get("dense_width"))
@@ -91,7 +92,7 @@ def language_model(model: Mapping, data: Corpus, seed: int, dense: bool = False)
 def language_config(model: Mapping, data: Corpus) -> PreTrainedConfig:
     """The MoE's configuration in :func:`language_model`."""
     if "checkpoint" in model:
-        return model_config(model["checkpoint"])
+        return model_config(located(model["checkpoint"]))
     first, last = end_tokens(data.tokenizer)
     tokens = {"pad_token_id": data.tokenizer.pad_token_id, "bos_token_id": first, "eos_token_id": last}
     sizes = {"vocab_size": data.vocab_size, "max_position_embeddings": data.train.shape[1]}
@@ -165,8 +166,8 @@ def gathered_model(teacher: LanguageModel, config: Mapping, data: Corpus) -> tup
     if "reconstruct" in options:
         options["reconstruct"] = thinned(data.train, options["reconstruct"])
     with TemporaryDirectory() as folder, without_bars():
-        source, destination = moe.get("checkpoint"), Path(folder, "dense")
-        if source is None:
+        source, destination = located(moe.get("checkpoint", "")), Path(folder, "dense")
+        if not source:
             source = Path(folder, "moe")
             teacher.model.save_pretrained(source)
         table = convert(source, destination, "topk" if method in CONTROLS else method, **options)

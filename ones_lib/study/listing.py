@@ -32,8 +32,8 @@ def find_record(name: str, roots: Iterable[Path]) -> Record:
     Raises:
         FileNotFoundError, ValueError: there is none, or more than one.
     """
-    if Path(name).is_dir():
-        return Record(Path(name).resolve())
+    if (folder := Path(name).expanduser()).is_dir():
+        return Record(folder.resolve())
     roots = list(roots)
     every = {_digest(record): record for root in reversed(roots) for record in Records(root).all("*")}
     found = [r for digest, r in every.items() if r.folder.name.startswith(name) or digest.startswith(name)]
@@ -159,7 +159,7 @@ def _shown(folder: Path) -> str:
 
 def _compare(options: argparse.Namespace) -> int:
     pair = [
-        Record(Path(name)) if Path(name).parent != Path() else find_record(name, options.records)
+        Record(Path(name).expanduser()) if Path(name).parent != Path() else find_record(name, options.records)
         for name in (options.record, options.other)
     ]
     table = compare(*pair)

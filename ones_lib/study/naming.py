@@ -14,7 +14,7 @@ def data_name(data: Mapping) -> str:
     if data["name"] == "tasks" and of_tasks.get("text_dir"):
         return Path(of_tasks["text_dir"]).name
     name = data["data_dir"] if data["name"] == "folder" else data["name"]
-    return Path(name).name if data["name"] == "folder" or Path(name).is_absolute() else name
+    return Path(name).name if data["name"] == "folder" or "files" in data or Path(name).is_absolute() else name
 
 
 def describe(config: Mapping) -> dict[str, Any]:

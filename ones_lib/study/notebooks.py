@@ -37,9 +37,10 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 import ones_lib
+from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.terminal import MENDABLE
-from ones_lib.data.files import UNFINISHED
-from ones_lib.study.checks import check
+from ones_lib.data.files import UNFINISHED, file_stamps
+from ones_lib.study.checks import check, studies
 from ones_lib.study.parallel import WHY_KILLED
 from ones_lib.study.parameters import EXECUTION, Parameters, check_names, group_of, read_parameters
 from ones_lib.study.progress import BAR
@@ -98,12 +99,25 @@ def check_values(chosen: Mapping[str, Parameters]) -> None:
 
 
 def fingerprint(notebook: Path, parameters: Parameters) -> str:
-    """Hash of what decides a notebook's outcome: its cells, its parameters, the library's sources."""
+    """Hash of what decides a notebook's outcome: its cells, its parameters, the files that these name, the library's sources."""
     values = {name: value for name, value in parameters.values().items() if name not in EXECUTION}
     cells = [(cell.cell_type, cell.source) for cell in nbformat.read(notebook, as_version=4).cells]
-    digest = hashlib.sha256(json.dumps([cells, values], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([cells, values, _files(parameters)], sort_keys=True).encode())
     digest.update(_library().encode())
     return digest.hexdigest()
+
+
+def _files(parameters: Parameters) -> list:
+    """Data with hashes of the user's files, and stamps of a checkpoint's."""
+    try:
+        stamps = (
+            file_stamps(Shards(parameters.source).paths())
+            if "spectra" in parameters.groups and parameters.source
+            else []
+        )
+        return [stamps, *([study.data, study.model, study.task_data] for study in studies(parameters))]
+    except (OSError, ValueError, TypeError) as error:
+        return [str(error)]  # it is told when the values are checked
 
 
 @cache

@@ -10,6 +10,7 @@ import ast
 import difflib
 import html
 import math
+import os
 import re
 import sys
 import types
@@ -482,7 +483,7 @@ def read_parameters(
     made = {}
     for name in wanted:
         names = [declared.name for declared in fields(GROUPS[name])]
-        values = {n: overrides.get(n, given.get(name, {}).get(n, ...)) for n in names}
+        values = {n: _home(overrides.get(n, given.get(name, {}).get(n, ...))) for n in names}
         if missing := [n for n, v in values.items() if v is ...]:
             raise ParameterError(f"{file.name}: {name}: expected a value for {missing[0]!r}, found none")
         try:
@@ -520,6 +521,11 @@ def _check_injected(known: Collection[str]) -> None:
             raise ParameterError(f"papermill: expected one of {', '.join(CELL)}, found {found}")
         if name not in CELL and not name.startswith("PAPERMILL_"):  # what papermill itself can add
             raise ParameterError(f"papermill: no parameter {name!r}{hint(name, [*CELL, *known])}")
+
+
+def _home(value: Any) -> Any:
+    """The value; a path that begins with ``~`` from the home folder on."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _other_values(overrides: Mapping[str, Any], given: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -26,6 +26,7 @@ from ones_lib.distillation import Distillation
 from ones_lib.integration import integrate
 from ones_lib.models import upcycle
 from ones_lib.study.image_task import ImageClassification, classification_model
+from ones_lib.study.inputs import arguments_of, check_unchanged
 from ones_lib.study.language_task import LanguageModelling, gathered_model, language_model
 from ones_lib.study.processes import (
     alone,
@@ -135,7 +136,8 @@ def data_of(config: Config, cache_dir: Path) -> Data:
 
 @lru_cache(maxsize=2)
 def _open_data(domain: str, data: str, cache_dir: Path) -> Data:
-    return (image_data if domain == "image" else text_corpus)(**json.loads(data), cache_dir=cache_dir)
+    arguments = arguments_of(json.loads(data))
+    return (image_data if domain == "image" else text_corpus)(**arguments, cache_dir=cache_dir)
 
 
 def tasks_of(config: Config, cache_dir: Path) -> TextTasks:
@@ -145,9 +147,8 @@ def tasks_of(config: Config, cache_dir: Path) -> TextTasks:
 
 @lru_cache(maxsize=2)
 def _open_tasks(data: str, task_data: str, cache_dir: Path) -> TextTasks:
-    return text_tasks(
-        **json.loads(task_data), tokenizer=_open_data("text", data, cache_dir).tokenizer, cache_dir=cache_dir
-    )
+    arguments = arguments_of(json.loads(task_data))
+    return text_tasks(**arguments, tokenizer=_open_data("text", data, cache_dir).tokenizer, cache_dir=cache_dir)
 
 
 def build_model(config: Config, data: Data) -> nn.Module:
@@ -159,8 +160,8 @@ def build_model(config: Config, data: Data) -> nn.Module:
         return language_model(config["model"], data, config["seed"], dense=config["kind"] != "moe")
     if config["kind"] == "student":
         teacher = build_model(config["teacher"], data)
-        k = config["options"].get("k")
-        return teacher.dense_twin(d_ff=k and k * teacher.moe_layers()[0].num_experts)
+        k, d_ff = (config["options"].get(name) for name in ("k", "d_ff"))
+        return teacher.dense_twin(d_ff=d_ff or (k and k * teacher.moe_layers()[0].num_experts))
     if "upcycling" in config:
         return upcycle(build_model(config["start"], data), seed=config["seed"], **config["upcycling"])
     if config["kind"] == "finetuned":
@@ -256,6 +257,7 @@ def carry_out(config: Config, place: Workplace, progress: Progress | None = None
 def _carry_out(config: Config, place: Workplace, progress: Progress | None) -> None:
     torch.use_deterministic_algorithms(place.execution.deterministic)
     started, records = time.perf_counter(), place.records
+    check_unchanged(config, place.cache_dir)
     with main_first():  # it fills the cache
         task = task_of(config, place.cache_dir)
     teacher = _load(records.find(config["teacher"]), place.cache_dir) if "teacher" in config else None

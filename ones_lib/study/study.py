@@ -15,14 +15,16 @@ import pandas as pd
 from torch import nn
 
 from ones_lib.checkpoints.plan import ACTIVE
-from ones_lib.data.files import file_stamps
 from ones_lib.data.images import is_split
 from ones_lib.data.rows import EMBEDDED_TASKS, HUB_TASKS, OWN_FORM, own_task
 from ones_lib.data.text import embedded_versions
 from ones_lib.distillation import Distillation
+from ones_lib.gathering.registry import gathering_methods
+from ones_lib.gathering.source import source_hash
 from ones_lib.integration import calibrated, integration_methods
 from ones_lib.metrics import LOWER_IS_BETTER
 from ones_lib.study.export import export
+from ones_lib.study.inputs import located, with_checkpoint, with_files, with_task_files
 from ones_lib.study.parallel import run_all, write_plan
 from ones_lib.study.parameters import Group, Parameters
 from ones_lib.study.progress import duration
@@ -81,7 +83,9 @@ class Study:
         self.seeds = list(self.seeds)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds: expected at least one, all different and not negative, found {self.seeds}")
-        self.data, self.model = dict(self.data), {k: v for k, v in self.model.items() if v is not None}
+        self.tasks, self.data = list(self.tasks), with_files(self.domain, self.data, self.cache_dir)
+        self.model = with_checkpoint({k: v for k, v in self.model.items() if v is not None}, self.cache_dir)
+        self.task_data = with_task_files(self.task_data, self.tasks, self.cache_dir)
 
     # --- configs -----------------------------------------------------------------------------------------------------
 
@@ -134,6 +138,8 @@ class Study:
             raise ValueError(f"method: expected one of {integration_methods()}, found {method!r}")
         teacher = self.moe(seed) if teacher is None else teacher
         config = {"kind": "student", **self._common(seed), "method": method, "options": options}
+        if method in gathering_methods() and (code := source_hash(method)):
+            config["method_source"] = code
         # A converted model's layers are compared with the MoE's, whatever the method.
         on_data = calibrated(method, options.get("scale", 1.0)) or self.domain == "language"
         if budget == 0:
@@ -148,10 +154,15 @@ class Study:
 
     def finetuned(self, task: str, start: Config, teacher: Config | None = None) -> Config:
         """The pre-trained or distilled model ``start`` fine-tuned on a task, with KD from ``teacher`` if there is one."""
-        data = dict(self.task_data)
-        own = {name: known for name, known in data.pop("own", {}).items() if name == task}
+        of_task = {  # what is known of other tasks is no part of it
+            part: {name: known for name, known in self.task_data[part].items() if name == task}
+            for part in ("own", "files")
+            if part in self.task_data
+        }
         config = {"kind": "finetuned", **self._common(start["seed"]), "task": task}
-        config |= {"task_data": data | ({"own": own} if own else {})}
+        config["task_data"] = {
+            name: value for name, value in {**self.task_data, **of_task}.items() if value or name not in of_task
+        }
         config |= {"start": start, "training": asdict(self.finetuning)}
         return config if teacher is None else {**config, **self._taught_by(teacher)}
 
@@ -249,12 +260,12 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
     """
     root, group = project_root(), parameters.groups[domain]
     teaching = Training(**group.part("teaching"), mixed_precision=parameters.mixed_precision, evaluations=5)
-    finetuning, (tasks, own) = group.part("finetuning"), _tasks(root, group) if domain == "text" else ([], {})
+    finetuning, (tasks, own) = group.part("finetuning"), _tasks(group) if domain == "text" else ([], {})
     calibration = parameters.language_calibration if domain == "language" else parameters.calibration_examples
     return Study(
         domain=domain,
-        data=_data(root, domain, group, tasks, own),
-        model=_language_model(root, group, moe) if domain == "language" else group.part("model"),
+        data=_data(domain, group, tasks, own),
+        model=_language_model(group, moe) if domain == "language" else group.part("model"),
         teaching=teaching,
         learning=replace(teaching, **group.part("learning"), evaluations=0),
         distillation=Distillation(**group.part("distillation")),
@@ -263,7 +274,7 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
         records=Records(root / parameters.records_dir, parameters.redo_before),
         cache_dir=root / "runs" / "cache",
         tasks=tasks,
-        task_data=_task_data(root, group, own) if domain == "text" else {},
+        task_data=_task_data(group, own) if domain == "text" else {},
         finetuning=replace(teaching, **finetuning, evaluations=0) if finetuning else None,
         finetune_kd=getattr(group, "finetune_kd", True),
         processes=parameters.processes,
@@ -271,9 +282,9 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
     )
 
 
-def _tasks(root: Path, group: Group) -> tuple[list[str], dict[str, dict]]:
+def _tasks(group: Group) -> tuple[list[str], dict[str, dict]]:
     """Names of the tasks to fine-tune on, and of the user's own what :func:`ones_lib.data.rows.own_task` gives."""
-    folder = Path(_in_project(root, group.text_dir))
+    folder = Path(located(group.text_dir))
     if isinstance(group.tasks, dict) and group.tasks:
         return list(group.tasks), {task: own_task(task, given, folder) for task, given in group.tasks.items() if given}
     if group.tasks or group.text_data != "local":
@@ -288,24 +299,22 @@ def _tasks(root: Path, group: Group) -> tuple[list[str], dict[str, dict]]:
     return there, {}
 
 
-def _data(root: Path, domain: str, group: Group, tasks: list[str], own: dict[str, dict]) -> dict:
+def _data(domain: str, group: Group, tasks: list[str], own: dict[str, dict]) -> dict:
     data = group.part("data")
     if domain == "image":
-        data["data_dir"] = _in_project(root, data["data_dir"])
-        held_out = data["name"] == "folder" and not is_split(data["data_dir"])
+        held_out = data["name"] == "folder" and not is_split(located(data["data_dir"]))
         return data | ({"val_fraction": group.val_fraction} if held_out else {})
-    data["name"] = _in_project(root, data["name"])
     if domain == "language":
-        data["tokenizer"] = _in_project(root, group.language_source)
+        data["tokenizer"] = group.language_source
     elif data["name"] == "tasks":
-        of = {"name": group.text_data, "text_dir": _in_project(root, group.text_dir)}
+        of = {"name": group.text_data, "text_dir": group.text_dir}
         data["of_tasks"] = of | {"tasks": list(tasks), "max_train": group.max_train} | ({"own": own} if own else {})
     return data | {"versions": embedded_versions(data["name"], data.get("of_tasks", {}).get("name"))}
 
 
-def _task_data(root: Path, group: Group, own: dict[str, dict]) -> dict:
+def _task_data(group: Group, own: dict[str, dict]) -> dict:
     data = group.part("tasks") | ({"own": own} if own else {})
-    return data | {"text_dir": _in_project(root, data["text_dir"]), "versions": embedded_versions(data["name"])}
+    return data | {"versions": embedded_versions(data["name"])}
 
 
 def language_moes(parameters: Parameters) -> list[str]:
@@ -314,18 +323,9 @@ def language_moes(parameters: Parameters) -> list[str]:
     return [Path(group.language_source).name] if group.language_source else list(group.language_moes)
 
 
-def _language_model(root: Path, group: Group, moe: str) -> dict:
-    """An MoE to train; or a checkpoint and its files' stamps, so that a changed one gets new records."""
-    source, width = (
-        _in_project(root, group.language_source),
-        {"dense_width": ACTIVE if group.language_width == ACTIVE else None},
-    )
-    if not source:
+def _language_model(group: Group, moe: str) -> dict:
+    """An MoE to train, or a checkpoint."""
+    width = {"dense_width": ACTIVE if group.language_width == ACTIVE else None}
+    if not group.language_source:
         return group.language_moes[moe or next(iter(group.language_moes))] | width
-    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []  # none of a hub name
-    return {"checkpoint": source, "files": file_stamps(files)} | width
-
-
-def _in_project(root: Path, name: str) -> str:
-    """The absolute path if the project's root contains ``name``, else ``name`` unchanged."""
-    return str(root / name) if name and (root / name).exists() else name
+    return {"checkpoint": group.language_source} | width

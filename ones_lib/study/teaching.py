@@ -143,7 +143,7 @@ class Guard:
         """End a step. ``mean`` averages over processes; ``warm``: the schedule's warm-up is over."""
         total, count = mean(sum(self._parts)).tolist()
         self._parts.clear()
-        self.excess = self.MEMORY * self.excess + (1 - self.MEMORY) * total / count
+        self.excess = self.MEMORY * self.excess + (1 - self.MEMORY) * total / (count or 1)
         if self.excess > self.ROUNDING:
             self.factor, self.excess = self.CUT * self.factor, 0.0
             with torch.no_grad():

@@ -109,10 +109,12 @@ class MaskedLanguageModelling:
         return model(batch.ids, predicted=batch.predicted).logits
 
     def loss(self, logits: Tensor, batch: MaskedBatch) -> Tensor:
-        return F.cross_entropy(logits, batch.labels)
+        # The mean of nothing would be NaN, and so would its product with the part's weight, which is 0.
+        return F.cross_entropy(logits, batch.labels) if len(batch.labels) else logits.sum()
 
     def accuracy(self, logits: Tensor, batch: MaskedBatch) -> Tensor:
-        return (logits.argmax(dim=-1) == batch.labels).float().mean()
+        right = (logits.argmax(dim=-1) == batch.labels).float()
+        return right.mean() if len(right) else right.sum()
 
     def predict(self, model: nn.Module, device: torch.device) -> dict[str, Tensor]:
         """Of every masked token of the validation sequences: ``loss`` (nats), ``accuracy`` (right or not)."""
@@ -233,10 +235,10 @@ class QuestionAnswering(_Finetuning):
         encoded, rows = self.tasks.encoded(self.name, split), self.tasks.rows(self.name)[split]
 
         def spans(batch: TokenBatch) -> Tensor:
-            return torch.stack([part.double() for part in best_spans(self.forward(model, batch).float())])
+            return torch.stack([part.float() for part in best_spans(self.forward(model, batch).float())])
 
         score, first, last, null = self._evaluate(split, device, spans)
-        score, first, last, null = score.float(), first.long(), last.long(), null.float()
+        first, last = first.long(), last.long()
         texts, odds = span_texts(list(rows["context"]), encoded, score, first, last, null)
         answers = [answer["text"] for answer in rows["answers"]]
         result = squad_scores(texts, answers)

@@ -211,7 +211,7 @@ class _Run:
         )
         self.device = self.accelerator.device
         self.model, self.task, self.training, self.seed, self.shard = model.to(self.device), task, training, seed, shard
-        self.share = share_of(training.batch_size, device_batch)
+        self.share = share_of(training.batch_size, device_batch, paired=training.mixup > 0)
         if shard:
             _refuse_sharded(ema_decay=training.ema_decay)
             shard_model(model)  # before the optimizer, which then holds the shards
@@ -318,7 +318,7 @@ class _Run:
         if self.share.world_size == self.share.parts == 1:
             return [1.0]
         counts = torch.tensor([self.task.count(part) for part in parts], dtype=torch.float32, device=self.device)
-        return list(counts * self.share.world_size / self.accelerator.reduce(counts.sum(), "sum"))
+        return list(counts * self.share.world_size / self.accelerator.reduce(counts.sum(), "sum").clamp(min=1))
 
     def report(self, progress: Progress | None) -> None:
         """Add a row to the history, for the steps since the last report."""
@@ -431,12 +431,19 @@ def _unpacked(packed: Any, tensor_of: Callable[[str], Tensor]) -> Any:
     return {"list": list, "tuple": tuple}[kind](_unpacked(one, tensor_of) for one in content)
 
 
-def share_of(batch_size: int, device_batch: int) -> Share:
-    """This process's part of every batch, in the fewest equal parts of at most ``device_batch`` examples."""
+def share_of(batch_size: int, device_batch: int, paired: bool = False) -> Share:
+    """This process's part of every batch, in the fewest equal parts of at most ``device_batch`` examples; ``paired``: of an even
+    number of them, for mixup."""
     if batch_size % world_size():
         raise ValueError(f"batch_size: expected a multiple of {world_size()} processes, found {batch_size}")
     own = batch_size // world_size()
-    size = next(n for n in range(min(device_batch or own, own), 0, -1) if own % n == 0)
+    even = 2 if paired else 1
+    if own % even or 0 < device_batch < even:
+        found = f"batch_size={batch_size} over {world_size()} processes, device_batch={device_batch}"
+        raise ValueError(
+            f"batch_size, device_batch: expected even numbers of examples, which mixup pairs, found {found}"
+        )
+    size = next(n for n in range(min(device_batch or own, own), 0, -1) if own % n == 0 and n % even == 0)
     return Share(rank(), world_size(), own // size)
 
 

@@ -188,7 +188,7 @@ class Explorer:
     def _open_path(self) -> None:
         if path := self.path.value.strip():
             banks = open_experts(path)  # an error must leave the controls as they are
-            self.sources[path] = Path(path)
+            self.sources[path] = Path(path).expanduser()
             self._set(self.source, options=list(self.sources), value=path)
             self._show(self.sources[path], banks)
 
