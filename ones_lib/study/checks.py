@@ -85,8 +85,9 @@ def _build(make: Callable[..., nn.Module], model: Mapping, data: SimpleNamespace
     try:
         with torch.device("meta"):
             return make(model, data, 0)
-    except ValueError as error:
-        own = {f.metadata["to"].removeprefix("model."): f.name for f in fields(group)}
-        raise ValueError(re.sub(r"\b[a-z]+_[a-z_]+\b", lambda name: own.get(name[0], name[0]), str(error))) from error
-    except (AssertionError, RuntimeError, TypeError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if re.match(r"\w+: expected", str(error)):  # one of ours
+            own = {f.metadata["to"].removeprefix("model."): f.name for f in fields(group)}
+            message = re.sub(r"\b[a-z]+_[a-z_]+\b", lambda name: own.get(name[0], name[0]), str(error))
+            raise ValueError(message) from error
         raise ValueError(f"model: {dict(model)}: cannot be built ({error})") from error
