@@ -24,7 +24,7 @@ from ones_lib.checkpoints import convert, open_experts, quantised
 from ones_lib.checkpoints.quantised import Dequantised, readable, without_quantization
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stream import load_checkpoint
-from ones_lib.models.causal import perplexity
+from ones_lib.models.causal import model_config, perplexity
 
 FP8, EXPONENT = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
@@ -625,3 +625,13 @@ def test_quantisation_that_only_another_file_declares_is_read_or_refused_by_its_
     assert found.attrs["perplexity"]["MoE"] == pytest.approx(expected.attrs["perplexity"]["MoE"], rel=1e-3)
     assert not (tmp_path / "moe-dense" / file).exists()
     assert (open_experts(tmp_path / "moe")["model.layers.1.mlp.experts"].up.dtype) == torch.bfloat16
+
+
+def test_a_config_calls_quantisation_by_its_older_name(tmp_path):
+    config = moe("mixtral").config
+    config.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {
+        "compression_config": {"quant_method": "compressed-tensors"}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert model_config(tmp_path).quantization_config == {"quant_method": "compressed-tensors"}

@@ -58,8 +58,8 @@ def declared_beside(shards: Shards) -> Shards | Dequantised:
     if shards.path.is_dir() and not {*shards.dtypes.values()} <= {"F64", "F32", "F16", "BF16"}:
         for file in quantisation_files(shards.path):
             found = read_json(file)
-            if isinstance(own := found.get("quantization"), Mapping):  # ModelOpt's
-                found = {"quant_method": (found.get("producer") or {}).get("name", "modelopt"), **own}
+            if isinstance(own := found.get("quantization"), Mapping):
+                found = {"quant_method": "modelopt", **own}
             return Dequantised(shards, found, file)
     return shards
 

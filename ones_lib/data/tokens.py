@@ -19,8 +19,9 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        said = "it is code of its own, which is never run" if "trust_remote_code" in str(error) else error
         raise ValueError(
-            f"tokenizer: could not open {name!r} as a folder or on the Hugging Face hub: {error}"
+            f"tokenizer: could not open {name!r} as a folder or on the Hugging Face hub: {said}"
         ) from error
 
 

@@ -91,6 +91,7 @@ def _plain(values: dict) -> dict:
         dtype = name in ("dtype", "torch_dtype") and isinstance(value, str)
         if name in _RUNNING or (dtype and value == "auto"):
             continue
+        name = "quantization_config" if name == "compression_config" else name  # as llm-compressor once wrote it
         plain = _plain(value) if isinstance(value, dict) else value
         found[name] = value.removeprefix("torch.") if dtype else plain
     return found
