@@ -643,28 +643,45 @@ def test_a_folder_of_texts_is_read_whole_unless_something_in_it_is_named_as_a_sp
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "d.txt").write_text("d")
     with pytest.warns(UserWarning, match="takes 1 of 6 files, and leaves out b.txt, c.jsonl, more/a.txt and others"):
-        assert list(read_texts(tmp_path, "validation")) == ["d"]
+        assert list(read_texts(tmp_path, "validation").whole()) == ["d"]
 
 
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("most", [None, 10**5, 4001, 2500, 1200])
-def test_of_long_texts_so_many_tokens_are_taken_evenly(tmp_path, monkeypatch, most):
-    """Of 8,000 lines of one token, in pieces of about 571 lines."""
-    monkeypatch.setattr("ones_lib.data.sources.PIECE", 4000)
-    monkeypatch.setattr("ones_lib.data.tokens.PIECE", 3000)
+def test_of_long_texts_so_many_tokens_are_taken_evenly(tmp_path, monkeypatch, most, rows):
+    """Of 8,000 lines of one token, as one text in pieces of about 57 lines, or as 8,000 texts."""
+    monkeypatch.setattr("ones_lib.data.sources.PIECE", 400)
+    monkeypatch.setattr("ones_lib.data.tokens.PIECE", 400)
+    monkeypatch.setattr("ones_lib.data.tokens.LEAST", 8)
     words = [f"w{i:05}" for i in range(8000)]
-    (tmp_path / "a.txt").write_text("\n".join(words))
+    path = tmp_path / f"a.{'jsonl' if rows else 'txt'}"
+    path.write_text("\n".join(f'{{"text": "{word}"}}' if rows else word for word in words))
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*words, "</s>"])}, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    found = pack(read_texts(tmp_path / "a.txt", "train"), tokenizer, 1, most)[:, 0]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{} if rows else {"eos_token": "</s>"})
+    encoded, texts = [], read_texts(path, "train")
+    monkeypatch.setattr(type(tokenizer), "__call__", counted(type(tokenizer).__call__, encoded))
+    found = pack(texts, tokenizer, 1, most)[:, 0]
     if most is None or most > 4000:
-        assert found.tolist() == list(range(8001))  # one text, whose end is marked once
-    else:
-        assert most <= len(found) <= 2 * most
-        assert (found.diff() > 0).all()
-        gaps = found.diff()[found.diff() > 1]
-        assert gaps.max() < 1.1 * gaps.min()
-        assert found.float().mean() == pytest.approx(4000, rel=0.2)
+        assert found.tolist() == list(range(8000 + (not rows)))  # one text, whose end is marked once
+        return
+    assert most <= len(found) <= 2 * most
+    assert sum(encoded) < 5 * most
+    assert (found.diff() > 0).all()
+    gaps = found.diff()[found.diff() > 1]
+    assert gaps.max() < 3 * gaps.min()
+    assert found.float().mean() == pytest.approx(4000, rel=0.1)
+
+
+def counted(call, encoded):
+    """A tokenizer's call that notes its numbers of tokens."""
+
+    def counting(*arguments, **options):
+        result = call(*arguments, **options)
+        encoded.append(sum(map(len, result["input_ids"])))
+        return result
+
+    return counting
 
 
 def test_a_corpus_of_the_hub_that_has_only_a_training_split_is_held_out_from(tmp_path, monkeypatch):

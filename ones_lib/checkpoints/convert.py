@@ -131,9 +131,8 @@ def convert(
     plan = TwinPlan(open_checkpoint(folder, config, architecture.model), architecture, method, d_ff, options.get("k"))
     check_beside(folder, plan.config)
     texts = {"reconstruct": reconstruct, "calibration": calibration, "check": check}
-    needed = dict.fromkeys(
-        ("reconstruct", "calibration"), max(calibration_tokens or 0, reconstruct_tokens or 0, *TOKENS.values())
-    )
+    needed = {"calibration": calibration_tokens or TOKENS["calibration"]}
+    needed["reconstruct"] = max(reconstruct_tokens or TOKENS["reconstruct"], needed["calibration"])  # it may be both
     ids = {
         name: text if text is None else _blocks(name, text, folder, config, needed.get(name))
         for name, text in texts.items()

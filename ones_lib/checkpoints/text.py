@@ -24,7 +24,7 @@ from ones_lib.models.causal import model_config, read_json, text_config
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 TOKENIZERS += ("spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "tekken.json")
 TOKENIZERS += ("tiktoken.model", "*.tiktoken")
-READ_WHOLE = 2**22  # tokens of a text that are read in any case
+READ_WHOLE = 2**24  # bytes of a text that is read as a whole, whatever is needed of it
 BLOCK = 512  # tokens of a block, where the model can take that many
 TOKEN_IDS = "token ids"  # what a text is called that was given as such
 Given = TypeVar("Given")
@@ -124,8 +124,8 @@ def text_blocks(
         split: which split to read, where there are several.
         length: tokens of a block. None: :func:`block_length`.
         name: what errors call the text.
-        most: tokens that are needed. Of a text with more than twice so many, and than :data:`READ_WHOLE`, these are read from
-            places evenly spread over it. None: those of ``tokens``, or the whole text.
+        most: tokens that are enough: of a text larger than :data:`READ_WHOLE`, about so many are taken, from places evenly
+            spread over it. None: those of ``tokens``, or all.
 
     Raises:
         FileNotFoundError, ConnectionError: there is no such text.
@@ -137,8 +137,11 @@ def text_blocks(
     tokenizer, config = open_tokenizer(folder), text_config(model_config(folder))
     length = length or block_length(config)
     try:
-        needed = tokens if most is None else most
-        blocks = pack(read_texts(text, split), tokenizer, length, needed and max(needed, READ_WHOLE))
+        texts, most = read_texts(text, split), most or tokens
+        if texts.size <= READ_WHOLE or str(text) in EMBEDDED:
+            blocks = pack(texts.whole(), tokenizer, length)
+        else:
+            blocks = pack(texts, tokenizer, length, most)
     except ConnectionError as error:
         raise ConnectionError(
             f"{name}: expected a file, a folder, or a data set on the Hugging Face hub, found no file or folder {str(text)!r},"

@@ -43,7 +43,7 @@ _FILES = {
     ),
 }
 _SPLITS = re.compile(r"(train|training|val|valid|validation|dev|test|testing)([-_.].*)?", re.IGNORECASE)
-PIECE = 2**20  # characters of a text file that are read at a time
+PIECE = 2**14  # characters of a text file that are read at a time
 
 
 def is_hub_name(name: str | Path) -> bool:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,7 +110,7 @@ def text_corpus(
         raise ValueError(f"mask_rate: expected a number between 0 and 1, found {mask_rate}")
     _check_versions(versions, name, (of_tasks or {}).get("name"))
     texts = _task_texts(of_tasks or {}, cache_dir) if name == "tasks" else _corpus_texts(name, cache_dir)
-    texts = _with_validation(texts, max_corpus)
+    texts = {split: list(islice(part.whole(), max_corpus)) for split, part in _with_validation(texts).items()}
     if not texts["train"]:
         raise ValueError(
             f"corpus {name}: expected two texts at least, of which every tenth is held out, or a validation split"
@@ -231,15 +231,28 @@ def text_tasks(
     return TextTasks(name, tokenizer, task_length, stride, folder, max_train, max_validation, dict(own or {}))
 
 
-def read_texts(corpus: str | Path, split: str, cache_dir: str | Path = "runs/cache") -> Iterable[str | Iterable[str]]:
-    """Texts of a split of embedded text, a folder or a hub data set; of a file, or a folder without splits, all texts.
+@dataclass(frozen=True)
+class Texts:
+    """Texts that are read as they are asked for, each a string or, of a ``.txt`` file, its pieces.
 
-    They are read as they are asked for. A ``.txt`` file is one text, in pieces.
+    ``size`` is that of their files in bytes: about as many characters.
     """
+
+    size: int
+    read: Callable[[], Iterable[str | Iterable[str]]]
+
+    def __iter__(self) -> Iterator[str | Iterable[str]]:
+        return iter(self.read())
+
+    def whole(self) -> Iterator[str]:
+        """The texts, each as one string."""
+        return (text if isinstance(text, str) else "".join(text) for text in self)
+
+
+def read_texts(corpus: str | Path, split: str, cache_dir: str | Path = "runs/cache") -> Texts:
+    """Texts of a split of embedded text, a folder or a hub data set; of a file, or a folder without splits, all texts."""
     splits = _corpus_texts(str(corpus), cache_dir)
-    if is_whole(corpus):
-        return splits["train"]
-    return splits[split] if "validation" in splits else _with_validation(splits, None)[split]
+    return splits["train"] if is_whole(corpus) else _with_validation(splits)[split]
 
 
 def is_whole(corpus: str | Path) -> bool:
@@ -266,7 +279,7 @@ def _check_versions(versions: Mapping[str, str] | None, *sources: str | None) ->
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _task_texts(of_tasks: Mapping, cache_dir: str | Path) -> dict[str, list[str]]:
+def _task_texts(of_tasks: Mapping, cache_dir: str | Path) -> dict[str, Texts]:
     """The texts of the tasks' training splits, each once: a context is repeated for every question."""
     if not of_tasks.get("tasks"):
         raise ValueError("tasks: expected at least one for a corpus of 'tasks', found none")
@@ -274,11 +287,12 @@ def _task_texts(of_tasks: Mapping, cache_dir: str | Path) -> dict[str, list[str]
     tasks = text_tasks(**options, tokenizer=None, cache_dir=cache_dir)
     train = {task: tasks.rows(task)["train"] for task in of_tasks["tasks"]}
     texts = [text for task, rows in train.items() for column in tasks.spec(task).texts for text in rows[column]]
-    return {"train": list(dict.fromkeys(texts))}
+    texts = list(dict.fromkeys(texts))
+    return {"train": Texts(sum(map(len, texts)), lambda: texts)}
 
 
-def _corpus_texts(corpus: str, cache_dir: str | Path) -> dict[str, Iterable[str | Iterable[str]]]:
-    """Texts of a corpus by split, ``train`` and, where there is one, ``validation``; read as they are asked for."""
+def _corpus_texts(corpus: str, cache_dir: str | Path) -> dict[str, Texts]:
+    """Texts of a corpus by split, ``train`` and, where there is one, ``validation``."""
     path = Path(corpus).expanduser()
     if corpus in EMBEDDED:
         path = _embedded_folder(corpus, cache_dir) / "corpus"
@@ -289,10 +303,11 @@ def _corpus_texts(corpus: str, cache_dir: str | Path) -> dict[str, Iterable[str 
             f"corpus: expected 'names', 'docstrings', 'tasks', a file, a folder or a hub name like owner/name, found no such file"
             f" or folder, {corpus!r}"
         )
-    return {split: texts_in(files) for split, files in text_files(path).items()}
+    splits = text_files(path)
+    return {s: Texts(sum(f.stat().st_size for f in files), partial(texts_in, files)) for s, files in splits.items()}
 
 
-def _hub_texts(corpus: str) -> dict[str, Iterable[str]]:
+def _hub_texts(corpus: str) -> dict[str, Texts]:
     name, _, configuration = corpus.partition(":")
     splits = {}
     for split in ("train", "validation"):
@@ -300,26 +315,23 @@ def _hub_texts(corpus: str) -> dict[str, Iterable[str]]:
         if rows is not None:
             if "text" not in rows.column_names:
                 raise ValueError(f"corpus {corpus}: expected a column 'text', found {rows.column_names}")
-            splits[split] = texts_of(rows["text"], f"{corpus}, split {split}")
+            splits[split] = Texts(rows.data.nbytes, partial(texts_of, rows["text"], f"{corpus}, split {split}"))
     return splits
 
 
-def _with_validation(splits: Mapping[str, Iterable], most: int | None) -> dict[str, list[str]]:
-    """The first ``most`` texts of each split; where ``validation`` is missing, every tenth training text is of it."""
+def _with_validation(splits: Mapping[str, Texts]) -> Mapping[str, Texts]:
+    """The splits; where ``validation`` is missing, every tenth training text is of it."""
     if "validation" in splits:
-        return {split: [_whole(text) for text in islice(texts, most)] for split, texts in splits.items()}
-    train, validation = [], []
-    for i, text in enumerate(splits["train"]):
-        part = train if i % 10 else validation
-        if most is None or len(part) < most:
-            part.append(_whole(text))
-        elif len(train) == len(validation) == most:
-            break
-    return {"train": train, "validation": validation}
+        return splits
+    train = splits["train"]
 
+    def part(held_out: bool) -> Iterator:
+        return (text for i, text in enumerate(train) if (i % 10 == 0) == held_out)
 
-def _whole(text: str | Iterable[str]) -> str:
-    return text if isinstance(text, str) else "".join(text)
+    return {
+        "train": Texts(train.size, partial(part, False)),
+        "validation": Texts(train.size // 10, partial(part, True)),
+    }
 
 
 # --- caches ----------------------------------------------------------------------------------------------------------

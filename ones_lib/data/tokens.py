@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ones_lib.data.sources import PIECE
+
 if TYPE_CHECKING:  # a third of a second to import
     from datasets import Dataset
 
@@ -73,7 +75,8 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | No
 
 
 # Texts that are encoded at a time, and their characters: Python's integers of more would fill the memory.
-BATCH, PIECE = 10_000, 2**20
+BATCH, CHARACTERS = 10_000, 2**20
+LEAST = 64  # of more pieces than these, half are dropped when there are tokens enough
 
 
 def pack(
@@ -86,19 +89,20 @@ def pack(
 
     Args:
         texts: each a string, or the pieces of one.
-        most: of texts with more than twice so many tokens take so many at least, from places evenly spread over them. None: all.
+        most: tokens that are enough. Of texts with more than twice so many, at least these are taken, as pieces of about
+            :data:`ones_lib.data.sources.PIECE` characters from places evenly spread over them. None: all.
     """
     first, end = end_tokens(tokenizer)
     before, after, between = ([] if i is None else [i] for i in (first, tokenizer.sep_token_id, end))
     kept, every = [], 1
-    for number, batch in enumerate(_batches(texts)):
+    for number, batch in enumerate(_batches(texts, CHARACTERS if most is None else PIECE)):
         if number % every:
             continue
         chunk = [piece for piece, _ in batch]
         encoded = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         ids = [i for ids, (_, last) in zip(encoded, batch, strict=True) for i in (*ids, *(between if last else ()))]
         kept.append(torch.tensor(ids, dtype=torch.int32))
-        if most is not None and len(kept) > 1 and sum(map(len, kept)) > 2 * most:
+        if most is not None and len(kept) > LEAST and sum(map(len, kept)) > 2 * most:
             kept, every = kept[::2], 2 * every
     stream, room = torch.cat([torch.empty(0, dtype=torch.int32), *kept]), length - len(before) - len(after)
     count = len(stream) // room
@@ -109,13 +113,13 @@ def pack(
     return torch.cat([before, body, after], dim=1)
 
 
-def _batches(texts: Iterable[str | Iterable[str]]) -> Iterator[list[tuple[str, bool]]]:
+def _batches(texts: Iterable[str | Iterable[str]], characters: int) -> Iterator[list[tuple[str, bool]]]:
     """The pieces of texts, each with whether it is its text's last one, in lists to be encoded at a time."""
     batch, size = [], 0
     for piece, last in _pieces(texts):
         batch.append((piece, last))
         size += len(piece)
-        if len(batch) == BATCH or size >= PIECE:
+        if len(batch) == BATCH or size >= characters:
             yield batch
             batch, size = [], 0
     if batch:
