@@ -96,7 +96,7 @@ def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         )
     try:
         try:
-            return AutoTokenizer.from_pretrained(folder, config=model_config(folder), trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, config=model_config(folder))
         except ValueError as error:
             if "trust_remote_code" not in str(error):
                 raise
