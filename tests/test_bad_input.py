@@ -622,7 +622,7 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "classes without pictures": (
         parameter("data", "folder", data_dir="notebooks", num_classes=None),
         ValueError,
-        r"notebooks/profiles: expected images \(\.png, .*\), found others, such as demo.yaml",
+        r"notebooks/profiles: expected images \(\.png, .*\), found others, such as profiles/demo.yaml",
     ),
     "pictures that Pillow refuses": (
         folder(lambda r: bomb(r / "train/ant/0.png"), read=True),

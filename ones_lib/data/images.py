@@ -404,7 +404,7 @@ def _samples(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     if left:
         warnings.warn(
             f"{folder}: {len(left):,} of {len(samples) + len(left):,} files are left out, which are no pictures in a class's"
-            f" folder ({', '.join(PICTURES)}), such as {some_of(left, folder)}",
+            f" folder, such as {some_of(left, folder)}",
             stacklevel=2,
         )
     return samples
