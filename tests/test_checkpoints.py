@@ -25,7 +25,7 @@ from ones_lib.checkpoints import activations, convert, open_experts, work
 from ones_lib.checkpoints.__main__ import main
 from ones_lib.checkpoints.place import Place
 from ones_lib.checkpoints.shards import Shards
-from ones_lib.checkpoints.text import text_blocks
+from ones_lib.checkpoints.text import text_blocks, thinned
 from ones_lib.checkpoints.work import Work
 from ones_lib.gathering import registry
 from ones_lib.gathering.registry import gather
@@ -201,6 +201,17 @@ def test_calibration_gives_statistics_errors_and_data_for_methods(tmp_path):
     weighted = gather(open_experts(model)["model.layers.2.mlp.experts"], "frequency_average", calibration=block)
     down = load_language_model(tmp_path / "frequency_average").model.layers[2].mlp.down_proj.weight
     assert (down - weighted.down).abs().max() < 0.1 * down.abs().max()
+
+
+@pytest.mark.parametrize(("count", "there"), [(1000, 1999), (1, 5), (3, 7), (7, 7), (9, 7), (512, 23467)])
+def test_what_is_taken_of_a_text_is_spread_over_all_of_it(count, there):
+    blocks = torch.arange(there)[:, None].expand(-1, 4)
+    taken = thinned(blocks, 4 * count + 3)[:, 0]
+    count = min(count, there)
+    assert len(taken) == count
+    between = torch.cat([taken, torch.tensor([there])]).diff()
+    assert taken[0] == 0
+    assert set(between.tolist()) <= {there // count, -(-there // count)}
 
 
 def test_a_calibration_in_parts_is_the_whole(tmp_path, monkeypatch):
