@@ -11,6 +11,7 @@ Other names for the idea: layer-wise or block-wise reconstruction, as in post-tr
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -130,10 +131,11 @@ def regress(
             bar.update()
             if state.step % SAVE_EVERY == 0:
                 state.save(checkpoint)
-    moved = state.moving.map(torch.detach)
-    candidates = start, state.solved, moved, readout_on(moved, tokens.solved(start.d_ff), RIDGE)
+    moved, candidates = state.moving.map(torch.detach), [start, state.solved]
+    if moved.is_finite():  # else the steps have diverged
+        candidates += [moved, readout_on(moved, tokens.solved(start.d_ff), RIDGE)]
     found = [(tokens.error(ffn), ffn) for ffn in candidates]
-    error, best = min(found, key=lambda pair: pair[0])
+    error, best = min(found, key=lambda pair: (math.isnan(pair[0]), pair[0]))
     rows = [{"tokens": 0, "error": found[0][0]}, *state.rows, {"tokens": steps * batch, "error": error}]
     return best, rows
 

@@ -69,7 +69,8 @@ def contribution_topk(
 
     Neurons keep their input weights. Their output weights are multiplied by their expert's mean gate ``p_i``, as in the mean
     field (:mod:`ones_lib.gathering.scale`). Neurons with equal input weights, as in experts that started as copies, count as
-    one neuron, with the sum of their importances and output weights.
+    one neuron, with the sum of their importances and output weights. Where fewer than were asked for are different, the first
+    ones are there again, with output weights of zero.
 
     Args:
         bank: experts, up [E, h, d].
@@ -90,7 +91,7 @@ def contribution_topk(
     chosen = by_place[importance[by_place].argsort(descending=True, stable=True)[:wanted].sort().values]
     ffn = take_neurons(bank.experts(), first[chosen] // h, first[chosen] % h)
     down_bias = None if bank.down_bias is None else mean_gates @ bank.down_bias
-    return replace(ffn, down=outputs[chosen].T, down_bias=down_bias)
+    return replace(ffn, down=outputs[chosen].T, down_bias=down_bias).widened(wanted)
 
 
 def _contributions(bank: FeedForwardWeights, calibration: LayerActivations) -> Tensor:

@@ -56,7 +56,11 @@ def readout(
 
 
 def readout_on(ffn: FeedForwardWeights, chunks: Iterable[LayerActivations], ridge: float) -> FeedForwardWeights:
-    """The FFN with the output weights of :func:`readout`, from tokens that come chunk by chunk."""
+    """The FFN with the output weights of :func:`readout`, from tokens that come chunk by chunk.
+
+    Raises:
+        ValueError: the hidden units or the layer's outputs are not finite on them.
+    """
     grams = products = 0.0
     large = ridge > 0 and ffn.d_ff >= LARGE
     for chunk in chunks:
@@ -69,6 +73,10 @@ def readout_on(ffn: FeedForwardWeights, chunks: Iterable[LayerActivations], ridg
             features, weighted, left = features.double(), weighted.double(), left.double()
         grams = grams + (weighted.T @ features).double()  # [h (+1), h (+1)]
         products = products + (weighted.T @ left).double()  # [h (+1), d]
+    if not (grams.isfinite().all() and products.isfinite().all()):
+        raise ValueError("calibration: expected finite hidden units and outputs on its tokens, found NaN or infinity")
+    if not grams.any():  # no unit is ever active
+        return ffn
     grams.diagonal().add_(ridge * grams.diagonal().mean())
     if large:  # thirty times as fast, but only for positive definite matrices
         factor, failed = torch.linalg.cholesky_ex(grams)
@@ -133,7 +141,10 @@ def fit(
             (weights * errors).mean().backward()
             optimizer.step()
             schedule.step()
-    fitted = readout_on(moving.map(torch.detach), calibration.chunks(), ridge=1e-6)
+    moved = moving.map(torch.detach)
+    if not moved.is_finite():  # the steps have diverged
+        return best
+    fitted = readout_on(moved, calibration.chunks(), ridge=1e-6)
     return min(best, fitted, key=calibration.squared_error)
 
 
