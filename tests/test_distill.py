@@ -147,7 +147,7 @@ def test_an_interrupted_distillation_goes_on_to_the_same_weights(place, whole, t
     assert not out.exists()
     assert (hidden / "checkpoint.safetensors").exists()
     with pytest.raises(
-        ValueError, match=r"\.out\.distilling: expected .* the same arguments, .*: learning_rate; delete"
+        FileExistsError, match=r"\.out\.distilling: expected .* the same arguments, .*: learning_rate; force=True"
     ):
         run(place, out, checkpoint_every=5, learning_rate=1e-3)
     seen = []
@@ -262,6 +262,9 @@ def test_models_that_do_not_belong_together_are_refused(place, tmp_path):
     refused("with model_type mixtral, found qwen3_moe", dense=tmp_path / "other")
     (tmp_path / "other" / "conversion.json").write_text("{")
     refused("other.conversion.json: expected a JSON object", dense=tmp_path / "other")
+    conversion.pop("method")
+    (tmp_path / "other" / "conversion.json").write_text(json.dumps(conversion))
+    refused("other.conversion.json: expected what a conversion writes, lacks 'method'", dense=tmp_path / "other")
 
 
 def test_another_name_is_only_a_warning(place, tmp_path):

@@ -11,12 +11,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from ones_lib.data.rows import READERS
 from ones_lib.data.text import EMBEDDED, read_texts
 from ones_lib.data.tokens import pack
-from ones_lib.models.causal import text_config
+from ones_lib.models.causal import stored_config, text_config
 
 _TOKENIZERS = (
     "tokenizer.json",
@@ -97,7 +97,7 @@ def text_blocks(
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: expected a tokenizer beside the model, to read text with: {error}") from error
-    config = text_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    config = text_config(stored_config(folder))
     length = length or block_length(config)
     try:
         blocks = pack(read_texts(text, split), tokenizer, length)

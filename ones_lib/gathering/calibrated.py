@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import CHUNK, FeedForwardWeights, match_neurons
-from ones_lib.gathering.paper import check_range, chosen_width, combined, take_neurons
-from ones_lib.gathering.registry import register
+from ones_lib.gathering.paper import check_rank, chosen_width, combined, take_neurons
+from ones_lib.gathering.registry import Sizes, register
 from ones_lib.gathering.scale import scaled_output
 
 
@@ -57,7 +57,11 @@ def frequency_average(experts: Sequence[FeedForwardWeights], *, calibration: Lay
     return scaled_output(mean, calibration.gate_sum())
 
 
-@register("contribution_topk")
+def _check_contribution_topk(sizes: Sizes, k: int | None) -> None:
+    chosen_width(k, sizes.d_ff, sizes.num_experts, sizes.h)
+
+
+@register("contribution_topk", check=_check_contribution_topk)
 def contribution_topk(
     bank: FeedForwardWeights, *, calibration: LayerActivations, k: int | None = None, d_ff: int | None = None
 ) -> FeedForwardWeights:
@@ -130,7 +134,7 @@ def _hashes(parts: list[Tensor]) -> Tensor:
     return total
 
 
-@register("whitened_svd")
+@register("whitened_svd", check=check_rank)
 def whitened_svd(
     bank: FeedForwardWeights, *, calibration: LayerActivations, rank: int | None = None
 ) -> FeedForwardWeights:
@@ -153,7 +157,7 @@ def whitened_svd(
         least = max(1, full_rank // bank.num_experts)
         ranks = [least * 2**i for i in range(full_rank.bit_length()) if least * 2**i < full_rank] + [full_rank]
     else:
-        ranks = [check_range("rank", rank, full_rank)]
+        ranks = [rank]
     shares, gate_sum = calibration.expert_weights(), calibration.gate_sum()
     gathered = [{name: torch.zeros_like(t[0]) for name, t in bank.tensors()} for _ in ranks]
     for e, expert in enumerate(bank.experts()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 
@@ -28,6 +29,41 @@ _CLASSES = [
     modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     modeling_auto.MODEL_MAPPING,
 ]
+
+#: Names in a config of how a model is run: no part of what it is. Of some, a config keeps a private name.
+SWITCHES = (
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "use_cache",
+    "torchscript",
+)
+SWITCHES += ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+_PRIVATE = {
+    "_output_attentions": False,
+    "_attn_implementation_internal": None,
+    "_experts_implementation_internal": None,
+}
+
+
+def stored_config(folder: str | Path) -> PreTrainedConfig:
+    """The config of the model in a folder, with :data:`SWITCHES` as its class sets them; no code of the folder is run."""
+    return _without_switches(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+
+def _without_switches(config: PreTrainedConfig) -> PreTrainedConfig:
+    known = {field.name: field.default for field in fields(config)}
+    for name in SWITCHES:
+        if name in known:
+            setattr(config, name, known[name])
+        else:
+            vars(config).pop(name, None)
+    vars(config).update(_PRIVATE)
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig):
+            _without_switches(part)
+    return config
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -69,7 +105,7 @@ def load_language_model(folder: str | Path, **options) -> PreTrainedModel:
 
     Weights in FP8 or MXFP4 are dequantised. ``options`` are those of ``from_pretrained``.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = stored_config(folder)
     quantization = getattr(config, "quantization_config", None) or {}
     method = quantization.get("quant_method")
     if quantization and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
@@ -77,7 +113,17 @@ def load_language_model(folder: str | Path, **options) -> PreTrainedModel:
     if method in ("fp8", "mxfp8", "mxfp4"):  # else on a GPU its activations would be quantised too
         quantization["dequantize"] = True
     options = {"dtype": "auto", "use_safetensors": True, **options}
-    return model_class(config).from_pretrained(folder, config=config, **options).eval()
+    return with_odd_experts(model_class(config).from_pretrained(folder, config=config, **options).eval())
+
+
+def with_odd_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """A model whose experts run one after the other if torch can't multiply them together: it wants rows of 16 bytes."""
+    for experts in experts_modules(model).values():
+        stacked = [t for t in experts.parameters() if t.ndim == 3]
+        if any(size * t.element_size() % 16 for t in stacked for size in t.shape[1:]):
+            model.set_experts_implementation("eager")
+            break
+    return model
 
 
 def model_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
@@ -114,6 +160,11 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
+
+
+def if_float16(dtype: torch.dtype) -> str:
+    """What to do where numbers have grown too large, to be put behind an error."""
+    return "; save the MoE in bfloat16, which has larger numbers, and take that" if dtype == torch.float16 else ""
 
 
 def block_of(name: str) -> str:

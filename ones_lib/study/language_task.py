@@ -24,7 +24,14 @@ from ones_lib.data.keys import WHOLE, Share, training_keys
 from ones_lib.data.text import Corpus
 from ones_lib.data.tokens import end_tokens
 from ones_lib.gathering.registry import gathering_methods
-from ones_lib.models.causal import block_of, experts_modules, load_language_model, new_model, without_bars
+from ones_lib.models.causal import (
+    block_of,
+    experts_modules,
+    load_language_model,
+    new_model,
+    stored_config,
+    without_bars,
+)
 from ones_lib.study.processes import merged, own_share
 from ones_lib.study.training import Training
 
@@ -84,7 +91,7 @@ def language_model(model: Mapping, data: Corpus, seed: int, dense: bool = False)
 def language_config(model: Mapping, data: Corpus) -> PreTrainedConfig:
     """The MoE's configuration in :func:`language_model`."""
     if "checkpoint" in model:
-        return AutoConfig.from_pretrained(model["checkpoint"], trust_remote_code=False)
+        return stored_config(model["checkpoint"])
     first, last = end_tokens(data.tokenizer)
     tokens = {"pad_token_id": data.tokenizer.pad_token_id, "bos_token_id": first, "eos_token_id": last}
     sizes = {"vocab_size": data.vocab_size, "max_position_embeddings": data.train.shape[1]}
