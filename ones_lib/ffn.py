@@ -121,6 +121,10 @@ class FeedForwardWeights:
         """Applies ``function`` to every tensor."""
         return FeedForwardWeights(**{name: function(tensor) for name, tensor in self.tensors()})
 
+    def is_finite(self) -> bool:
+        """Whether no weight is NaN or infinite."""
+        return not any(count_non_finite(tensor) for _, tensor in self.tensors())
+
     def times(self, factors: Mapping[str, float | Tensor]) -> FeedForwardWeights:
         """Multiplies the named tensors by their factors; the other tensors are shared."""
         return replace(self, **{name: factors[name] * tensor for name, tensor in self.tensors() if name in factors})

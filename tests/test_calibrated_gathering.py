@@ -441,6 +441,17 @@ def test_methods_that_choose_neurons_give_any_width(method, d_ff):
     assert gather(bank, method, calibration=calibration, d_ff=d_ff, **options).d_ff == d_ff
 
 
+@pytest.mark.parametrize("d_ff", [12, 13, 30, 48])
+@pytest.mark.parametrize("method", ["contribution_topk", "readout"])
+def test_copies_give_all_units_too(method, d_ff, form):
+    """Experts that are copies have 12 different units together; more would be of no use, but are asked for."""
+    bank = equal_bank(4, **form, dtype=torch.float64)
+    calibration = calibration_of(bank)
+    gathered = gather(bank, method, calibration=calibration, d_ff=d_ff)
+    assert gathered.d_ff == d_ff
+    assert error(gathered, calibration) < 1e-4
+
+
 def test_more_neurons_leave_less_error():
     bank = double_bank()
     calibration = calibration_of(bank)
@@ -476,3 +487,36 @@ def test_a_large_fit_tries_one_start(monkeypatch):
     found = gather(bank, "fit", calibration=calibration, steps=5)
     expected = gather(bank, "fit", calibration=calibration, steps=5, start="contribution_topk")
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("large", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e200])
+def test_a_readout_on_what_is_not_finite_is_refused(value, large, monkeypatch):
+    """It would be solved for ever, or give NaN; 1e200 is finite, but its square is not."""
+    monkeypatch.setattr(regression, "LARGE", 1 if large else 1000)
+    bank, calibration = double_bank(), calibration_of(double_bank())
+    calibration.outputs[3, 2] = value
+    spoilt = bank.map(torch.clone)
+    spoilt.up[0] *= value
+    for ffn, seen in ((bank.expert(0), calibration), (spoilt.expert(0), calibration_of(bank))):
+        if ffn.is_finite() and value == 1e200 and seen is calibration:
+            continue  # products with outputs are not squared
+        with pytest.raises(ValueError, match="calibration: expected finite hidden units and outputs on its tokens"):
+            regression.readout_on(ffn, seen.chunks(), 1e-4)
+
+
+def test_a_readout_of_units_that_are_never_active_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(regression, "LARGE", 1)
+    bank = double_bank(biases=False)
+    calibration = calibration_of(bank, activation=torch.zeros_like)
+    assert_equal(regression.readout_on(bank.expert(1), calibration.chunks(), 1e-4), bank.expert(1))
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_fit_whose_steps_diverge_is_its_start(large, monkeypatch):
+    bank = double_bank()
+    calibration = calibration_of(bank)
+    monkeypatch.setattr(regression, "LARGE", 1 if large else 1000)
+    start = gather(bank, "readout", calibration=calibration)
+    found = gather(bank, "fit", calibration=calibration, start="contribution_topk", steps=20, learning_rate=1e300)
+    assert_equal(found, start)

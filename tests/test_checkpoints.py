@@ -1,5 +1,6 @@
 """MoE checkpoints made dense: gates, shared experts, calibration, interruptions, bad input, the command line."""
 
+import errno
 import inspect
 import json
 import os
@@ -18,18 +19,28 @@ from safetensors.torch import load_file, save_file
 from tiny_moes import moe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy, silu
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import ones_lib
 from ones_lib.checkpoints import activations, convert, open_experts, work
 from ones_lib.checkpoints.__main__ import main
+from ones_lib.checkpoints.inspection import inspect as inspect_moe
 from ones_lib.checkpoints.place import Place
+from ones_lib.checkpoints.plan import TwinPlan
 from ones_lib.checkpoints.shards import Shards
-from ones_lib.checkpoints.text import text_blocks
+from ones_lib.checkpoints.text import text_blocks, thinned
 from ones_lib.checkpoints.work import Work
+from ones_lib.data.files import write_text
 from ones_lib.gathering import registry
 from ones_lib.gathering.registry import gather
-from ones_lib.models.causal import load_language_model, model_inputs, new_model, perplexity, watched_experts
+from ones_lib.models.causal import (
+    load_language_model,
+    model_inputs,
+    new_model,
+    perplexity,
+    token_losses,
+    watched_experts,
+)
 from ones_lib.study.language_task import LanguageModel
 
 TOKENS = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -203,6 +214,17 @@ def test_calibration_gives_statistics_errors_and_data_for_methods(tmp_path):
     assert (down - weighted.down).abs().max() < 0.1 * down.abs().max()
 
 
+@pytest.mark.parametrize(("count", "there"), [(1000, 1999), (1, 5), (3, 7), (7, 7), (9, 7), (512, 23467)])
+def test_what_is_taken_of_a_text_is_spread_over_all_of_it(count, there):
+    blocks = torch.arange(there)[:, None].expand(-1, 4)
+    taken = thinned(blocks, 4 * count + 3)[:, 0]
+    count = min(count, there)
+    assert len(taken) == count
+    between = torch.cat([taken, torch.tensor([there])]).diff()
+    assert taken[0] == 0
+    assert set(between.tolist()) <= {there // count, -(-there // count)}
+
+
 def test_a_calibration_in_parts_is_the_whole(tmp_path, monkeypatch):
     text = with_tokenizer(tmp_path / "moe", "qwen2_moe")
     arguments = {"calibration": text, "calibration_tokens": 512, "approximate": True}
@@ -260,6 +282,21 @@ def test_a_model_that_does_not_fit_has_the_same_perplexity_block_by_block(tmp_pa
         found.append(table.attrs["perplexity"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0]["MoE"] == pytest.approx(perplexity(load_language_model(tmp_path / "moe"), TOKENS), rel=1e-5)
+
+
+def test_an_interrupted_check_is_not_taken_for_that_of_another_text(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    monkeypatch.setattr(work, "fits_memory", lambda shards: False)
+    others = TOKENS.flip(1)
+    stop(monkeypatch, work, "token_losses")
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "moe", tmp_path / "dense", "topk", check=TOKENS)
+    monkeypatch.setattr(work, "token_losses", token_losses)
+    monkeypatch.setattr(Work, "convert_block", None)  # what is done is taken
+    found = convert(tmp_path / "moe", tmp_path / "dense", "topk", check=others).attrs["perplexity"]["MoE"]
+    assert found == pytest.approx(perplexity(load_language_model(tmp_path / "moe"), others), rel=1e-5)
+    facts = json.loads((tmp_path / "dense" / "conversion.json").read_text())
+    assert facts["check"]["tokens"] == others.numel()
 
 
 def test_an_encoder_decoder_is_measured_on_the_second_half():
@@ -323,16 +360,268 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(tmp_path, monkeypatc
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "moe", "text.txt", "whole"]
 
 
-def test_unfinished_work_of_another_conversion_is_not_taken(tmp_path, monkeypatch):
+def test_unfinished_work_of_another_conversion_is_neither_taken_nor_deleted(tmp_path, monkeypatch):
     moe("mixtral").save_pretrained(tmp_path / "moe")
-    with monkeypatch.context() as patch:
-        patch.setattr(Work, "write_config", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            convert(tmp_path / "moe", tmp_path / "dense", "average")
-    with pytest.warns(UserWarning, match="unfinished work of another conversion, starting over"):
+    stop(monkeypatch, Work, "write_config")
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "moe", tmp_path / "dense", "average")
+    monkeypatch.undo()
+    found = {path: path.stat().st_mtime_ns for path in (tmp_path / ".dense.converting").rglob("*")}
+    with pytest.raises(FileExistsError, match='found others: method "average", now "topk"; force=True starts over'):
         convert(tmp_path / "moe", tmp_path / "dense", "topk")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / ".dense.converting").rglob("*")} == found
+    convert(tmp_path / "moe", tmp_path / "dense", "topk", force=True)
     convert(tmp_path / "moe", tmp_path / "other", "topk")
     assert files(tmp_path / "dense") == files(tmp_path / "other")
+
+
+def stop(monkeypatch, owner, name, at=1, error=KeyboardInterrupt):
+    """Let the n-th call of a function fail."""
+    function, left = getattr(owner, name), [at]
+
+    def stopping(*arguments, **options):
+        left[0] -= 1
+        if not left[0]:
+            raise error
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, stopping)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, TypeError, RuntimeError, MemoryError, OSError])
+def test_after_an_error_of_any_type_the_next_call_goes_on(error, tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    convert(tmp_path / "moe", tmp_path / "whole", "average", calibration=TOKENS)
+    stop(monkeypatch, Work, "convert_block", at=3, error=error)
+    with pytest.raises(error):
+        convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=TOKENS)
+    monkeypatch.undo()
+    stop(monkeypatch, Work, "convert_block", at=3)  # two are left
+    monkeypatch.setattr(activations, "BlockStream", None)
+    monkeypatch.setattr(TwinPlan, "check_weights", None)
+    convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=TOKENS)
+    assert files(tmp_path / "dense") == files(tmp_path / "whole")
+
+
+def test_what_fails_before_anything_is_done_leaves_nothing(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    stop(monkeypatch, activations, "BlockStream", error=RuntimeError)
+    with pytest.raises(RuntimeError):
+        convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=TOKENS)
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+def test_a_call_that_was_killed_when_all_was_in_place_leaves_nothing_to_trip_over(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    put = Place.put
+
+    def killed(*arguments):
+        put(*arguments)
+        raise KeyboardInterrupt
+
+    for force in (False, True):
+        monkeypatch.setattr(Place, "put", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "moe", tmp_path / "dense", "average", force=force)
+        monkeypatch.setattr(Place, "put", put)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".dense.converting", "dense", "moe"]
+        convert(tmp_path / "moe", tmp_path / "dense", "average", force=force)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
+
+
+@pytest.mark.parametrize("how", ["NaN", "NaN expert"])
+def test_weights_are_looked_through_before_the_moe_runs(how, tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe", max_shard_size="20KB")
+    spoil(tmp_path / "moe", how)
+    monkeypatch.setattr(activations, "BlockStream", None)
+    with pytest.raises(ValueError, match="expected finite weights, found 1 NaN or infinite"):
+        convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=TOKENS)
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+# --- numbers that float16 can't hold ----------------------------------------------------------------------------------
+
+
+def large_moe(folder, factor, size, dtype=torch.float16):
+    """Its experts' output weights are finite in float16, their sums may be not."""
+    model = moe("glm4_moe", equal=True, routed_scaling_factor=factor)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith("experts.down_proj"):
+                tensor.mul_(size / tensor.abs().max())
+    model.to(dtype).save_pretrained(folder)
+
+
+def test_a_sum_that_float16_can_not_hold_is_an_error(tmp_path):
+    large_moe(tmp_path / "moe", 4.0, 40_000)
+    said = (
+        r"moe: model\.layers\.1\.mlp\.down_proj\.weight: expected numbers that torch\.float16 can hold, .*in bfloat16"
+    )
+    with pytest.raises(ValueError, match=said):
+        convert(tmp_path / "moe", tmp_path / "dense", "average")
+    assert not (tmp_path / "dense").exists()
+    large_moe(tmp_path / "wide", 4.0, 40_000, torch.bfloat16)
+    convert(tmp_path / "wide", tmp_path / "dense", "average", force=True)
+    assert all(t.isfinite().all() for t in load_file(tmp_path / "dense" / "model.safetensors").values())
+
+
+@pytest.mark.parametrize("option", ["calibration", "reconstruct", "check"])
+def test_a_text_on_which_float16_overflows_is_an_error(option, tmp_path):
+    large_moe(tmp_path / "moe", 1.0, 60_000)
+    with pytest.raises(ValueError, match=r"expected finite (numbers|perplexities).* torch\.float16, .*in bfloat16"):
+        convert(tmp_path / "moe", tmp_path / "dense", "average", **{option: TOKENS.repeat(5, 1)})
+    assert not (tmp_path / "dense").exists()
+
+
+# --- how a model is run is no part of it ------------------------------------------------------------------------------
+
+
+SWITCHES = {"output_attentions": True, "return_dict": False, "use_cache": False, "output_hidden_states": True}
+SWITCHES |= {"attn_implementation": "flash_attention_2", "experts_implementation": "deepgemm", "torchscript": True}
+
+
+def edit(folder, part="", **values):
+    """Change config.json, or the config of a part in it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    (config[part] if part else config).update(values)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("kind", "part"), [("qwen3_moe", ""), ("qwen2_moe", ""), ("qwen3_vl_moe", "text_config")])
+def test_switches_of_how_a_model_is_run_change_nothing(kind, part, tmp_path):
+    moe(kind).save_pretrained(tmp_path / "moe")
+    plain = convert(tmp_path / "moe", tmp_path / "plain", "average", check=TOKENS)
+    unchanged = (tmp_path / "moe" / "config.json").read_bytes()
+    for name, value in SWITCHES.items():
+        (tmp_path / "moe" / "config.json").write_bytes(unchanged)
+        edit(tmp_path / "moe", part, **{name: value})
+        table = convert(tmp_path / "moe", tmp_path / "dense", "average", check=TOKENS, force=True)
+        assert table.attrs == plain.attrs
+        assert files(tmp_path / "dense") == files(tmp_path / "plain"), name
+        convert(tmp_path / "moe", tmp_path / "plain", "average", check=TOKENS)  # done already: it is the same model
+    edit(tmp_path / "moe", part, rms_norm_eps=0.1)
+    with pytest.raises(FileExistsError, match="source_stamp"):
+        convert(tmp_path / "moe", tmp_path / "plain", "average", check=TOKENS)
+
+
+def test_a_config_that_can_not_be_written_is_told_before_the_moe_runs(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    monkeypatch.setattr(activations, "BlockStream", None)
+    stop(monkeypatch, MistralConfig, "save_pretrained", error=ValueError("no such thing"))
+    with pytest.raises(
+        ValueError, match=r"moe/config\.json: expected a config that transformers can write, .*: no such thing"
+    ):
+        convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=TOKENS)
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+def test_widths_that_torch_can_not_multiply_together(tmp_path):
+    """36 and 25 in bfloat16 are rows of 72 and 50 bytes."""
+    sizes = {"hidden_size": 36, "moe_intermediate_size": 25, "head_dim": 16}
+    moe("qwen3_moe", **sizes).bfloat16().save_pretrained(tmp_path / "moe")
+    ids = TOKENS.repeat(16, 1)
+    table = convert(tmp_path / "moe", tmp_path / "dense", "topk", "active", calibration=ids, reconstruct=ids, check=ids)
+    assert all(value < 1000 for value in table.attrs["perplexity"].values())
+    assert inspect_moe(tmp_path / "moe", ids).errors["output_error"].lt(1.1).all()
+
+
+# --- the place --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV, errno.EROFS])
+def test_a_place_that_nothing_can_be_moved_to_is_told_first(number, tmp_path, monkeypatch):
+    """As an empty mount point."""
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    (tmp_path / "dense").mkdir()
+    stop(monkeypatch, os, "replace", error=OSError(number, os.strerror(number)))
+    monkeypatch.setattr(TwinPlan, "check_weights", None)
+    with pytest.raises(OSError, match=f"destination: expected a place .*dense: {os.strerror(number)}") as found:
+        convert(tmp_path / "moe", tmp_path / "dense", "average")
+    assert ("take a folder in it" in str(found.value)) == (number != errno.EROFS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
+
+
+def test_an_empty_place_stays_the_folder_that_it_is_until_the_end(tmp_path, monkeypatch):
+    """Somebody may be in it."""
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    (tmp_path / "dense").mkdir()
+    monkeypatch.chdir(tmp_path / "dense")
+    convert("../moe", ".", "average")
+    assert (tmp_path / "dense" / "config.json").exists()
+
+
+def test_files_are_in_utf_8_with_any_name(tmp_path):
+    write_text(tmp_path / "file", "模型 \udcff")
+    assert (tmp_path / "file").read_bytes() == "模型 \\udcff".encode()
+    moe("mixtral").save_pretrained(tmp_path / "模型 \udcff")
+    convert(tmp_path / "模型 \udcff", tmp_path / "dense", "average")
+    assert "# 模型 \\udcff, made dense" in (tmp_path / "dense" / "README.md").read_text(encoding="utf-8")
+
+
+def test_room_for_what_passes_through_the_experts_is_asked_for_first(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    usage, ids = shutil.disk_usage(tmp_path), TOKENS.repeat(200, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5 * 10**6))
+    monkeypatch.setattr(activations, "BlockStream", None)
+    with pytest.raises(OSError, match=r"free disk space, found .*calibration_tokens 0\.0, reconstruct_tokens"):
+        convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=ids)
+    with pytest.raises(OSError, match="calibration_tokens sets their number, TMPDIR another folder"):
+        inspect_moe(tmp_path / "moe", ids)
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("topk", {"k": 7, "d_ff": "active"}, "k, d_ff: expected one of the two, found 7 and 48"),
+        ("topk", {"k": 25}, "k: expected an integer from 1 to 24, found 25"),
+        ("topk", {"k": "7"}, "k: expected an integer from 1 to 24, found '7'"),
+        ("topk", {"k": 0}, "k: expected an integer from 1 to 24, found 0"),
+        ("topk", {"importance": "l1"}, "importance: expected one of"),
+        ("topk", {"scale": None}, "scale: expected a finite number, found None"),
+        ("average", {"scale": "large"}, "scale: expected a number"),
+        ("average", {"scale": [1.0, "a"]}, "scale: expected a finite number"),
+        ("svd", {"rank": 25}, "rank: expected an integer from 1 to 24, found 25"),
+        ("svd", {"rank": 2.5}, "rank: expected an integer"),
+        ("whitened_svd", {"rank": 0}, "rank: expected an integer"),
+        ("contribution_topk", {"k": 3, "d_ff": 48}, "k, d_ff: expected one of the two"),
+        ("readout", {"ridge": -1}, "ridge: expected a number of at least 0, found -1"),
+        ("readout", {"ridge": "a"}, "ridge: expected a number"),
+        ("readout", {"hidden": "fit"}, "hidden: expected an FFN or one of"),
+        ("readout", {"hidden": 3}, "hidden: expected an FFN or one of"),
+        ("readout", {"hidden": "whitened_svd", "d_ff": 48}, "d_ff: expected the experts' 24 for method 'whitened_svd'"),
+        ("fit", {"steps": 0}, "steps, learning_rate: expected positive numbers"),
+        ("fit", {"steps": 1.5}, "steps, learning_rate: expected positive numbers"),
+        ("fit", {"learning_rate": "a"}, "steps, learning_rate: expected positive numbers"),
+        ("fit", {"seed": "a"}, "seed: expected an integer, found 'a'"),
+        ("fit", {"start": "readout"}, "start: expected an FFN or one of"),
+        ("expert_selection", {"score": "best"}, "score: expected one of"),
+        ("expert_selection", {"gate": 1}, "gate: expected one of"),
+        ("expert_selection", {"select": 5}, "select: expected an integer from 1 to 4, found 5"),
+        ("expert_selection", {"select": 1, "d_ff": 48}, "select: expected at least the 2 experts"),
+        ("expert_selection", {"d_ff": 30}, "d_ff: expected a multiple of the experts' 24"),
+    ],
+)
+def test_values_of_options_are_checked_before_anything_is_read(method, options, message, tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    monkeypatch.setattr(Shards, "read", None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        convert(tmp_path / "moe", tmp_path / "dense", method, calibration=TOKENS, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+def test_k_is_a_width_too(tmp_path, capsys):
+    """On the command line, where without it the width is the active one."""
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    main([str(tmp_path / "moe"), str(tmp_path / "dense"), "--method", "topk", "--option", "k=7"])
+    assert load_language_model(tmp_path / "dense").config.intermediate_size == 28
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "moe"), str(tmp_path / "no"), "--d-ff", "48", "--option", "k=7"])
+    assert "expected one of the two, found 7 and 48" in capsys.readouterr().err
 
 
 def spoil(folder, how):
@@ -788,7 +1077,11 @@ def test_values_are_named_as_they_were_typed(tmp_path, capsys):
 LIMITED = """
 import os, resource, sys
 import torch
+import pandas
+from transformers import AutoConfig
 from ones_lib.checkpoints import convert
+AutoConfig.for_model("mixtral").save_pretrained(f"{sys.argv[1]}/config")  # both import more
+pandas.DataFrame({"name": ["text"]})
 used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
 for method in ("average", "frequency_average"):
     if not os.fork():  # each in a process of its own, which has imported what it takes

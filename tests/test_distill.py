@@ -147,7 +147,7 @@ def test_an_interrupted_distillation_goes_on_to_the_same_weights(place, whole, t
     assert not out.exists()
     assert (hidden / "checkpoint.safetensors").exists()
     with pytest.raises(
-        ValueError, match=r"\.out\.distilling: expected .* the same arguments, .*: learning_rate; delete"
+        FileExistsError, match=r"\.out\.distilling: expected .* the same arguments, .*: learning_rate; force=True"
     ):
         run(place, out, checkpoint_every=5, learning_rate=1e-3)
     seen = []

@@ -12,7 +12,7 @@ from ones_lib.checkpoints import open_experts
 from ones_lib.data.text import text_corpus
 from ones_lib.models.causal import without_bars
 from ones_lib.study.entries import by_name
-from ones_lib.study.language_task import LanguageModelling, language_model
+from ones_lib.study.language_task import LanguageModelling, _spaced, language_model
 from ones_lib.study.records import Records
 from ones_lib.study.study import Study
 from ones_lib.study.tables import published_table
@@ -140,3 +140,13 @@ def test_a_published_model_is_read_where_it_lies(study, tmp_path):
     assert isinstance(published.load_model(student).model, MistralForCausalLM)
     dense = published.load_model(*published.run([published.dense(0)]))
     assert isinstance(dense.model, MistralForCausalLM)
+
+
+@pytest.mark.parametrize(("count", "there"), [(512, 23467), (1024, 23467), (1000, 1999), (20000, 23467), (9, 4)])
+def test_sequences_for_a_gathering_are_spread_over_the_corpus(count, there):
+    """Few of many as in all records: every 45th of 23,467 for the demo's calibration, every 22nd for its reconstruction."""
+    taken = _spaced(torch.arange(there)[:, None].expand(-1, 8), 8 * count)[:, 0]
+    assert len(taken) == min(count, there)
+    if there // count >= 16:
+        assert taken.tolist() == list(range(0, there, there // count))[:count]
+    assert taken[-1] >= 0.95 * there - max(1, there / count)

@@ -10,13 +10,15 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from test_checkpoints import close, files, logits, quiet  # noqa: F401  quiet is a fixture
+from test_checkpoints import close, files, logits, quiet, stop  # noqa: F401  quiet is a fixture
 from tiny_moes import moe
 
-from ones_lib.checkpoints import convert, reconstruction
+from ones_lib.checkpoints import convert, reconstruction, work
 from ones_lib.checkpoints.__main__ import _report
 from ones_lib.checkpoints.reconstruction import LayerTokens
+from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stream import Slices
+from ones_lib.checkpoints.work import Work
 from ones_lib.models.causal import load_language_model, watched_experts
 
 KINDS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "deepseek_v3", "glm4_moe", "granitemoe", "gpt_oss"]
@@ -281,6 +283,55 @@ def test_layers_that_are_done_are_not_thrown_away_by_another_call(tmp_path, monk
     reconstructed(tmp_path / "moe", tmp_path / "dense")
 
 
+CALL = {"method": "topk", "d_ff": "active", "calibration": IDS, "reconstruct": IDS, "check": IDS[:4]}
+#: The n-th call of what fails, and how.
+STOPS = [
+    (Slices, "write", 9, KeyboardInterrupt),  # of the calibration
+    (reconstruction._State, "take_step", 15, ValueError),
+    (reconstruction, "save_tensors", 2, MemoryError),
+    (Work, "convert_block", 3, TypeError),
+    (Shards, "join", 1, OSError),
+    (work, "token_losses", 1, RuntimeError),
+    (Work, "finish", 1, KeyboardInterrupt),
+]
+CHANGES = [{}, {"method": "contribution_topk"}, {"d_ff": 31}, {"importance": "product"}, {"student_inputs": True}]
+CHANGES += [{"check": IDS[4:8]}, {"check": None}, {"calibration": IDS.flip(1)}, {"reconstruct": IDS.flip(1)}]
+
+
+@pytest.mark.parametrize(
+    ("at", "change"), [(i % len(STOPS), i) for i in range(len(CHANGES))] + [(i, 0) for i in range(1, len(STOPS))]
+)
+def test_stopped_anywhere_and_called_with_another_argument_it_is_as_if_fresh_or_refused(
+    at, change, tmp_path, monkeypatch
+):
+    moe("mixtral", num_hidden_layers=2).save_pretrained(tmp_path / "moe")
+    monkeypatch.setattr(work, "fits_memory", lambda shards: False)
+    owner, name, number, error = STOPS[at]
+    with monkeypatch.context() as patch:
+        stop(patch, owner, name, number, error)
+        with pytest.raises(error):
+            convert(tmp_path / "moe", tmp_path / "dense", **CALL)
+    call = CALL | CHANGES[change]
+    if CHANGES[change].keys() <= {"check"}:
+        table = convert(tmp_path / "moe", tmp_path / "dense", **call)
+    else:
+        with pytest.raises(FileExistsError, match="expected unfinished work of the same arguments, found others"):
+            convert(tmp_path / "moe", tmp_path / "dense", **call)
+        call = CALL
+        table = convert(tmp_path / "moe", tmp_path / "dense", **call)  # nothing was lost
+    fresh = convert(tmp_path / "moe", tmp_path / "fresh", **call)
+    assert files(tmp_path / "dense") == files(tmp_path / "fresh")
+    assert table.attrs == fresh.attrs
+
+
+def test_steps_that_diverge_leave_the_solved_readout(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    monkeypatch.setattr(reconstruction, "LEARNING_RATE", 1e30)
+    table = reconstructed(tmp_path / "moe", tmp_path / "dense", "topk")
+    assert table["reconstruction_error"].lt(1).all()
+    assert logits(load_language_model(tmp_path / "dense")).isfinite().all()
+
+
 def test_few_tokens_are_said(tmp_path):
     moe("mixtral").save_pretrained(tmp_path / "moe")
     with pytest.warns(
@@ -293,10 +344,10 @@ def test_a_full_disk_is_said_before_the_tokens_are_written(tmp_path, monkeypatch
     moe("mixtral").save_pretrained(tmp_path / "moe")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
-        "ones_lib.checkpoints.reconstruction.shutil.disk_usage", lambda path: usage._replace(free=10**6)
+        "ones_lib.checkpoints.reconstruction.shutil.disk_usage", lambda path: usage._replace(free=10**7)
     )
-    monkeypatch.setattr("ones_lib.checkpoints.work.shutil.disk_usage", lambda path: usage._replace(free=10**6))
-    with pytest.raises(OSError, match="reconstruct_tokens sets their number"):
+    monkeypatch.setattr("ones_lib.checkpoints.work.shutil.disk_usage", lambda path: usage._replace(free=10**7))
+    with pytest.raises(OSError, match=r"free disk space, found .*reconstruct_tokens 0\.1"):
         convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=IDS, reconstruct=IDS.repeat(40, 1))
 
 

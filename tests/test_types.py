@@ -105,7 +105,7 @@ def test_block_by_block_the_experts_see_what_they_see_in_the_model(kind, tmp_pat
     with watched_experts(model, lambda name, found: seen.update({name: found})):
         outputs(model)
     architecture = Architecture(model.config, kind)
-    plan = TwinPlan(Shards(tmp_path / "moe"), architecture, "topk", None, None)
+    plan = TwinPlan(Shards(tmp_path / "moe"), architecture, "topk", None)
     store_activations(plan.stored, IDS, tmp_path / "activations", architecture.streams)
     for block in plan.blocks:
         if block.sparse:
@@ -127,7 +127,7 @@ def test_block_by_block_the_experts_see_what_they_see_in_the_model(kind, tmp_pat
 def test_a_plan_reads_no_tensor(tmp_path, monkeypatch):
     moe("mixtral").save_pretrained(tmp_path / "moe")
     monkeypatch.setattr(Shards, "raw", None)
-    plan = TwinPlan(Shards(tmp_path / "moe"), Architecture(moe("mixtral").config, "here"), "topk", "active", None)
+    plan = TwinPlan(Shards(tmp_path / "moe"), Architecture(moe("mixtral").config, "here"), "topk", "active")
     assert (plan.num_experts, plan.expert_width, plan.d_model, plan.width) == (4, 24, 32, 48)
 
 

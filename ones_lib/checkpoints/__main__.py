@@ -94,7 +94,11 @@ def _convert_parser() -> argparse.ArgumentParser:
     add("--approximate", action="store_true", help="make a plain dense class where the exact twin is none")
     add("--check", metavar="TEXT", help="measure the perplexity of both models on this text")
     add("--option", action="append", type=_option, default=[], metavar="NAME=VALUE", help="of the method; repeatable")
-    add("--force", action="store_true", help="replace what another call has made at DENSE, when the new one is whole")
+    add(
+        "--force",
+        action="store_true",
+        help="replace what another call has made at DENSE, when the new one is whole, or has begun",
+    )
     add_version(parser)
     return parser
 
@@ -135,7 +139,7 @@ def _convert(arguments: Sequence[str]) -> None:
     given["method"] = given["method"] or _best_method(given)
     narrow = not gives_widths(given["method"])
     if "d_ff" not in given:
-        given["d_ff"] = None if narrow else ACTIVE
+        given["d_ff"] = None if narrow or options.get("k") is not None else ACTIVE  # k of every expert is a width, too
         if narrow:
             print(f"{given['method']} gathers to one expert's width: --d-ff expert", file=sys.stderr)
     typed = Typed(given, {"source": "MOE", "destination": "DENSE"}, options)

@@ -15,9 +15,9 @@ from transformers.utils.logging import tqdm
 
 from ones_lib.calibration import Activation, LayerActivations
 from ones_lib.checkpoints.stored import StoredModel
-from ones_lib.checkpoints.stream import BlockStream, LazyModel, run_blocks
+from ones_lib.checkpoints.stream import BlockStream, LazyModel, check_finite, run_blocks
 from ones_lib.data.files import save_tensors
-from ones_lib.models.causal import experts_modules, model_inputs, watched_experts
+from ones_lib.models.causal import experts_modules, model_inputs, text_config, watched_experts
 
 TOKENS_A_PASS = 4096  # tokens that go through the MoE at a time
 
@@ -38,6 +38,13 @@ def store_activations(stored: StoredModel, ids: Tensor, folder: Path, streams: b
     else:
         _run_at_once(stored, batches, unfinished)
     os.replace(unfinished, folder)
+
+
+def activations_bytes(stored: StoredModel, tokens: int) -> int:
+    """What :func:`store_activations` takes on the disk: activations, and hidden states before and behind a block."""
+    width, size = text_config(stored.model.config).hidden_size, stored.model.dtype.itemsize
+    layers = experts_modules(stored.model).values()
+    return tokens * (2 * width * size + sum(2 * width * size + 4 * layer.num_experts for layer in layers))
 
 
 def _run_at_once(stored: StoredModel, batches: Sequence[Tensor], folder: Path) -> None:
@@ -61,6 +68,7 @@ def _writer(folder: Path, number: int, block: str = "") -> Callable[[str, LayerA
     """What writes a batch's activations of a module of experts."""
 
     def see(experts: str, found: LayerActivations) -> None:
+        check_finite(found.outputs, f"{block}.{experts}".lstrip("."))
         tensors = {"inputs": found.inputs, "gates": found.gates.float(), "outputs": found.outputs}
         path = folder / f"{block}.{experts}".lstrip(".")
         path.mkdir(parents=True, exist_ok=True)
@@ -73,9 +81,13 @@ def stored_activations(folder: Path, experts: str, activation: Activation) -> La
     """What :func:`store_activations` has stored for a module of experts, in float32; None if it has not run."""
     if not folder.exists():
         return None
-    passes = [load_file(path) for path in sorted((folder / experts).iterdir())]
-    tensors = (torch.cat([found[name] for found in passes]).float() for name in ("inputs", "gates", "outputs"))
-    return LayerActivations(*tensors, activation)
+    paths = sorted((folder / experts).iterdir())
+    made: dict[str, Tensor] = {}
+    for name in ("inputs", "gates", "outputs"):
+        parts = [load_file(path)[name] for path in paths]  # mapped: in memory is what has been copied
+        made[name] = torch.empty(sum(map(len, parts)), parts[0].shape[1])
+        torch.cat(parts, out=made[name])
+    return LayerActivations(**made, activation=activation)
 
 
 def split_tokens(activations: LayerActivations) -> tuple[LayerActivations, LayerActivations]:

@@ -34,7 +34,7 @@ from ones_lib.data.sources import HUB_NAME
 from ones_lib.gathering.registry import check_options, needs_calibration, options_of
 from ones_lib.gathering.scale import ROUTER_SCALES
 from ones_lib.gathering.source import source_hash
-from ones_lib.models.causal import model_config, text_config
+from ones_lib.models.causal import SWITCHES, model_config, text_config
 
 TOKENS = {"calibration": 4096, "reconstruct": 2**20}  # taken of a text where no number is asked for
 
@@ -63,8 +63,8 @@ def convert(
     network gets hidden units of no effect. The default scale of a method is ``"router"`` (see
     :mod:`ones_lib.gathering.scale`), not the paper's, with which E experts add up to E times the size.
 
-    An interrupted conversion is continued by the same call, and of a finished one the same call returns the table. Until it is
-    whole it stays in a hidden folder beside ``destination``.
+    An interrupted conversion is continued by the same call, where only ``check`` may be another, and of a finished one the same
+    call returns the table. Until it is whole it stays in a hidden folder beside ``destination``.
 
     Args:
         source: a folder, or a name on the Hugging Face hub, of an MoE in safetensors files. Quantised weights become bfloat16, see
@@ -83,8 +83,8 @@ def convert(
             on, see :mod:`ones_lib.checkpoints.reconstruction`. None: no regression.
         reconstruct_tokens: number of tokens of the text. None: 2**20, or what a shorter text has.
         student_inputs: regress on what the twin's earlier layers make of the text, so that a layer makes up for their errors.
-        force: replace what another call has made at ``destination``, when the new one is whole. A folder with other files is left
-            alone.
+        force: replace what another call has made at ``destination``, when the new one is whole, and another call's unfinished work
+            at once. A folder with other files is left alone.
         options: of the method.
 
     Returns:
@@ -97,8 +97,8 @@ def convert(
         ``conversion.json`` has the arguments, and what was taken of the texts.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError, TypeError, ConnectionError, OSError: before long work starts,
-            except for NaN, which is found when the tensor is read. Nothing is left behind.
+        FileNotFoundError, FileExistsError, ValueError, TypeError, ConnectionError, OSError: before long work starts, and nothing is
+            left behind. If something fails later, such as a sum that float16 can't hold, what is done stays for the next call.
     """
     options = _checked_options(method, options)
     place = Place(destination, "destination", CONVERSION, force)
@@ -128,7 +128,7 @@ def convert(
             "reconstruct: expected a causal model whose blocks hand on hidden states and nothing else, found"
             f" {config.model_type!r}"
         )
-    plan = TwinPlan(open_checkpoint(folder, config, architecture.model), architecture, method, d_ff, options.get("k"))
+    plan = TwinPlan(open_checkpoint(folder, config, architecture.model), architecture, method, d_ff, options)
     check_beside(folder, plan.config)
     texts = {"reconstruct": reconstruct, "calibration": calibration, "check": check}
     needed = {"calibration": calibration_tokens or TOKENS["calibration"]}
@@ -164,9 +164,11 @@ def convert(
     work = Work(place, plan, arguments)
     with only_one(place.folder):
         if place.done(work.facts()):
+            if work.unfinished() is None:
+                shutil.rmtree(work.folder, ignore_errors=True)  # a killed call finished this and was about to do so
             return read_layers(place.folder)
-        work.begin()
         try:
+            work.begin(ids)
             if method == "expert_selection":
                 plan.check_router()
             if reconstruct is not None:
@@ -177,8 +179,9 @@ def convert(
             work.write_shards()
             work.write_config()
             return work.finish({} if check is None else work.perplexities(ids["check"]))
-        except (TypeError, ValueError):  # the source is bad. After an interruption, or on a full disk, work can go on
-            shutil.rmtree(work.folder)
+        except BaseException:  # what is done stays for the next call
+            if not work.begun():
+                shutil.rmtree(work.folder, ignore_errors=True)
             raise
 
 
@@ -260,10 +263,16 @@ def named(source: str | Path, folder: Path) -> dict[str, str]:
 
 
 def files_stamp(folder: Path) -> str:
-    """SHA-256 of names, sizes and times of a checkpoint's files: another one if they were changed."""
+    """SHA-256 of what a checkpoint's config says of the model, and of names, sizes and times of its other files: another one if
+    they were changed."""
+
+    def of_the_model(values: dict) -> dict:
+        return {name: value for name, value in values.items() if name not in SWITCHES}
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=of_the_model)
     weights = [file for file in weight_files(folder)[0] if file.exists()]
-    stamps = file_stamps([folder / "config.json", *weights, *quantisation_files(folder)])
-    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    stamps = file_stamps([*weights, *quantisation_files(folder)])
+    return hashlib.sha256(json.dumps([config, stamps], sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

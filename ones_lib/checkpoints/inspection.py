@@ -19,13 +19,19 @@ from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ones_lib.calibration import LayerActivations
-from ones_lib.checkpoints.activations import split_tokens, store_activations, stored_activations
+from ones_lib.checkpoints.activations import (
+    activations_bytes,
+    split_tokens,
+    store_activations,
+    stored_activations,
+)
 from ones_lib.checkpoints.architectures import Architecture
 from ones_lib.checkpoints.convert import TOKENS, check_ids, local_folder, read_config
 from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.stored import open_checkpoint
 from ones_lib.checkpoints.terminal import Typed, add_version, exit_status
 from ones_lib.checkpoints.text import BLOCK, asked_for, check_tokens, found_text, text_blocks, token_count
+from ones_lib.data.files import check_room
 from ones_lib.ffn import FeedForwardWeights, compute_dtype
 from ones_lib.gathering.registry import checked_experts, gather_precisely
 from ones_lib.models.causal import text_config
@@ -91,7 +97,7 @@ def _inspect(source: str | Path, calibration: str | Path | Tensor, calibration_t
     folder = local_folder(source)
     config = read_config(folder)
     architecture = Architecture(config, folder)
-    plan = TwinPlan(open_checkpoint(folder, config, architecture.model), architecture, "readout", d_ff=None, k=None)
+    plan = TwinPlan(open_checkpoint(folder, config, architecture.model), architecture, "readout", d_ff=None)
     if isinstance(calibration, (str, Path)):
         most = calibration_tokens or TOKENS["calibration"]
         blocks = text_blocks(calibration, folder, split="train", name="calibration", most=most)
@@ -104,6 +110,12 @@ def _inspect(source: str | Path, calibration: str | Path | Tensor, calibration_t
     with TemporaryDirectory(prefix="ones-inspect-") as work:
         plan.shards.scratch = Path(work)
         activations, memory = Path(work) / "activations", psutil.virtual_memory().available
+        check_room(
+            Path(work),
+            activations_bytes(plan.stored, calibration.numel()),
+            "calibration_tokens sets their number, TMPDIR another folder",
+        )
+        plan.check_weights()
         store_activations(plan.stored, calibration, activations, plan.architecture.streams)
         for block in tqdm([block for block in plan.blocks if block.sparse], desc=folder.name, unit="layer"):
             seen = stored_activations(activations, block.experts, plan.activation(block))

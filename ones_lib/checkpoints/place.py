@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ones_lib.data.files import allow_as_usual, is_free, write_text
 
@@ -64,7 +66,7 @@ class Place:
         if self.force:
             self._check_own(found)
             return False
-        if odd := list(_differences(found, json.loads(json.dumps(facts)))):
+        if odd := list(differences(found, json.loads(json.dumps(facts)))):
             raise FileExistsError(
                 f"{self.name}: {self.folder} was made with other arguments: {'; '.join(odd[:5])}; force=True replaces it"
             )
@@ -78,6 +80,27 @@ class Place:
                 f"{self.name}: expected only files of an earlier call, which are replaced, found others in {self.folder}:"
                 f" {', '.join(foreign[:5])}"
             )
+
+    def tried(self) -> None:
+        """Make the folder that this one lies in, and see whether a folder can be moved here.
+
+        Raises:
+            OSError: it can't, as on a read-only disk or to a mount point.
+        """
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            parent, prefix = self.folder.parent, f".{self.folder.name}."
+            with TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as trial:
+                if self.folder.exists() and is_free(self.folder):
+                    os.replace(self.folder, trial)
+                    os.replace(trial, self.folder)
+            if self.folder.is_mount():
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        except OSError as error:
+            hint = "; it is a mount point: take a folder in it" if error.errno in (errno.EBUSY, errno.EXDEV) else ""
+            raise type(error)(
+                f"{self.name}: expected a place that a folder can be moved to, found {self.folder}: {error.strerror}{hint}"
+            ) from error
 
     def put(self, made: Path, facts: Mapping) -> None:
         """Write the record to a whole folder and move that here. What it replaces is removed then."""
@@ -94,12 +117,12 @@ class Place:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _differences(found: Mapping, facts: Mapping, prefix: str = "") -> Iterator[str]:
+def differences(found: Mapping, facts: Mapping, prefix: str = "") -> Iterator[str]:
     """What of ``facts`` is another in those that were found."""
     for key, new in facts.items():
         old, name = found.get(key), f"{prefix}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{name}.")
+            yield from differences(old, new, f"{name}.")
         elif old != new:
             yield name if key.endswith(("sha256", "stamp")) else f"{name} {_short(old)}, now {_short(new)}"
 

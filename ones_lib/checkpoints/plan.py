@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.utils.logging import tqdm
 
 from ones_lib.calibration import Activation
 from ones_lib.checkpoints.architectures import ONE_EXPERT, Architecture
@@ -18,9 +19,9 @@ from ones_lib.checkpoints.experts import ExpertBanks, Layout
 from ones_lib.checkpoints.layers import ffn_parts
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stored import StoredModel, in_files
-from ones_lib.ffn import FeedForwardWeights
-from ones_lib.gathering.registry import check_width
-from ones_lib.models.causal import activation_of, block_of
+from ones_lib.ffn import FeedForwardWeights, count_non_finite
+from ones_lib.gathering.registry import Sizes, check_values, checked_experts
+from ones_lib.models.causal import activation_of, block_of, if_float16
 
 ACTIVE = "active"  # the width that a token passes through
 
@@ -54,10 +55,11 @@ class Block:
 class TwinPlan:
     """The dense twin of a checkpoint: its ``config``, its ``blocks``, and ``dropped``, names of tensors that are left out.
 
-    ``d_ff``, the gathered width: a number, ``"active"`` (k experts'), or None for one expert's.
+    ``d_ff``, the gathered width: a number, ``"active"`` (k experts'), or None for one expert's. ``options`` are the method's.
 
     Raises:
-        ValueError: ``d_ff`` is not a width of the method, or the checkpoint's tensors do not make the twin.
+        ValueError: ``d_ff`` is not a width of the method, an option is out of range, or the checkpoint's tensors do not make the
+            twin.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class TwinPlan:
         architecture: Architecture,
         method: str,
         d_ff: int | str | None,
-        k: int | None,
+        options: Mapping | None = None,
     ) -> None:
         self.shards, self.architecture, self.source_config = shards, architecture, architecture.config
         self.stored = StoredModel(shards, architecture.model, architecture.experts)
@@ -80,7 +82,9 @@ class TwinPlan:
             if d_ff != ACTIVE:
                 raise ValueError(f"d_ff: expected a number, {ACTIVE!r} or None, found {d_ff!r}")
             d_ff = self.experts_a_token * self.expert_width
-        check_width(d_ff, method, self.num_experts, self.expert_width)
+        options = options or {}
+        check_values(method, options, Sizes(self.num_experts, self.expert_width, self.d_model, d_ff))
+        k = options.get("k")
         self.d_ff, self.routed_width = d_ff, self.num_experts * k if k else d_ff or self.expert_width
         self.width = self._full_width()
         self.twin = architecture.twin(self.width)
@@ -216,6 +220,22 @@ class TwinPlan:
         bias = weight.removesuffix("weight") + "bias"
         return self.read(weight), self.read(bias) if bias in names else None
 
+    def check_weights(self) -> None:
+        """Read everything once; ValueError: a weight is NaN or infinite, or experts of a layer are of several dtypes."""
+        inside = tuple(f"{name}." for name in self.names)
+        rest = [name for name in self.stored.shapes if not name.startswith(inside)]
+        sparse = [block for block in self.blocks if block.sparse]
+        with tqdm(total=len(rest) + len(sparse), desc="looking for NaN", unit="tensor") as bar:
+            for name in rest:
+                self.read(name)
+                bar.update()
+            for block in sparse:
+                try:
+                    checked_experts(self.experts(block))
+                except ValueError as error:
+                    raise ValueError(f"{self.shards.path}: {block.ffn}: {error}") from error
+                bar.update()
+
     def experts(self, block: Block) -> list[FeedForwardWeights]:
         """The routed experts of a sparse block."""
         try:
@@ -243,14 +263,25 @@ class TwinPlan:
         return self.architecture.factor(self.twin, block.experts)
 
     def ffn_tensors(self, block: Block, ffn: FeedForwardWeights) -> dict[str, Tensor]:
-        """The tensors of a network by their names in the twin; of a twin with one expert its router's too."""
+        """The tensors of a network by their names in the twin; of a twin with one expert its router's too.
+
+        Raises:
+            ValueError: a tensor has numbers beyond those of its dtype.
+        """
         if block.sparse and self.architecture.kind == ONE_EXPERT:
             made = self.architecture.router(self.twin, block.experts)
             made = {name: tensor.to(self.stored.read(name).dtype) for name, tensor in made.items()}
-            return made | self._one_expert(block, ffn)
-        parts, made = dict(ffn.tensors()), {}
-        for name, held in ffn_parts(self.twin.get_submodule(block.target)).items():
-            made[f"{block.target}.{name}"] = torch.cat([parts[part] for part in held])
+            made |= self._one_expert(block, ffn)
+        else:
+            parts, made = dict(ffn.tensors()), {}
+            for name, held in ffn_parts(self.twin.get_submodule(block.target)).items():
+                made[f"{block.target}.{name}"] = torch.cat([parts[part] for part in held])
+        for name, tensor in made.items():
+            if count := count_non_finite(tensor):
+                raise ValueError(
+                    f"{self.shards.path}: {name}: expected numbers that {tensor.dtype} can hold, found {count} of the network for"
+                    f" {block.ffn} that it can't{if_float16(tensor.dtype)}"
+                )
         return made
 
     def _one_expert(self, block: Block, ffn: FeedForwardWeights) -> dict[str, Tensor]:
@@ -287,7 +318,7 @@ class Shapes:
 def dense_config(config: PreTrainedConfig, d_ff: int | str | None) -> PreTrainedConfig:
     """The config of an MoE's dense twin with its routed experts gathered to ``d_ff``, as in :class:`TwinPlan`."""
     architecture = Architecture(config, config.model_type)
-    return TwinPlan(Shapes(architecture), architecture, "topk", d_ff, None).config
+    return TwinPlan(Shapes(architecture), architecture, "topk", d_ff).config
 
 
 def _natural(text: str) -> list:

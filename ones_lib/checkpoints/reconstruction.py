@@ -11,6 +11,7 @@ Other names for the idea: layer-wise or block-wise reconstruction, as in post-tr
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from transformers.utils.logging import tqdm
 from ones_lib.calibration import Activation, LayerActivations, squared_error_on
 from ones_lib.checkpoints.architectures import ONE_EXPERT
 from ones_lib.checkpoints.plan import Block, TwinPlan
-from ones_lib.checkpoints.stream import BlockStream, Slices, equal_slices, replaced, watched
+from ones_lib.checkpoints.stream import BlockStream, Slices, check_finite, equal_slices, replaced, watched
 from ones_lib.data.files import opened, save_tensors
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.gathering.regression import readout_on, relative_adam
@@ -130,10 +131,11 @@ def regress(
             bar.update()
             if state.step % SAVE_EVERY == 0:
                 state.save(checkpoint)
-    moved = state.moving.map(torch.detach)
-    candidates = start, state.solved, moved, readout_on(moved, tokens.solved(start.d_ff), RIDGE)
+    moved, candidates = state.moving.map(torch.detach), [start, state.solved]
+    if moved.is_finite():  # else the steps have diverged
+        candidates += [moved, readout_on(moved, tokens.solved(start.d_ff), RIDGE)]
     found = [(tokens.error(ffn), ffn) for ffn in candidates]
-    error, best = min(found, key=lambda pair: pair[0])
+    error, best = min(found, key=lambda pair: (math.isnan(pair[0]), pair[0]))
     rows = [{"tokens": 0, "error": found[0][0]}, *state.rows, {"tokens": steps * batch, "error": error}]
     return best, rows
 
@@ -211,10 +213,6 @@ class Reconstruction:
         path = self._fitted_path(block.name)
         return (FeedForwardWeights(**load_file(path)), _facts(path)) if path.exists() else None
 
-    def begun(self) -> bool:
-        """Whether a layer is done."""
-        return any((self.folder / "fitted").glob("*"))
-
     def _fitted_path(self, name: str) -> Path:
         return self.folder / "fitted" / f"{name}.safetensors"
 
@@ -222,14 +220,13 @@ class Reconstruction:
         """Fit the layers that are not there yet. ``start`` gives the network that a layer starts from, and the layer's row.
 
         Raises:
-            OSError: there is not enough room on the disk.
+            ValueError: something that is computed is not finite.
         """
         sparse = {block.name: block for block in self.plan.blocks if block.sparse}
         if all(self._fitted_path(name).exists() for name in sparse):
             return
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
         stream = BlockStream(self.plan.stored, equal_slices(ids[order]))
-        self._check_room(stream.tokens * self.plan.d_model * stream.dtype.itemsize)
         last = max(i for i in range(len(stream.blocks)) if stream.name(i) in sparse)
         first = max((i for i in range(last + 1) if self._done(f"block-{i}")), default=0)
         for i in range(first, last + 1):
@@ -245,20 +242,18 @@ class Reconstruction:
     def check(self, ids: Tensor) -> None:
         """Raise ValueError if a layer's network can't be regressed onto the teacher's residual stream."""
         sparse = next(block for block in self.plan.blocks if block.sparse)
-        if self.student_inputs and not self.begun():
+        if self.student_inputs:
             stream = BlockStream(self.plan.stored, [ids[:1].long()])
             i = next(i for i in range(len(stream.blocks)) if stream.name(i) == sparse.name)
             with stream.block(i):
                 self._scale(stream, i, self._site(stream, sparse))
 
-    def _check_room(self, size: int) -> None:
-        """Raise OSError unless the disk has room for the hidden states before and behind a block, and its layer's tokens."""
-        needed, free = (7 if self.student_inputs else 5) * size, shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise OSError(
-                f"{self.folder}: expected {needed / 1e9:.1f} GB of free disk space for the tokens of a block, found"
-                f" {free / 1e9:.1f} GB; reconstruct_tokens sets their number"
-            )
+    def bytes(self, tokens: int) -> int:
+        """What is on the disk at a time: hidden states before and behind a block, its layer's tokens, and the networks."""
+        plan = self.plan
+        hidden = tokens * plan.d_model * plan.stored.model.dtype.itemsize
+        networks = 4 * 3 * plan.d_model * plan.width * sum(block.sparse for block in plan.blocks)
+        return (7 if self.student_inputs else 5) * hidden + networks
 
     def _done(self, name: str) -> bool:
         return (self.folder / name).exists()
@@ -332,6 +327,7 @@ class Reconstruction:
         mixed = stream.dtype != torch.float32
         first, row = start(block)
         ffn, course = regress(first, tokens, checkpoint, description, mixed)
+        self.plan.ffn_tensors(block, ffn.map(lambda t: t.to(self.plan.config.dtype)))  # else it would fail at the end
         path = self._fitted_path(block.name)
         path.parent.mkdir(exist_ok=True)
         errors = {"start_error": course[0]["error"], "reconstruction_error": course[-1]["error"]}
@@ -352,11 +348,13 @@ class Reconstruction:
                 after = stream.run(i, number, hidden["teacher"])
             if not self.student_inputs:
                 targets = factor * (found["outputs"] + shared["outputs"])
+                check_finite(targets, f"{self.plan.shards.path}: {block.ffn}")
                 return {"inputs": found["inputs"], "targets": targets, "after": after}
             nothing = replaced(beside, torch.zeros_like) if beside else nullcontext()
             with nothing, replaced(site, torch.zeros_like, found["rest"]), watched(site) as found:
                 without = stream.run(i, number, hidden.get("student", hidden["teacher"]))
             targets = factor * (after - without).flatten(0, -2) / scale
+            check_finite(targets, f"{self.plan.shards.path}: {block.ffn}")
             scales = torch.tensor([scale / factor])
             return {"inputs": found["inputs"], "targets": targets, "after": after, "without": without, "scale": scales}
 

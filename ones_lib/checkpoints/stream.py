@@ -20,7 +20,14 @@ from ones_lib.checkpoints.quantised import Dequantised, without_quantization
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stored import StoredModel, open_checkpoint
 from ones_lib.data.files import opened, save_tensors
-from ones_lib.models.causal import block_of, empty_model, load_language_model, model_config
+from ones_lib.models.causal import (
+    block_of,
+    empty_model,
+    if_float16,
+    load_language_model,
+    model_config,
+    with_odd_experts,
+)
 
 TOKENS_A_SLICE = 4096  # tokens that go through a block at a time
 LEAST_SLICES = 8
@@ -57,7 +64,7 @@ class LazyModel:
     """
 
     def __init__(self, stored: StoredModel, device: torch.device | None = None) -> None:
-        self.stored, self.model = stored, deepcopy(stored.model)
+        self.stored, self.model = stored, with_odd_experts(deepcopy(stored.model))
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._float32 = self.model._get_dtype_plan(self.dtype)
         self._names: dict[str, list[str]] = {}  # of the tensors, by block
@@ -222,10 +229,16 @@ class BlockStream:
 
     @torch.no_grad()
     def run(self, index: int, number: int, hidden: Tensor) -> Tensor:
-        """A block's output for hidden states of a slice; the block has to be open."""
+        """A block's output for hidden states of a slice; the block has to be open.
+
+        Raises:
+            ValueError: it is not finite.
+        """
         _, rest, arguments = self._calls(number)[index]
         output = self.blocks[index](hidden.to(self.device), *rest, **arguments)
-        return output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, tuple) else output
+        check_finite(output, f"{self._lazy.stored.path}: {self.name(index)}")
+        return output
 
     @torch.no_grad()
     def logits(self, number: int, hidden: Tensor) -> Tensor:
@@ -258,6 +271,14 @@ def run_blocks(stream: BlockStream, folder: Path, count: int, description: str, 
         os.replace(after.folder, folder / f"block-{i + 1}")
         shutil.rmtree(before.folder, ignore_errors=True)
     return Slices(folder / f"block-{count}")
+
+
+def check_finite(output: Tensor, name: str) -> None:
+    """Raise ValueError unless what the module ``name`` gives is finite."""
+    if not output.isfinite().all():
+        raise ValueError(
+            f"{name}: expected finite numbers on the text, in {output.dtype}, found NaN or infinity{if_float16(output.dtype)}"
+        )
 
 
 def text_model(model: PreTrainedModel) -> nn.Module:

@@ -166,9 +166,9 @@ def _without_name(error: Exception) -> str:
 
 
 def thinned(blocks: Tensor, tokens: int) -> Tensor:
-    """At most so many tokens of blocks [n, L], but at least one block, evenly spaced."""
-    count = max(1, tokens // blocks.shape[1])
-    return blocks[:: max(1, len(blocks) // count)][:count]
+    """At most so many tokens of blocks [n, L], but at least one block, evenly spaced over all of them."""
+    count = min(len(blocks), max(1, tokens // blocks.shape[1]))
+    return blocks[torch.arange(count) * len(blocks) // count]
 
 
 def asked_for(name: str, blocks: Tensor, tokens: int | None, default: int, text: str | Path | Tensor) -> Tensor:

@@ -11,34 +11,41 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 import psutil
 import torch
 import torch.nn.functional as F
 from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from ones_lib import __version__
 from ones_lib.calibration import LayerActivations
-from ones_lib.checkpoints.activations import split_tokens, store_activations, stored_activations
+from ones_lib.checkpoints.activations import (
+    activations_bytes,
+    split_tokens,
+    store_activations,
+    stored_activations,
+)
 from ones_lib.checkpoints.beside import check_whole, copy_files
 from ones_lib.checkpoints.card import model_card
-from ones_lib.checkpoints.place import CONVERSION, Place
+from ones_lib.checkpoints.place import CONVERSION, Place, differences
 from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.quantised import Dequantised
 from ones_lib.checkpoints.reconstruction import Reconstruction
 from ones_lib.checkpoints.shards import INDEX, Shards
 from ones_lib.checkpoints.stream import BlockStream, LazyModel, load_checkpoint, run_blocks
-from ones_lib.checkpoints.text import block_length
-from ones_lib.data.files import remove_unfinished, save_tensors, write_text
+from ones_lib.checkpoints.text import block_length, ids_hash
+from ones_lib.data.files import check_room, remove_unfinished, save_tensors, write_text
 from ones_lib.ffn import FeedForwardWeights, concatenate
 from ones_lib.gathering.registry import gather_precisely, options_of
 from ones_lib.gathering.scale import scaled_output
-from ones_lib.models.causal import perplexity, text_config, token_losses
+from ones_lib.models.causal import if_float16, perplexity, text_config, token_losses
 
 FILE_SIZE = 50 * 10**9  # bytes of a safetensors file, at most: what transformers' save_pretrained takes
 LAYERS = "conversion.csv"
@@ -58,40 +65,78 @@ class Work:
         self.place, self.destination, self.plan, self.arguments = place, place.folder, plan, arguments
         self.folder = self.destination.with_name(f".{self.destination.name}.converting")
         self.model, self.rows, self.activations = (self.folder / name for name in ("model", "rows", "activations"))
+        self.mark = self.folder / CONVERSION
         self.blocks, self.split = self.folder / "blocks", self.folder / "files.json"
         self.reconstruction = Reconstruction(plan, self.folder / "reconstruction", arguments["student_inputs"])
 
-    def begin(self) -> None:
-        """Go on with an interrupted conversion if it is the same, else start over.
+    def begin(self, ids: Mapping[str, Tensor | None]) -> None:
+        """Go on with an interrupted conversion if it is the same, else start one. ``ids`` are those of the texts, [n, L].
+
+        All is tried that does not need the MoE to run: the destination, room on the disk, what goes beside the weights, and whether
+        the MoE's weights are finite.
 
         Raises:
-            OSError: there is not enough room on the disk.
-            FileExistsError: there is a layer that another conversion has reconstructed, which may have taken hours.
+            OSError: the destination can't be made, or there is not enough room on the disk.
+            FileExistsError: there is unfinished work with other arguments, which is not to be replaced.
+            ValueError: a file can't be made of the config, or a weight is not finite.
         """
-        mark = self.folder / CONVERSION
         arguments = {name: value for name, value in self.arguments.items() if name != "check"}
-        identity = json.dumps([str(self.plan.shards.path.resolve()), arguments, self._versions()])
-        if self.folder.exists() and (not mark.exists() or mark.read_text() != identity):
-            if self.reconstruction.begun():
+        identity = json.loads(json.dumps({**arguments, "versions": self._versions()}))
+        found = self.unfinished()
+        if found != identity:
+            if found is not None and self.begun() and not self.place.force:
+                odd = "; ".join(list(differences(found, identity))[:5])
                 raise FileExistsError(
-                    f"{self.folder}: expected unfinished work of the same arguments, found a reconstruction with others;"
-                    " delete the folder to start over"
+                    f"{self.folder}: expected unfinished work of the same arguments, found others: {odd}; force=True starts over"
                 )
-            warnings.warn(f"{self.folder}: unfinished work of another conversion, starting over", stacklevel=3)
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.place.tried()
         remove_unfinished(self.folder)
-        self.destination.parent.mkdir(parents=True, exist_ok=True)
-        done = sum(file.stat().st_size for part in (self.blocks, self.model) for file in part.glob("*.safetensors"))
-        needed = self.plan.bytes + min(self.plan.bytes, FILE_SIZE) - done  # while files are joined
-        free = shutil.disk_usage(self.destination.parent).free
-        if needed > free:
-            raise OSError(
-                f"{self.destination.parent}: expected {needed / 1e9:.1f} GB of free disk space, found {free / 1e9:.1f} GB"
-            )
         for folder in (self.blocks, self.model, self.rows, self.reconstruction.folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write_text(mark, identity)
+        self._check_room(ids)
+        self._try_files()
         self.plan.shards.scratch = self.folder
+        if found != identity:
+            self.plan.check_weights()
+        write_text(self.mark, json.dumps(identity))
+
+    def unfinished(self) -> dict | None:
+        """All that decides the result of the work in the hidden folder; None: there is none, or what kills left of its start or
+        end."""
+        if not self.mark.exists() or not self.model.exists():
+            return None
+        found = json.loads(self.mark.read_text())
+        return found if isinstance(found, dict) else {}
+
+    def begun(self) -> bool:
+        """Whether anything is done."""
+        return any(path.is_file() and path != self.mark for path in self.folder.rglob("*"))
+
+    def _check_room(self, ids: Mapping[str, Tensor | None]) -> None:
+        tokens = {name: 0 if blocks is None else blocks.numel() for name, blocks in ids.items()}
+        taken = {
+            "the twin": self.plan.bytes + min(self.plan.bytes, FILE_SIZE),  # while files are joined
+            "calibration_tokens": activations_bytes(self.plan.stored, tokens["calibration"]),
+            "reconstruct_tokens": self.reconstruction.bytes(tokens["reconstruct"]) if tokens["reconstruct"] else 0,
+        }
+        needed = taken["calibration_tokens"] + max(taken["the twin"], taken["reconstruct_tokens"])
+        done = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in taken.items())
+        check_room(self.folder, needed - done, f"it is for, in GB: {said}")
+
+    def _try_files(self) -> None:
+        """Write what goes beside the weights to a folder that goes away."""
+        names = ["layer", "experts", "d_ff", "shared", "width", "gate_sum", "gates"]
+        errors = ["output_error", "start_error", "reconstruction_error"]
+        layers = pd.DataFrame(
+            [[block.ffn, 1, 1, 0, 1, 1.0, ""] for block in self.plan.blocks if block.sparse], columns=names
+        )
+        layers[errors] = 1.0
+        perplexities = dict.fromkeys(("MoE", "dense"), 1.0) if self.arguments["check"] else {}
+        with TemporaryDirectory(dir=self.folder) as folder:
+            self._write_beside(Path(folder))
+            write_text(Path(folder, "README.md"), model_card(self.plan, self.arguments, layers, perplexities))
 
     def run_moe(self, ids: Tensor | None) -> None:
         """Run the MoE on ``ids`` [n, L], or on random tokens if its gates have to be measured and there is no text."""
@@ -265,17 +310,28 @@ class Work:
         if len(found.paths()) > 1:
             about = {"metadata": {"total_size": sum(found.sizes().values())}, "weight_map": found.files}
             write_text(self.model / INDEX, json.dumps(about, indent=1))
-        self.plan.config.save_pretrained(self.model)
-        copy_files(self.plan.shards.path, self.model)
+        self._write_beside(self.model)
+
+    def _write_beside(self, folder: Path) -> None:
+        try:
+            self.plan.config.save_pretrained(folder)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            path = self.plan.shards.path / "config.json"
+            raise ValueError(f"{path}: expected a config that transformers can write, for the twin: {error}") from error
+        copy_files(self.plan.shards.path, folder)
 
     def perplexities(self, ids: Tensor) -> dict[str, float]:
         """Of the MoE and of the twin on blocks [n, L]."""
         found = {}
         if isinstance(self.plan.shards, Dequantised) or not fits_memory(self.plan.shards):
-            found["MoE"] = perplexity_by_block(self.plan, ids, self.folder / "check")
+            found["MoE"] = perplexity_by_block(self.plan, ids, self.folder / f"check-{ids_hash(ids)[:16]}")
         folders = {"MoE": self.plan.shards.path, "dense": self.model}
         rest = {name: folder for name, folder in folders.items() if name not in found}
-        return found | perplexities(rest, ids, self.folder / "offload")
+        found |= perplexities(rest, ids, self.folder / "offload")
+        if odd := {name: value for name, value in found.items() if not isfinite(value)}:
+            dtype = self.plan.config.dtype
+            raise ValueError(f"check: expected finite perplexities in {dtype}, found {odd}{if_float16(dtype)}")
+        return found
 
     def facts(self) -> dict:
         """How the twin is made: the arguments, and what a teacher must have in common with it."""
@@ -345,6 +401,7 @@ def perplexities(folders: Mapping[str, Path], ids: Tensor, offload: Path) -> dic
     """Of the models in ``folders``, by name, on blocks [n, L]. ``offload`` is a folder for what memory can't hold."""
     found = {}
     for name, folder in folders.items():
+        shutil.rmtree(offload, ignore_errors=True)  # of an interrupted call
         model = load_checkpoint(folder, device_map="auto", offload_folder=offload)
         found[name] = perplexity(model, ids)
         del model

@@ -102,9 +102,19 @@ def is_free(folder: Path) -> bool:
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
+def check_room(folder: Path, needed: int, taken_by: str) -> None:
+    """Raise OSError unless the disk of a folder has ``needed`` bytes free; it says what they are for."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{folder}: expected {needed / 1e9:.1f} GB of free disk space, found {free / 1e9:.1f} GB; {taken_by}"
+        )
+
+
 def write_text(path: Path, text: str) -> None:
+    """Write a file atomically, in UTF-8. What has no letter there, such as a byte of an odd file name, is written as an escape."""
     with written_beside(path) as beside:
-        beside.write_text(text)
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

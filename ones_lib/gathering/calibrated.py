@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import CHUNK, FeedForwardWeights, match_neurons
-from ones_lib.gathering.paper import check_range, chosen_width, combined, take_neurons
-from ones_lib.gathering.registry import register
+from ones_lib.gathering.paper import check_rank, chosen_width, combined, take_neurons
+from ones_lib.gathering.registry import Sizes, register
 from ones_lib.gathering.scale import scaled_output
 
 
@@ -57,7 +57,11 @@ def frequency_average(experts: Sequence[FeedForwardWeights], *, calibration: Lay
     return scaled_output(mean, calibration.gate_sum())
 
 
-@register("contribution_topk")
+def _check_contribution_topk(sizes: Sizes, k: int | None) -> None:
+    chosen_width(k, sizes.d_ff, sizes.num_experts, sizes.h)
+
+
+@register("contribution_topk", check=_check_contribution_topk)
 def contribution_topk(
     bank: FeedForwardWeights, *, calibration: LayerActivations, k: int | None = None, d_ff: int | None = None
 ) -> FeedForwardWeights:
@@ -69,7 +73,8 @@ def contribution_topk(
 
     Neurons keep their input weights. Their output weights are multiplied by their expert's mean gate ``p_i``, as in the mean
     field (:mod:`ones_lib.gathering.scale`). Neurons with equal input weights, as in experts that started as copies, count as
-    one neuron, with the sum of their importances and output weights.
+    one neuron, with the sum of their importances and output weights. Where fewer than were asked for are different, the first
+    ones are there again, with output weights of zero.
 
     Args:
         bank: experts, up [E, h, d].
@@ -90,7 +95,7 @@ def contribution_topk(
     chosen = by_place[importance[by_place].argsort(descending=True, stable=True)[:wanted].sort().values]
     ffn = take_neurons(bank.experts(), first[chosen] // h, first[chosen] % h)
     down_bias = None if bank.down_bias is None else mean_gates @ bank.down_bias
-    return replace(ffn, down=outputs[chosen].T, down_bias=down_bias)
+    return replace(ffn, down=outputs[chosen].T, down_bias=down_bias).widened(wanted)
 
 
 def _contributions(bank: FeedForwardWeights, calibration: LayerActivations) -> Tensor:
@@ -129,7 +134,7 @@ def _hashes(parts: list[Tensor]) -> Tensor:
     return total
 
 
-@register("whitened_svd")
+@register("whitened_svd", check=check_rank)
 def whitened_svd(
     bank: FeedForwardWeights, *, calibration: LayerActivations, rank: int | None = None
 ) -> FeedForwardWeights:
@@ -152,7 +157,7 @@ def whitened_svd(
         least = max(1, full_rank // bank.num_experts)
         ranks = [least * 2**i for i in range(full_rank.bit_length()) if least * 2**i < full_rank] + [full_rank]
     else:
-        ranks = [check_range("rank", rank, full_rank)]
+        ranks = [rank]
     shares, gate_sum = calibration.expert_weights(), calibration.gate_sum()
     gathered = [{name: torch.zeros_like(t[0]) for name, t in bank.tensors()} for _ in ranks]
     for e, expert in enumerate(bank.experts()):

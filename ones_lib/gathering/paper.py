@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ones_lib.ffn import CHUNK, FeedForwardWeights, compute_dtype, concatenate
-from ones_lib.gathering.registry import register
+from ones_lib.gathering.registry import Sizes, register
 from ones_lib.gathering.scale import Scale, scaled
 from ones_lib.gathering.truncation import Factors, truncated
 
@@ -48,7 +48,13 @@ def _stacked_rows(experts: Sequence[FeedForwardWeights], name: str) -> Iterator[
 IMPORTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l2": torch.hypot, "product": torch.mul}
 
 
-@register("topk", piecewise=True)
+def _check_top_kg(sizes: Sizes, k: int | None, importance: str | Tensor) -> None:
+    chosen_width(k, sizes.d_ff, sizes.num_experts, sizes.h)
+    if not torch.is_tensor(importance) and importance not in list(IMPORTANCES):
+        raise ValueError(f"importance: expected one of {list(IMPORTANCES)} or a tensor, found {importance!r}")
+
+
+@register("topk", piecewise=True, check=_check_top_kg)
 def top_kg(
     experts: Sequence[FeedForwardWeights],
     *,
@@ -89,8 +95,6 @@ def top_kg(
 def _scores(experts: Sequence[FeedForwardWeights], importance: str | Tensor) -> Tensor:
     """The importance [E, h] of every expert's hidden neurons."""
     if isinstance(importance, str):
-        if importance not in IMPORTANCES:
-            raise ValueError(f"importance: expected one of {list(IMPORTANCES)} or a tensor, found {importance!r}")
         inputs = ["up"] if experts[0].gate is None else ["up", "gate"]
         into = sum(torch.cat([r.square().sum(dim=2) for r in _stacked_rows(experts, n)], dim=1) for n in inputs)
         out = sum(rows.square().sum(dim=1) for rows in _stacked_rows(experts, "down"))
@@ -124,7 +128,13 @@ def take_neurons(experts: Sequence[FeedForwardWeights], expert: Tensor, neuron: 
     return replace(ffn, down_bias=torch.stack([e.down_bias.to(ffn.down) for e in experts]).mean(dim=0))
 
 
-@register("svd", piecewise=True)
+def check_rank(sizes: Sizes, rank: int | None, **_: object) -> None:
+    """Raises ValueError unless ``rank`` is None or one of the experts' matrices'."""
+    if rank is not None:
+        check_range("rank", rank, min(sizes.h, sizes.d_model))
+
+
+@register("svd", piecewise=True, check=check_rank)
 def svd_kg(
     experts: Sequence[FeedForwardWeights],
     *,
@@ -145,7 +155,7 @@ def svd_kg(
         factors: the experts' ``(U, S, V^T)`` by matrix name, if they are known already.
     """
     full_rank = min(experts[0].d_ff, experts[0].d_model)
-    rank = max(1, full_rank // len(experts)) if rank is None else check_range("rank", rank, full_rank)
+    rank = max(1, full_rank // len(experts)) if rank is None else rank
 
     def gathered(name: str, ndim: int) -> Tensor:
         tensors = (getattr(expert, name) for expert in experts)

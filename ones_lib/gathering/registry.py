@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -15,9 +16,22 @@ from ones_lib.gathering.scale import ROUTER_SCALES, SCALE_WORDS, Scale, check_sc
 GatheringMethod = Callable[..., FeedForwardWeights]
 _METHODS: dict[str, GatheringMethod] = {}
 _PIECEWISE: set[str] = set()
+_CHECKS: dict[str, Callable[..., None]] = {}
 
 
-def register(name: str, piecewise: bool = False) -> Callable[[GatheringMethod], GatheringMethod]:
+@dataclass(frozen=True)
+class Sizes:
+    """What a gathering is made of and to: E experts of h hidden neurons on d inputs, to ``d_ff`` neurons; None: to h."""
+
+    num_experts: int
+    h: int
+    d_model: int
+    d_ff: int | None = None
+
+
+def register(
+    name: str, piecewise: bool = False, check: Callable[..., None] | None = None
+) -> Callable[[GatheringMethod], GatheringMethod]:
     """Decorator: adds a function ``(bank, *, **options) -> FeedForwardWeights`` to the gathering methods.
 
     The method gets the experts stacked, in float32 at least. If it has an option ``calibration``, it gets the activations
@@ -25,6 +39,9 @@ def register(name: str, piecewise: bool = False) -> Callable[[GatheringMethod], 
 
     A ``piecewise`` method ``(experts, *, **options)`` gets the experts as a list of single FFNs, in their stored dtype and
     possibly mapped from disk. It loads only the parts that it needs.
+
+    ``check(sizes, **options)`` gets :class:`Sizes` and the options' values, and raises ValueError for one that is out of range. So
+    it is told before long work, too.
     """
 
     def decorate(method: GatheringMethod) -> GatheringMethod:
@@ -33,6 +50,8 @@ def register(name: str, piecewise: bool = False) -> Callable[[GatheringMethod], 
         _METHODS[name] = method
         if piecewise:
             _PIECEWISE.add(name)
+        if check is not None:
+            _CHECKS[name] = check
         return method
 
     return decorate
@@ -115,9 +134,8 @@ def gather_precisely(
     """:func:`gather`, with the result in the dtype in which it was computed."""
     check_options(method, options)
     scale = options.get("scale", 1.0)
-    check_scale(scale, method)
     experts = checked_experts(bank)
-    check_width(d_ff, method, len(experts), experts[0].d_ff)
+    check_values(method, options, Sizes(len(experts), experts[0].d_ff, experts[0].d_model, d_ff))
     calibration = _checked_calibration(calibration, method, scale, experts)
     device = experts[0].up.device
     if device.type == "mps":  # Apple's GPUs have no float64
@@ -166,6 +184,17 @@ def check_options(method: str, options: Iterable[str]) -> None:
     for name in options:
         if name not in known:
             raise TypeError(f"{name}: gathering method {method!r} has no such option, expected one of {known}")
+
+
+def check_values(method: str, options: Mapping, sizes: Sizes) -> None:
+    """Raises ValueError for a value of a method's options, or a width, that is out of range."""
+    check_scale(options.get("scale", 1.0), method)
+    check_width(sizes.d_ff, method, sizes.num_experts, sizes.h)
+    if method in _CHECKS:
+        own = {
+            name: p.default for name, p in options_of(method).items() if name not in ("calibration", "d_ff", "scale")
+        }
+        _CHECKS[method](sizes, **own | {name: value for name, value in options.items() if name in own})
 
 
 def checked_experts(bank: FeedForwardWeights | Sequence[FeedForwardWeights]) -> list[FeedForwardWeights]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.gathering.registry import gather, gathering_methods, register
+from ones_lib.gathering.registry import Sizes, check_values, gather, gathering_methods, register
 from ones_lib.gathering.scale import ROUTER_SCALES
 
 LARGE = 1024  # from this many hidden units on, a fit tries one start only, and a read-out is solved by Cholesky
@@ -22,7 +22,22 @@ NARROW = 64  # inputs
 _BATCH = 2048  # tokens per step of the fit
 
 
-@register("readout")
+def _check_readout(sizes: Sizes, hidden: str | FeedForwardWeights, ridge: float) -> None:
+    if not isinstance(ridge, (int, float)) or not 0 <= ridge < float("inf"):
+        raise ValueError(f"ridge: expected a number of at least 0, found {ridge!r}")
+    _check_hidden("hidden", sizes, hidden)
+
+
+def _check_hidden(name: str, sizes: Sizes, hidden: str | FeedForwardWeights) -> None:
+    allowed = [method for method in gathering_methods() if method not in ("readout", "fit")]
+    if isinstance(hidden, FeedForwardWeights):
+        return
+    if hidden not in allowed:
+        raise ValueError(f"{name}: expected an FFN or one of {allowed}, found {hidden!r}")
+    check_values(hidden, {}, sizes)
+
+
+@register("readout", check=_check_readout)
 def readout(
     bank: FeedForwardWeights,
     *,
@@ -44,19 +59,18 @@ def readout(
         d_ff: number of units, for a method that allows it.
         ridge: r as a multiple of the mean diagonal element of ``H^T H``.
     """
-    if not 0 <= ridge < float("inf"):
-        raise ValueError(f"ridge: expected a number of at least 0, found {ridge}")
     if isinstance(hidden, str):
-        allowed = [method for method in gathering_methods() if method not in ("readout", "fit")]
-        if hidden not in allowed:
-            raise ValueError(f"hidden: expected an FFN or one of {allowed}, found {hidden!r}")
         scale = {"scale": "router"} if hidden in ROUTER_SCALES else {}
         hidden = gather(bank, hidden, calibration=calibration, d_ff=d_ff, **scale)
     return readout_on(hidden.map(lambda t: t.to(bank.up)), calibration.chunks(), ridge)
 
 
 def readout_on(ffn: FeedForwardWeights, chunks: Iterable[LayerActivations], ridge: float) -> FeedForwardWeights:
-    """The FFN with the output weights of :func:`readout`, from tokens that come chunk by chunk."""
+    """The FFN with the output weights of :func:`readout`, from tokens that come chunk by chunk.
+
+    Raises:
+        ValueError: the hidden units or the layer's outputs are not finite on them.
+    """
     grams = products = 0.0
     large = ridge > 0 and ffn.d_ff >= LARGE
     for chunk in chunks:
@@ -69,6 +83,10 @@ def readout_on(ffn: FeedForwardWeights, chunks: Iterable[LayerActivations], ridg
             features, weighted, left = features.double(), weighted.double(), left.double()
         grams = grams + (weighted.T @ features).double()  # [h (+1), h (+1)]
         products = products + (weighted.T @ left).double()  # [h (+1), d]
+    if not (grams.isfinite().all() and products.isfinite().all()):
+        raise ValueError("calibration: expected finite hidden units and outputs on its tokens, found NaN or infinity")
+    if not grams.any():  # no unit is ever active
+        return ffn
     grams.diagonal().add_(ridge * grams.diagonal().mean())
     if large:  # thirty times as fast, but only for positive definite matrices
         factor, failed = torch.linalg.cholesky_ex(grams)
@@ -84,7 +102,19 @@ def readout_on(ffn: FeedForwardWeights, chunks: Iterable[LayerActivations], ridg
     return replace(ffn, down=ffn.down + change[: ffn.d_ff].T, down_bias=down_bias)
 
 
-@register("fit")
+def _check_fit(
+    sizes: Sizes, start: str | FeedForwardWeights | None, steps: int, learning_rate: float, seed: int
+) -> None:
+    whole = isinstance(steps, int) and isinstance(learning_rate, (int, float))
+    if not whole or not steps >= 1 or not 0 < learning_rate < float("inf"):
+        raise ValueError(f"steps, learning_rate: expected positive numbers, found {steps!r} and {learning_rate!r}")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed: expected an integer, found {seed!r}")
+    if start is not None:
+        _check_hidden("start", sizes, start)
+
+
+@register("fit", check=_check_fit)
 def fit(
     bank: FeedForwardWeights,
     *,
@@ -111,8 +141,6 @@ def fit(
         learning_rate: relative to the size of the weights.
         seed: of the random draws.
     """
-    if not steps >= 1 or not 0 < learning_rate < float("inf"):
-        raise ValueError(f"steps, learning_rate: expected positive numbers, found {steps} and {learning_rate}")
     if start is None:
         starts = _STARTS if d_ff in (None, bank.d_ff) and bank.d_ff < LARGE else ["contribution_topk"]
     else:
@@ -133,7 +161,10 @@ def fit(
             (weights * errors).mean().backward()
             optimizer.step()
             schedule.step()
-    fitted = readout_on(moving.map(torch.detach), calibration.chunks(), ridge=1e-6)
+    moved = moving.map(torch.detach)
+    if not moved.is_finite():  # the steps have diverged
+        return best
+    fitted = readout_on(moved, calibration.chunks(), ridge=1e-6)
     return min(best, fitted, key=calibration.squared_error)
 
 

@@ -57,7 +57,7 @@ def check_scale(scale: Scale | str, method: str) -> None:
                 f"scale: expected a number, a pair of numbers, or for {list(ROUTER_SCALES)} one of {list(SCALE_WORDS)},"
                 f" found {scale!r} for {method!r}"
             )
-    elif not all(math.isfinite(number) for number in _pair(scale)):
+    elif not all(isinstance(number, (int, float)) and math.isfinite(number) for number in _pair(scale)):
         raise ValueError(f"scale: expected a finite number, found {scale!r}")
 
 

@@ -10,14 +10,25 @@ from torch import Tensor
 from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights, concatenate
 from ones_lib.gathering.paper import check_range
-from ones_lib.gathering.registry import register
+from ones_lib.gathering.registry import Sizes, register
 from ones_lib.gathering.scale import scaled_output
 
 SCORES = ("sf", "pp", "cp", "acp", "do_acp")
 GATES = ("uniform", "marginal", "conditional")
 
 
-@register("expert_selection")
+def _check_selection(sizes: Sizes, score: str, select: int | None, gate: str) -> None:
+    for name, value, allowed in (("score", score, SCORES), ("gate", gate, GATES)):
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {list(allowed)}, found {value!r}")
+    count = (sizes.d_ff or sizes.h) // sizes.h
+    if sizes.d_ff is not None and sizes.d_ff % sizes.h:
+        raise ValueError(f"d_ff: expected a multiple of the experts' {sizes.h} hidden units, found {sizes.d_ff}")
+    if select is not None and check_range("select", select, sizes.num_experts) < count:
+        raise ValueError(f"select: expected at least the {count} experts that are put side by side, found {select}")
+
+
+@register("expert_selection", check=_check_selection)
 def expert_selection(
     bank: FeedForwardWeights,
     *,
@@ -52,15 +63,8 @@ def expert_selection(
             all tokens, added up in a group) or ``conditional`` (CP, averaged in a group).
         d_ff: m*h hidden units, for m networks side by side; default h.
     """
-    for name, value, allowed in (("score", score, SCORES), ("gate", gate, GATES)):
-        if value not in allowed:
-            raise ValueError(f"{name}: expected one of {list(allowed)}, found {value!r}")
     count = 1 if d_ff is None else d_ff // bank.d_ff
-    if d_ff is not None and d_ff % bank.d_ff:
-        raise ValueError(f"d_ff: expected a multiple of the experts' {bank.d_ff} hidden units, found {d_ff}")
-    select = count if select is None else check_range("select", select, bank.num_experts)
-    if select < count:
-        raise ValueError(f"select: expected at least the {count} experts that are put side by side, found {select}")
+    select = count if select is None else select
     products = _output_products(bank, calibration) if score in ("acp", "do_acp") or select > count else None
     scores = _scores(calibration, score, products)
     if score == "do_acp":

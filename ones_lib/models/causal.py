@@ -33,9 +33,10 @@ _CLASSES = [
     modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     modeling_auto.MODEL_MAPPING,
 ]
-# Keys of config.json that say how a model is run, not what it is.
-_RUNNING = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
-_RUNNING |= {"output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "use_cache"}
+#: Names in a config of how a model is run: no part of what it is.
+SWITCHES = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
+SWITCHES |= {"output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_return_dict"}
+SWITCHES |= {"use_cache", "torchscript"}
 #: What transformers raises for values of a config that it can't use.
 REFUSALS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError)
 REFUSALS = (*REFUSALS, ImportError, StrictDataclassError)
@@ -89,7 +90,7 @@ def _plain(values: dict) -> dict:
     found = {}
     for name, value in values.items():
         dtype = name in ("dtype", "torch_dtype") and isinstance(value, str)
-        if name in _RUNNING or (dtype and value == "auto"):
+        if name in SWITCHES or (dtype and value == "auto"):
             continue
         name = "quantization_config" if name == "compression_config" else name  # as llm-compressor once wrote it
         plain = _plain(value) if isinstance(value, dict) else value
@@ -185,7 +186,17 @@ def load_language_model(folder: str | Path, **options) -> PreTrainedModel:
         quantization["dequantize"] = True
     # With peft, transformers would load an adapter that lies beside the weights; in another folder there is none.
     options = {"dtype": "auto", "use_safetensors": True, "adapter_kwargs": {"subfolder": "no adapter"}, **options}
-    return model_class(config).from_pretrained(folder, config=config, **options).eval()
+    return with_odd_experts(model_class(config).from_pretrained(folder, config=config, **options).eval())
+
+
+def with_odd_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """A model whose experts run one after the other if torch can't multiply them together: it wants rows of 16 bytes."""
+    for experts in experts_modules(model).values():
+        stacked = [t for t in experts.parameters() if t.ndim == 3]
+        if any(size * t.element_size() % 16 for t in stacked for size in t.shape[1:]):
+            model.set_experts_implementation("eager")
+            break
+    return model
 
 
 def model_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
@@ -222,6 +233,11 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
+
+
+def if_float16(dtype: torch.dtype) -> str:
+    """What to do where numbers have grown too large, to be put behind an error."""
+    return "; save the MoE in bfloat16, which has larger numbers, and take that" if dtype == torch.float16 else ""
 
 
 def block_of(name: str) -> str:

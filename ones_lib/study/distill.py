@@ -221,19 +221,29 @@ class _Work:
     def begin(self, blocks: Blocks) -> None:
         """Go on with an interrupted distillation, or start one: measure the perplexities of MoE and start.
 
+        All that can fail without a step does so now: the place is tried, and the model card is written.
+
         Raises:
-            ValueError: there is a checkpoint of another distillation.
+            FileExistsError: there is unfinished work with other arguments, which is not to be replaced.
+            OSError: nothing can be moved to the place.
+            ValueError: conversion.json lacks what the card says.
         """
         identity = {**self.arguments, "versions": _versions()}
         mark = self.folder / "arguments.json"
         found = json.loads(mark.read_text()) if mark.exists() else {}
         if odd := [name for name in identity if found.get(name) != identity[name]]:
-            if self.checkpoint.exists():
-                raise ValueError(
+            if (self.checkpoint.exists() or self.measured.exists()) and not self.place.force:
+                raise FileExistsError(
                     f"{self.folder}: expected unfinished work of the same arguments, found others: {', '.join(odd)};"
-                    " delete the folder to start over"
+                    " force=True starts over"
                 )
             shutil.rmtree(self.folder, ignore_errors=True)
+        about = {**identity, "perplexity": dict.fromkeys(("MoE", "start", "result"), 1.0), "held_out_tokens": 1}
+        try:
+            _card(self.conversion, about, read_config(self.dense))
+        except KeyError as error:
+            raise ValueError(f"{self.dense / CONVERSION}: expected what a conversion writes, lacks {error}") from error
+        self.place.tried()
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.folder)
         write_text(mark, json.dumps(identity))
