@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ones_lib.checkpoints.shards import INDEX, Shards, weight_files
@@ -68,6 +69,17 @@ def left_behind(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in known and not path.name.startswith("."))
 
 
+def write_beside(folder: Path, config: PreTrainedConfig, twin: Path) -> None:
+    """Write a twin's config, and copy what lies beside its MoE's weights in ``folder`` and goes along. ValueError: transformers
+    can't write the config."""
+    try:
+        config.save_pretrained(twin)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        path = folder / "config.json"
+        raise ValueError(f"{path}: expected a config that transformers can write, for the twin: {error}") from error
+    copy_files(folder, twin)
+
+
 def check_beside(folder: Path, config: PreTrainedConfig) -> None:
     """Look through what will lie beside the weights of a twin with this config, before it is made.
 
@@ -78,8 +90,7 @@ def check_beside(folder: Path, config: PreTrainedConfig) -> None:
         ValueError: the tokenizer can't be opened, or another file is no JSON.
     """
     with TemporaryDirectory(prefix="ones-beside-") as scratch:
-        copy_files(folder, Path(scratch))
-        config.save_pretrained(scratch)
+        write_beside(folder, config, Path(scratch))
         if code := tokenizer_code(folder):
             warnings.warn(f"{folder}: {no_tokenizer(code)}", stacklevel=2)
         if code or not has_tokenizer(folder):

@@ -20,7 +20,6 @@ import psutil
 import torch
 import torch.nn.functional as F
 from huggingface_hub import split_state_dict_into_shards_factory
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
@@ -32,7 +31,7 @@ from ones_lib.checkpoints.activations import (
     store_activations,
     stored_activations,
 )
-from ones_lib.checkpoints.beside import check_whole, copy_files
+from ones_lib.checkpoints.beside import check_whole, write_beside
 from ones_lib.checkpoints.card import model_card
 from ones_lib.checkpoints.place import CONVERSION, Place, differences
 from ones_lib.checkpoints.plan import Block, TwinPlan
@@ -135,7 +134,7 @@ class Work:
         layers[errors] = 1.0
         perplexities = dict.fromkeys(("MoE", "dense"), 1.0) if self.arguments["check"] else {}
         with TemporaryDirectory(dir=self.folder) as folder:
-            self._write_beside(Path(folder))
+            write_beside(self.plan.shards.path, self.plan.config, Path(folder))
             write_text(Path(folder, "README.md"), model_card(self.plan, self.arguments, layers, perplexities))
 
     def run_moe(self, ids: Tensor | None) -> None:
@@ -310,15 +309,7 @@ class Work:
         if len(found.paths()) > 1:
             about = {"metadata": {"total_size": sum(found.sizes().values())}, "weight_map": found.files}
             write_text(self.model / INDEX, json.dumps(about, indent=1))
-        self._write_beside(self.model)
-
-    def _write_beside(self, folder: Path) -> None:
-        try:
-            self.plan.config.save_pretrained(folder)
-        except (StrictDataclassError, ValueError, TypeError) as error:
-            path = self.plan.shards.path / "config.json"
-            raise ValueError(f"{path}: expected a config that transformers can write, for the twin: {error}") from error
-        copy_files(self.plan.shards.path, folder)
+        write_beside(self.plan.shards.path, self.plan.config, self.model)
 
     def perplexities(self, ids: Tensor) -> dict[str, float]:
         """Of the MoE and of the twin on blocks [n, L]."""
