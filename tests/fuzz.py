@@ -23,6 +23,7 @@ from tiny_moes import moe
 from transformers import AutoModelForCausalLM
 
 from ones_lib.checkpoints.__main__ import main as convert
+from ones_lib.models.causal import SWITCHES
 
 KINDS = {
     "qwen3_moe": {"norm_topk_prob": True},
@@ -30,7 +31,7 @@ KINDS = {
     "glm4_moe": {},
     "granitemoe": {},
 }
-OTHERS = ["two", "", -1, 0, 1, 3, 0.5, True, False, None, [], [1], {}, {"a": 1}, 10**7]  # values of a config's key
+OTHERS = ["two", "", -1, 0, 1, 3, 0.5, True, False, None, [], [1], {}, {"a": 1}, 1000]  # values of a config's key
 
 
 def sources(folder: Path) -> list[Path]:
@@ -125,8 +126,7 @@ def in_transformers(folder: Path, whole: Path) -> bool:
         names = {name: path.name for path in weights for name in load_file(path)}
         index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
     config = json.loads((folder / "config.json").read_text())
-    config.pop("use_cache", None)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in SWITCHES}))
     try:
         model, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except Exception:  # of any type

@@ -425,7 +425,12 @@ class Architecture:
         changes = {name if name != "intermediate_size" else width: value for name, value in changes.items()}
         own = ("model_type", "architectures", "transformers_version")
         carried = {k: v for k, v in self.config.to_dict().items() if k in known and k not in own}
-        config = kind(**carried | changes)
+        try:
+            config = kind(**carried | changes)
+        except REFUSALS as error:
+            raise ValueError(
+                f"{self.source}: expected values of config.json that {self.special.twin} takes too: {error}"
+            ) from error
         if type(self.model) is MODEL_MAPPING[type(self.config)]:  # a model without a head
             config.architectures = [MODEL_MAPPING[kind].__name__]
         found = config.to_dict()
