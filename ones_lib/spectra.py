@@ -22,7 +22,7 @@ from torch import Tensor
 from ones_lib.calibration import LayerActivations
 from ones_lib.ffn import FeedForwardWeights, compute_dtype, match_neurons
 from ones_lib.gathering.paper import svd_kg
-from ones_lib.gathering.registry import checked_experts, gather
+from ones_lib.gathering.registry import Sizes, check_values, checked_experts, gather
 from ones_lib.gathering.truncation import Factors
 
 MATRICES = ("up", "gate", "down")
@@ -69,6 +69,7 @@ class FactoredBank:
         method's default. Other methods ignore it.
         """
         if method == "svd":
+            check_values(method, {"rank": rank}, Sizes(self.bank.num_experts, self.bank.d_ff, self.bank.d_model))
             return svd_kg(self.bank.experts(), rank=rank, factors={name: self.factors(name) for name in self.matrices})
         return gather(self.bank, method, **({"k": rank} if method == "topk" else {}))
 
