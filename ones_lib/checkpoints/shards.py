@@ -13,6 +13,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -136,6 +137,11 @@ class Shards:
                 file.write(self.raw(name).flatten().view(torch.uint8).numpy())
 
 
+@cache  # once a folder: a command opens it several times
+def _warn_of_others(path: Path, taken: str, others: str) -> None:
+    warnings.warn(f"{path}: takes {taken}, as transformers does, and not {others}, which {INDEX} names", stacklevel=3)
+
+
 def weight_files(path: Path) -> tuple[list[Path], Path | None]:
     """The files of the weights at a path, and the index that names them, if one does.
 
@@ -159,10 +165,7 @@ def weight_files(path: Path) -> tuple[list[Path], Path | None]:
         return [path / name for name in sorted({*_read_index(first).values()})], first
     if first is not None:
         if index.exists() and (others := {*_read_index(index).values()} - {first.name}):
-            warnings.warn(
-                f"{path}: takes {first.name}, as transformers does, and not {', '.join(sorted(others)[:3])}, which {INDEX} names",
-                stacklevel=1,
-            )
+            _warn_of_others(path, first.name, ", ".join(sorted(others)[:3]))
         return [first], None
     files = [file for file in files if not file.name.startswith((".", "adapter_"))]
     if path.is_dir() and not files and any(path.glob("*.gguf")):
