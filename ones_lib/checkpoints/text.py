@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+from ones_lib.checkpoints.terminal import one_line
 from ones_lib.data.sources import TEXT_ENDINGS, ending, is_hub_name
 from ones_lib.data.text import EMBEDDED, read_texts
 from ones_lib.data.tokens import pack
@@ -102,8 +103,7 @@ def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
                 raise
             return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the tokenizers library has no class for its errors
-        said = re.sub(r"\s*\n\s*", " ", str(error))
-        raise ValueError(f"{folder}: expected a tokenizer beside the model that opens: {said}") from error
+        raise ValueError(f"{folder}: expected a tokenizer beside the model that opens: {one_line(error)}") from error
 
 
 def text_blocks(

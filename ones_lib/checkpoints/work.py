@@ -71,13 +71,13 @@ class Work:
     def begin(self, ids: Mapping[str, Tensor | None]) -> None:
         """Go on with an interrupted conversion if it is the same, else start one. ``ids`` are those of the texts, [n, L].
 
-        All is tried that does not need the MoE to run: the destination, room on the disk, what goes beside the weights, and whether
+        All is tried that does not need the MoE to run: the destination, room on the disk, the model card, and whether
         the MoE's weights are finite.
 
         Raises:
             OSError: the destination can't be made, or there is not enough room on the disk.
             FileExistsError: there is unfinished work with other arguments, which is not to be replaced.
-            ValueError: a file can't be made of the config, or a weight is not finite.
+            ValueError: a weight is not finite.
         """
         arguments = {name: value for name, value in self.arguments.items() if name != "check"}
         identity = json.loads(json.dumps({**arguments, "versions": self._versions()}))
@@ -94,7 +94,7 @@ class Work:
         for folder in (self.blocks, self.model, self.rows, self.reconstruction.folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._check_room(ids)
-        self._try_files()
+        self._try_card()
         self.plan.shards.scratch = self.folder
         if found != identity:
             self.plan.check_weights()
@@ -124,8 +124,8 @@ class Work:
         said = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in taken.items())
         check_room(self.folder, needed - done, f"it is for, in GB: {said}")
 
-    def _try_files(self) -> None:
-        """Write what goes beside the weights to a folder that goes away."""
+    def _try_card(self) -> None:
+        """Write the model card to a folder that goes away. (What else lies beside the weights: :func:`check_beside`.)"""
         names = ["layer", "experts", "d_ff", "shared", "width", "gate_sum", "gates"]
         errors = ["output_error", "start_error", "reconstruction_error"]
         layers = pd.DataFrame(
@@ -134,7 +134,6 @@ class Work:
         layers[errors] = 1.0
         perplexities = dict.fromkeys(("MoE", "dense"), 1.0) if self.arguments["check"] else {}
         with TemporaryDirectory(dir=self.folder) as folder:
-            write_beside(self.plan.shards.path, self.plan.config, Path(folder))
             write_text(Path(folder, "README.md"), model_card(self.plan, self.arguments, layers, perplexities))
 
     def run_moe(self, ids: Tensor | None) -> None:

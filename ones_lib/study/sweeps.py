@@ -107,7 +107,7 @@ def run_sweep(file: Path, jobs: int, on: str, execution: Mapping[str, str]) -> i
     (without one, that of the notebook's name). A cell that fails, also when tried again, is left, and the others go on; the
     exit status is then 1. Finished cells are not run again.
     """
-    sweep, root = read_yaml(file.expanduser()), project_root()
+    sweep, root = read_yaml(file), project_root()
     if unknown := [name for name in sweep if name not in SWEEP_KEYS]:
         odd = unknown[0]
         raise CommandError(f"{file}: unknown key {odd!r}{hint(odd, SWEEP_KEYS)}")
