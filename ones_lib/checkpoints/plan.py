@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils.logging import tqdm
 
-from ones_lib.calibration import Activation
+from ones_lib.calibration import Activation, LayerActivations
 from ones_lib.checkpoints.architectures import ONE_EXPERT, Architecture
 from ones_lib.checkpoints.experts import ExpertBanks, Layout
 from ones_lib.checkpoints.layers import ffn_parts
@@ -242,6 +242,17 @@ class TwinPlan:
             return self.banks.experts(block.experts)
         except ValueError as error:  # mixed dtypes
             raise ValueError(f"{self.shards.path}: {block.ffn}: {error}") from error
+
+    def with_mean_gates(
+        self, experts: list[FeedForwardWeights], seen: LayerActivations | None
+    ) -> tuple[list[FeedForwardWeights], LayerActivations | None]:
+        """Where gates multiply the experts' inputs: experts that have the mean gate in their weights, so that they add up, and
+        what they see, with gates of 1. Else both as they are."""
+        if not self.architecture.input_gates:
+            return experts, seen
+        mean = seen.gate_sum() / self.experts_a_token
+        experts = [expert.times(dict.fromkeys(("up", "gate"), mean)) for expert in experts]
+        return experts, replace(seen, gates=(seen.gates > 0).to(seen.gates))
 
     def read(self, name: str) -> Tensor:
         """A tensor of the MoE that is not an expert's; ValueError: it has NaN or infinity."""

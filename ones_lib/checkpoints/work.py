@@ -241,11 +241,8 @@ class Work:
         experts = plan.experts(block)
         if text and self.arguments["method"] == "expert_selection":
             seen = replace(seen, probabilities=plan.probabilities(block, seen.inputs))
-        total = gate_sum
-        if plan.architecture.input_gates:  # experts of inputs times the mean gate, which add up
-            total = float(plan.experts_a_token)
-            experts = [expert.times(dict.fromkeys(("up", "gate"), gate_sum / total)) for expert in experts]
-            seen = replace(seen, gates=(seen.gates > 0).to(seen.gates))
+        experts, seen = plan.with_mean_gates(experts, seen)
+        total = float(plan.experts_a_token) if plan.architecture.input_gates else gate_sum
         routed, error = self._gather_measured(block, experts, seen if text else None, total)
         ffn = self._with_shared(block, scaled_output(routed, plan.factor(block)), seen)
         row = {"layer": block.ffn, "experts": len(experts), "d_ff": routed.d_ff, "shared": ffn.d_ff - routed.d_ff}
