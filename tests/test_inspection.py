@@ -11,27 +11,34 @@ import pandas as pd
 import pytest
 import torch
 from conftest import equal_bank, random_bank
-from test_checkpoints import TOKENS, quiet, with_tokenizer  # noqa: F401  quiet is a fixture
+from test_checkpoints import TOKENS, logits, quiet, with_tokenizer  # noqa: F401  quiet is a fixture
+from test_quantised import fp8_moe
 from tiny_moes import moe
 from torch.nn.functional import silu
 
 from ones_lib.calibration import LayerActivations
-from ones_lib.checkpoints import convert, inspection
+from ones_lib.checkpoints import convert, inspection, work
+from ones_lib.checkpoints.activations import split_tokens
 from ones_lib.checkpoints.inspection import (
     Inspection,
     _advice,
+    _report,
     expert_pairs,
     inspect,
     main,
     output_correlation,
+    readouts,
     router_statistics,
     weight_cosine,
-    width_errors,
 )
+from ones_lib.checkpoints.stream import load_checkpoint
 from ones_lib.checkpoints.text import text_blocks
+from ones_lib.gathering.registry import gather_precisely
+from ones_lib.models.causal import perplexity
 from ones_lib.views import figures
 
 IDS = torch.randint(3, 64, (32, 48), generator=torch.Generator().manual_seed(1))
+HELD_OUT = IDS[torch.randperm(32, generator=torch.Generator().manual_seed(0))[24:]]
 
 
 def chosen(*sets, count=4, gate=0.5):
@@ -145,7 +152,7 @@ def test_the_error_falls_with_the_width_and_is_none_at_all_experts():
     """Where gates do not depend on the token, all experts side by side are the layer."""
     bank = random_bank(4, gated=True)
     seen = outputs_of(bank, torch.tensor([[0.4, 0.3, 0.2, 0.1]]).repeat(2000, 1))
-    errors = width_errors(bank.experts(), seen, [12, 24, 48])
+    errors = [error for _, error in readouts(bank.experts(), seen, [12, 24, 48])]
     assert 1 > errors[0] > 1.1 * errors[1] > 0
     assert errors[2] < 1e-5
 
@@ -155,19 +162,38 @@ def test_errors_are_of_tokens_that_were_not_solved_for():
     bank, noise = random_bank(4, gated=True), torch.randn(64, 8, generator=torch.Generator().manual_seed(2))
     seen = outputs_of(bank, torch.full((64, 4), 0.25))
     seen = LayerActivations(seen.inputs, seen.gates, noise, silu)
-    assert width_errors(bank.experts(), seen, [48])[0] > 1
+    ((_, error),) = readouts(bank.experts(), seen, [48])
+    assert error > 1
+
+
+def test_blocks_are_held_out_whole():
+    """Of 5 blocks of 3 tokens, one."""
+    numbers = torch.arange(15.0)[:, None]
+    parts = split_tokens(LayerActivations(numbers, numbers, numbers, silu), 5)
+    given, held_out = (sorted(part.inputs.flatten().int().tolist()) for part in parts)
+    assert len(held_out) == 3
+    assert held_out[0] % 3 == 0
+    assert held_out[-1] == held_out[0] + 2
+    assert sorted(given + held_out) == list(range(15))
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------
 
 
+def split_as_inspected(monkeypatch):
+    """Conversions spare the same blocks."""
+    monkeypatch.setattr(work, "split_tokens", lambda seen: split_tokens(seen, len(IDS)))
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3", "switch_transformers"])
-def test_a_checkpoint_as_its_model_says(kind, tmp_path):
+def test_a_checkpoint_as_its_model_says(kind, tmp_path, monkeypatch):
     """Shares and gates against those of transformers' routers; names of layers as in a conversion."""
     model = moe(kind)
     model.save_pretrained(tmp_path / "moe")
     found = inspect(tmp_path / "moe", IDS)
     assert isinstance(found, Inspection)
+    if kind != "switch_transformers":
+        split_as_inspected(monkeypatch)
     table = convert(tmp_path / "moe", tmp_path / "dense", "readout", calibration=IDS)
     assert found.router["layer"].to_list() == table["layer"].to_list()
     k = {"switch_transformers": 1}.get(kind, 2)
@@ -195,6 +221,90 @@ def test_equal_experts_of_a_checkpoint(tmp_path):
     assert found.router["weight_cosine"].to_list() == pytest.approx([1, 1], abs=1e-5)
     assert found.router["output_correlation"].to_list() == pytest.approx([1, 1], abs=1e-5)
     assert found.errors["output_error"].max() < 1e-2
+    assert found.models["kl"].between(-1e-5, 1e-4).all()
+    assert found.models["perplexity"].to_list() == pytest.approx([found.models.attrs["MoE"]] * 3, rel=1e-3)
+
+
+def close_to_a_conversion(folder, model, models, tolerance):
+    """The whole model of the active width against a conversion's, which transformers runs, on the blocks that are held out."""
+    row, twin = models.iloc[1], folder.with_name("dense")
+    assert models.attrs["MoE"] == pytest.approx(perplexity(model, HELD_OUT), rel=tolerance)
+    assert models.attrs["tokens"] == 8 * 47
+    convert(folder, twin, "readout", "active", calibration=IDS)
+    twin = load_checkpoint(twin)
+    p, q = (logits(one, HELD_OUT)[:, :-1].double().log_softmax(dim=-1) for one in (model, twin))
+    assert row["kl"] == pytest.approx((p.exp() * (p - q)).sum(dim=-1).mean().item(), rel=tolerance)
+    assert row["perplexity"] == pytest.approx(perplexity(twin, HELD_OUT), rel=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "glm4_moe", "qwen2_moe", "llama4_text"])
+def test_whole_models_are_what_conversions_give(kind, tmp_path, monkeypatch):
+    """Plain; with a shared expert and a factor; with one expert, beside a shared one with a gate; with gates at the inputs."""
+    split_as_inspected(monkeypatch)
+    model = moe(kind)
+    model.save_pretrained(tmp_path / "moe")
+    models = inspect(tmp_path / "moe", IDS).models
+    assert models["multiple"].to_list() == [1, 2, 4]
+    assert models["d_ff"].to_list() == [24, 48, 96]
+    assert models["kl"].min() > 0.01
+    close_to_a_conversion(tmp_path / "moe", model, models, 1e-4)
+
+
+def test_whole_models_of_fp8(tmp_path, monkeypatch):
+    split_as_inspected(monkeypatch)
+    model = fp8_moe(tmp_path / "moe")
+    models = inspect(tmp_path / "moe", IDS).models
+    close_to_a_conversion(tmp_path / "moe", model, models, 3e-2)  # in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("gemma4_text", "gemma4_text can't be run block by block, since its blocks hand on more states"),
+        ("switch_transformers", "switch_transformers can't be run block by block, since it has an encoder"),
+        ("muse_spark_text", "muse_spark_text norms each expert's output"),
+        ("qwen3_vl_moe_text", "Qwen3VLMoeTextModel: expected logits for token ids, found"),
+        ("openai_privacy_filter", "expected logits of the tokens, up to 63, found 5"),
+    ],
+)
+def test_types_without_whole_models_keep_the_other_tables(kind, reason, tmp_path):
+    moe(kind).save_pretrained(tmp_path / "moe")
+    found = inspect(tmp_path / "moe", IDS)
+    assert reason in found.models.attrs["missing"]
+    assert found.models.columns.to_list() == ["multiple", "d_ff", "perplexity", "kl"]
+    assert found.models.empty
+    assert found.errors["output_error"].notna().all()
+    assert _report(found).startswith(
+        f"What the whole model would be like is not known: {found.models.attrs['missing']}."
+    )
+
+
+def test_numbers_that_are_too_large_leave_the_other_tables(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+
+    def huge(*arguments, **options):
+        return gather_precisely(*arguments, **options).times({"down": torch.inf})
+
+    monkeypatch.setattr(inspection, "gather_precisely", huge)
+    found = inspect(tmp_path / "moe", IDS)
+    assert "model.layers.0: expected finite numbers on the text" in found.models.attrs["missing"]
+    assert len(found.router) == 3
+
+
+def test_a_width_that_memory_is_too_small_for_is_in_no_table(tmp_path, monkeypatch):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    monkeypatch.setattr(inspection, "_solver_bytes", lambda width: 10**18 if width > 48 else 0)
+    with pytest.warns(UserWarning, match=r"no errors of widths \[96\]"):
+        found = inspect(tmp_path / "moe", IDS)
+    assert found.models["d_ff"].to_list() == found.errors["d_ff"].unique().tolist() == [24, 48]
+
+
+def test_a_text_of_three_blocks_has_none_to_spare(tmp_path):
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    with pytest.warns(UserWarning, match="calibration_tokens: expected 512"):
+        found = inspect(tmp_path / "moe", IDS[:3])
+    assert found.models.attrs["missing"] == "it takes 4 blocks of text or more, found 3 of 48 tokens"
+    assert found.errors["output_error"].notna().all()
 
 
 def test_experts_with_clamps_are_inspected_as_they_compute(tmp_path):
@@ -216,6 +326,12 @@ def test_the_command_line(tmp_path, capsys):
     assert re.search(r"1 x expert \(24\) +2 x expert \(48\) +4 x expert \(96\)", printed)
     assert re.search(r"The best for its size is --d-ff (24|48|96) \(\d x an expert's width\)", printed)
     assert f"{found.router['effective_experts'][0]:.1f}" in printed
+    assert printed.startswith("The whole model with read-outs in all layers")
+    for row in found.models.itertuples():
+        assert re.search(rf"{row.multiple} x expert \({row.d_ff}\) +{row.perplexity:.4g} +{row.kl:.3f}\n", printed)
+    assert re.search(rf"MoE +{found.models.attrs['MoE']:.4g} ", printed)
+    assert "above 0.5 it is another model" in printed
+    assert "These are read-outs" in printed
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "gone")])
     assert stop.value.code == 1
@@ -230,7 +346,9 @@ def test_the_command_line_says_what_is_not_known(tmp_path, capsys, monkeypatch):
         UserWarning, match=r"memory: expected 24000000\.0 GB to solve for 24 hidden units.*widths \[24, 48, 96\]"
     ):
         main([str(tmp_path / "mixtral"), *text])
-    assert "memory is too small for every width" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("What the whole model would be like is not known: ")
+    assert "\nNo error to expect is known: memory is too small for every width" in printed
 
 
 def test_which_width_to_take():

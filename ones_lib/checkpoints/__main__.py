@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         " it is convert.",
     )
     commands = parser.add_subparsers(title="commands, each with --help")
-    commands.add_parser("inspect", help="what the router of an MoE does, and what error to expect of each width")
+    commands.add_parser("inspect", help="what the router of an MoE does, and what a dense model of each width is like")
     commands.add_parser("convert", help="make an MoE dense: gather the experts of every layer, copy the rest")
     add_version(parser)
     return parser

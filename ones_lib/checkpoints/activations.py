@@ -90,9 +90,22 @@ def stored_activations(folder: Path, experts: str, activation: Activation) -> La
     return LayerActivations(**made, activation=activation)
 
 
-def split_tokens(activations: LayerActivations) -> tuple[LayerActivations, LayerActivations]:
-    """A random three quarters of the tokens, and the rest."""
+def split_tokens(activations: LayerActivations, blocks: int | None = None) -> tuple[LayerActivations, LayerActivations]:
+    """A random three quarters of the tokens, and the rest; of so many ``blocks`` of text, each whole, as
+    :func:`split_blocks` splits them."""
     count = len(activations.inputs)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    parts = order.split(max(1, 3 * count // 4))[:2]
+    if blocks is None:
+        parts = _shuffled(count).split(max(1, 3 * count // 4))[:2]
+    else:
+        size = torch.arange(count // blocks)
+        parts = [(part[:, None] * len(size) + size).flatten() for part in split_blocks(blocks)]
     return tuple(activations.map(lambda t, part=part: t[part]) for part in parts)
+
+
+def split_blocks(count: int) -> tuple[Tensor, Tensor]:
+    """Numbers of a random three quarters of so many blocks, or a few more, and of the rest."""
+    return _shuffled(count).split([count - count // 4, count // 4])
+
+
+def _shuffled(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Inspects an MoE checkpoint before it is converted: what its router does, and what error to expect of each width."""
+"""Inspects an MoE checkpoint before it is converted: what its router does, and what a dense model of each width would be like."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +23,7 @@ from transformers.utils.logging import tqdm
 from ones_lib.calibration import LayerActivations
 from ones_lib.checkpoints.activations import (
     activations_bytes,
+    split_blocks,
     split_tokens,
     store_activations,
     stored_activations,
@@ -28,6 +31,7 @@ from ones_lib.checkpoints.activations import (
 from ones_lib.checkpoints.architectures import Architecture
 from ones_lib.checkpoints.convert import TOKENS, check_ids, local_folder, read_config
 from ones_lib.checkpoints.plan import Block, TwinPlan
+from ones_lib.checkpoints.side_by_side import SideBySide
 from ones_lib.checkpoints.stored import open_checkpoint
 from ones_lib.checkpoints.terminal import Typed, add_version, exit_status
 from ones_lib.checkpoints.text import BLOCK, asked_for, check_tokens, found_text, text_blocks, token_count
@@ -41,7 +45,13 @@ PAIRS = 5  # pairs of experts listed of a layer
 EXPECTED = 5  # tokens that a listed pair would share by chance: of fewer, the count says little
 TOKENS_A_UNIT = 4  # to solve a read-out on
 LEAST = 16  # tokens to inspect
+LEAST_BLOCKS = 4  # of which a quarter, whole ones, can be held out
 WORTH = 0.9  # a width is worth it if each doubling leaves at most this part of the error
+#: How to read the KL, with the limits of PEFT's example of its MoeToDenseConfig.
+GUIDE = """\
+KL is how far the predictions are from the MoE's, in nats a token. Below 0.05 a model can hardly be told apart from the MoE,
+at 0.1 to 0.3 it differs but is of use, above 0.5 it is another model (a rough guide, from PEFT's example of MoeToDenseConfig).
+These are read-outs, each layer's in closed form. A reconstruction (convert --reconstruct) starts nearer to the MoE."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +63,28 @@ class Inspection:
             :func:`output_correlation`.
         pairs: the strongest pairs of each layer: ``layer``, and the columns of :func:`expert_pairs`.
         errors: one row a layer and width: ``layer``; ``multiple``, the width in experts' widths (1, k, 2k, 4k, up to E);
-            ``d_ff``, its hidden units; ``tokens``; and ``output_error``, see :func:`width_errors`. Without rows of widths
+            ``d_ff``, its hidden units; ``tokens``; and ``output_error``, see :func:`readouts`. Without rows of widths
             that memory is too small for.
+        models: one row a width, of the whole model with the read-outs of this width in all layers together, on blocks of
+            the calibration that they were not solved on: ``multiple`` and ``d_ff``, as in ``errors``; ``perplexity``; and
+            ``kl``, to the MoE, in nats a token, see :meth:`ones_lib.checkpoints.side_by_side.SideBySide.compare`.
+            ``attrs["MoE"]`` is the MoE's own perplexity on them, and ``attrs["tokens"]`` the number of tokens that were
+            predicted. Without rows where that can't be measured; ``attrs["missing"]`` says why.
     """
 
     router: pd.DataFrame
     pairs: pd.DataFrame
     errors: pd.DataFrame
+    models: pd.DataFrame
 
 
 def inspect(source: str | Path, calibration: str | Path | Tensor, calibration_tokens: int | None = None) -> Inspection:
-    """Run an MoE on a text and measure, layer by layer, what its router does and what a read-out of each width would lose.
+    """Run an MoE on a text and measure what its router does, what a read-out of each width would lose in each layer, and what
+    the whole model would be like with these read-outs.
 
     Nothing is converted. What passes through the layers lies in the system's temporary folder meanwhile (``TMPDIR`` is
-    another); one layer's experts and activations are in memory at a time. Everything is of the routed experts: shared ones
-    are kept by a conversion as they are.
+    another); one layer's experts, activations and read-outs are in memory at a time. Everything is of the routed experts:
+    shared ones are kept by a conversion as they are.
 
     Args:
         source: as in :func:`ones_lib.checkpoints.convert`.
@@ -106,59 +123,129 @@ def _inspect(source: str | Path, calibration: str | Path | Tensor, calibration_t
     if calibration.numel() < LEAST:
         raise ValueError(f"calibration: expected {LEAST} tokens or more, found {calibration.numel()}")
     found: dict[str, list[pd.DataFrame]] = {"router": [], "pairs": [], "errors": []}
-    left_out: set[int] = set()
     with TemporaryDirectory(prefix="ones-inspect-") as work:
         plan.shards.scratch = Path(work)
         activations, memory = Path(work) / "activations", psutil.virtual_memory().available
+        widths = _widths(plan)
+        fitting = [width for width in widths if _solver_bytes(width) <= memory]
+        models = _Models(plan, calibration, fitting, Path(work) / "models")
         check_room(
             Path(work),
-            activations_bytes(plan.stored, calibration.numel()),
+            activations_bytes(plan.stored, calibration.numel()) + models.bytes,
             "calibration_tokens sets their number, TMPDIR another folder",
         )
         plan.check_weights()
         store_activations(plan.stored, calibration, activations, plan.architecture.streams)
         for block in tqdm([block for block in plan.blocks if block.sparse], desc=folder.name, unit="layer"):
             seen = stored_activations(activations, block.experts, plan.activation(block))
-            statistics = router_statistics(seen)
-            widths = _widths(statistics["chosen"], plan)
-            fitting = [width for width in widths if _solver_bytes(width) <= memory]
-            left_out |= set(widths) - set(fitting)
-            for name, table in _layer_tables(plan, block, seen, statistics, fitting).items():
+            tables, networks = _inspect_layer(plan, block, seen, fitting, models.blocks)
+            models.run(block, networks)
+            del networks  # those of one layer are in memory
+            for name, table in tables.items():
                 table.insert(0, "layer", block.ffn)
                 found[name].append(table)
-    if left_out:
+        whole = models.table()
+    if left_out := [width for width in widths if width not in fitting]:
         warnings.warn(
             f"memory: expected {_solver_bytes(min(left_out)) / 1e9:.1f} GB to solve for {min(left_out)} hidden units, found"
-            f" {memory / 1e9:.1f} GB free; no errors of widths {sorted(left_out)}",
+            f" {memory / 1e9:.1f} GB free; no errors of widths {left_out}",
             stacklevel=3,
         )
-    return Inspection(**{name: pd.concat(parts, ignore_index=True) for name, parts in found.items()})
+    return Inspection(**{name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}, models=whole)
 
 
-def _layer_tables(
-    plan: TwinPlan, block: Block, seen: LayerActivations, statistics: Mapping[str, float], widths: Sequence[int]
-) -> dict[str, pd.DataFrame]:
-    """A layer's part of each table of an :class:`Inspection`."""
-    experts = plan.experts(block)
+def _inspect_layer(
+    plan: TwinPlan, block: Block, seen: LayerActivations, widths: Sequence[int], blocks: int | None
+) -> tuple[dict[str, pd.DataFrame], list[FeedForwardWeights]]:
+    """A layer's part of each table of an :class:`Inspection`, and its read-outs as a twin would have them."""
+    experts, statistics = plan.experts(block), router_statistics(seen)
+    errors, networks = [], []
     try:
         checked_experts(experts)
-        correlation, errors = output_correlation(experts, seen), width_errors(experts, seen, widths)
+        correlation = output_correlation(experts, seen)
+        for network, error in readouts(*plan.with_mean_gates(experts, seen), widths, blocks):
+            errors.append(error)
+            networks.append(network.map(lambda t: t.to(plan.config.dtype)))
     except ValueError as error:
         raise ValueError(f"{plan.shards.path}: {block.ffn}: {error}") from error
     alike = {"weight_cosine": weight_cosine(experts), "output_correlation": correlation}
     multiples = [width // plan.expert_width for width in widths]
     table = {"multiple": multiples, "d_ff": widths, "tokens": len(seen.inputs), "output_error": errors}
-    return {
+    tables = {
         "router": pd.DataFrame([{**statistics, **alike}]),
         "pairs": expert_pairs(seen),
         "errors": pd.DataFrame(table),
     }
+    return tables, networks
 
 
-def _widths(chosen: float, plan: TwinPlan) -> list[int]:
+def _widths(plan: TwinPlan) -> list[int]:
     """1, k, 2k and 4k experts' hidden units, up to all experts'."""
-    k = max(1, round(chosen))
+    k = plan.experts_a_token
     return [m * plan.expert_width for m in sorted({1, k, 2 * k, 4 * k}) if m <= plan.num_experts]
+
+
+class _Models:
+    """The table ``models`` of an :class:`Inspection` under way, and why it is ``missing``, if it is.
+
+    ``blocks`` is the number of blocks of the calibration, of which the read-outs are to spare whole ones; None: tokens will do.
+    """
+
+    def __init__(self, plan: TwinPlan, calibration: Tensor, widths: Sequence[int], folder: Path) -> None:
+        self.plan, self.widths, self.folder = plan, widths, folder
+        self.ids = calibration[split_blocks(len(calibration))[1]]
+        self.missing = self._obstacle(calibration)
+        self.blocks = None if self.missing else len(calibration)
+
+    def _obstacle(self, calibration: Tensor) -> str:
+        architecture, kind = self.plan.architecture, self.plan.source_config.model_type
+        if not architecture.streams:
+            reason = (
+                "it has an encoder" if self.plan.source_config.is_encoder_decoder else "its blocks hand on more states"
+            )
+            return f"{kind} can't be run block by block, since {reason}"
+        if architecture.normed:
+            return f"{kind} norms each expert's output, which a read-out of a dense model can't replace"
+        if len(calibration) < LEAST_BLOCKS or calibration.shape[1] < 2:
+            return f"it takes {LEAST_BLOCKS} blocks of text or more, found {len(calibration)} of {calibration.shape[1]} tokens"
+        return "" if self.widths else "memory is too small for every width"
+
+    @property
+    def bytes(self) -> int:
+        """What they take on the disk."""
+        return 0 if self.missing else SideBySide.bytes(self.plan.stored, self.ids.numel(), len(self.widths))
+
+    @cached_property
+    def _side_by_side(self) -> SideBySide:
+        return SideBySide(self.plan, self.ids, len(self.widths), self.folder)
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """What goes wrong with whole models, such as numbers beyond those of float16, leaves the other tables as they are."""
+        try:
+            yield
+        except ValueError as error:
+            self.missing = str(error)
+
+    def run(self, block: Block, networks: Sequence[FeedForwardWeights]) -> None:
+        """Run them through a block, with these read-outs."""
+        if not self.missing:
+            with self._noted():
+                self._side_by_side.run(block, networks)
+
+    def table(self) -> pd.DataFrame:
+        """The table, when all layers have been run."""
+        perplexities: list[float] = []
+        kls: list[float] = []
+        if not self.missing:
+            with self._noted():
+                perplexities, kls = self._side_by_side.compare()
+        widths = self.widths[: len(kls)]
+        multiples = [width // self.plan.expert_width for width in widths]
+        table = pd.DataFrame({"multiple": multiples, "d_ff": widths, "perplexity": perplexities[1:], "kl": kls})
+        known = {"MoE": perplexities[0], "tokens": self.ids[:, 1:].numel()} if kls else {"missing": self.missing}
+        table.attrs.update(known)
+        return table
 
 
 def _enough(tokens: int, width: int) -> bool:
@@ -256,14 +343,18 @@ def _mean_cosine(vectors: Iterable[Tensor]) -> float:
     return (total.norm().item() ** 2 - count) / pairs if pairs else math.nan
 
 
-def width_errors(experts: Sequence[FeedForwardWeights], seen: LayerActivations, widths: Sequence[int]) -> list[float]:
-    """Relative output errors of read-outs with these numbers of hidden units; an output of zeros has the error 1.
+def readouts(
+    experts: Sequence[FeedForwardWeights], seen: LayerActivations, widths: Sequence[int], blocks: int | None = None
+) -> Iterator[tuple[FeedForwardWeights, float]]:
+    """Read-outs with these numbers of hidden units, and their relative output errors; an output of zeros has the error 1.
 
-    Each is solved on three quarters of the tokens and measured on the rest.
+    Each is solved on three quarters of the tokens and measured on the rest. Of tokens of so many ``blocks`` of text, whole
+    blocks are held out.
     """
-    given, held_out = split_tokens(seen)
-    readouts = (gather_precisely(experts, "readout", given, d_ff=width) for width in widths)
-    return [held_out.squared_error(ffn) ** 0.5 for ffn in readouts]
+    given, held_out = split_tokens(seen, blocks)
+    for width in widths:
+        ffn = gather_precisely(experts, "readout", given, d_ff=width)
+        yield ffn, held_out.squared_error(ffn) ** 0.5
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -273,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run :func:`inspect` as the command line says, and print what it found."""
     parser = argparse.ArgumentParser(
         prog="python -m ones_lib.checkpoints inspect",
-        description="What an MoE's router does, and what error to expect of a dense student, by width. Converts nothing.",
+        description="What an MoE's router does, and what a dense student of each width would be like. Converts nothing.",
     )
     add = parser.add_argument
     add("source", metavar="MOE", help="folder or Hugging Face hub name of the MoE")
@@ -293,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _report(found: Inspection) -> str:
-    """The tables of routers and of errors, and which width to take, as text."""
+    """The tables of whole models, of routers and of errors, and which width to take, as text."""
     router = found.router.set_index("layer")
     shown = pd.DataFrame(
         {
@@ -312,7 +403,28 @@ def _report(found: Inspection) -> str:
     pairs = first.apply(lambda row: f"{row['expert']:.0f} & {row['other']:.0f}: {row['lift']:.1f} x chance", axis=1)
     shown["together"] = pairs.reindex(shown.index).fillna("-") if len(first) else "-"
     k = max(1, round(router["chosen"].mean()))
-    return f"What the router does\n{_text(shown)}\n\n{_errors_text(found.errors, k)}"
+    router_text = f"What the router does\n{_text(shown)}"
+    return "\n\n".join([_models_text(found.models, found.errors), router_text, _errors_text(found.errors, k)])
+
+
+def _models_text(models: pd.DataFrame, errors: pd.DataFrame) -> str:
+    if models.empty:
+        return f"What the whole model would be like is not known: {models.attrs['missing']}."
+    shown = pd.DataFrame(
+        {"perplexity": models["perplexity"].map("{:.4g}".format), "KL": models["kl"].map("{:.3f}".format)}
+    )
+    shown.index = [_width_name(m, d_ff, errors) for m, d_ff in zip(models["multiple"], models["d_ff"], strict=True)]
+    shown.loc["MoE"] = [f"{models.attrs['MoE']:.4g}", "-"]
+    return (
+        "The whole model with read-outs in all layers, by width (hidden units), on"
+        f" {models.attrs['tokens']:,} tokens of held-out text\n{_text(shown)}\n\n{GUIDE}"
+    )
+
+
+def _width_name(multiple: int, d_ff: int, errors: pd.DataFrame) -> str:
+    """Of a width; with a star if tokens were too few for it in a layer."""
+    enough = _enough(errors.loc[errors["d_ff"] == d_ff, "tokens"].min(), d_ff)
+    return f"{multiple} x expert ({d_ff}){'' if enough else ' *'}"
 
 
 def _errors_text(errors: pd.DataFrame, k: int) -> str:
@@ -323,8 +435,7 @@ def _errors_text(errors: pd.DataFrame, k: int) -> str:
     grid = grid.loc[errors["layer"].unique()]
     grid.loc["mean"] = means = grid.mean()
     enough = errors.groupby(["multiple", "d_ff"])["enough"].all()
-    names = [f"{m} x expert ({d_ff}){'' if enough[m, d_ff] else ' *'}" for m, d_ff in grid.columns]
-    grid = grid.map("{:.3f}".format).set_axis(names, axis=1)
+    grid = grid.map("{:.3f}".format).set_axis([_width_name(*width, errors) for width in grid.columns], axis=1)
     parts = [
         "Error of a read-out on held-out tokens, by width (hidden units); 1 is an output of zeros",
         f"{_text(grid)}\n",

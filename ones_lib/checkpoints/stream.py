@@ -254,6 +254,7 @@ def run_blocks(stream: BlockStream, folder: Path, count: int, description: str, 
 
     Args:
         folder: of the work; its ``block-<i>`` are used here.
+        description: of the progress bar; empty: there is none.
         see: called with block, name and slice number, returns the context in which the block runs.
 
     Returns:
@@ -261,7 +262,8 @@ def run_blocks(stream: BlockStream, folder: Path, count: int, description: str, 
     """
     done = (i for i in range(1, count + 1) if (folder / f"block-{i}").exists())
     first = max(done, default=0)
-    for i in tqdm(range(first, count), desc=description, unit="block", initial=first, total=count):
+    bar = {"desc": description, "unit": "block", "initial": first, "total": count, "disable": not description}
+    for i in tqdm(range(first, count), **bar):
         before, after = Slices(folder / f"block-{i}"), Slices(folder / f"block-{i + 1}.unfinished")
         with stream.block(i) as block:
             for number in range(len(stream)):
