@@ -104,7 +104,18 @@ _QWEN2 = Special(
 _GRANITE = {"changes": lambda config: {"mlp_bias": False}, "site": ("block_sparse_moe", "mlp")}
 
 # Blocks hand on more than hidden states: chosen tokens, keys and values, states of the router or of a loop.
-_STATEFUL = ["zaya", "diffusion_gemma", "gemma4", "gemma4_text", "glm5_next", "glm5_next_text", "glm_moe_dsa", "hy_v4"]
+_STATEFUL = [
+    "inkling2",
+    "inkling2_text",
+    "zaya",
+    "diffusion_gemma",
+    "gemma4",
+    "gemma4_text",
+    "glm5_next",
+    "glm5_next_text",
+    "glm_moe_dsa",
+    "hy_v4",
+]
 _STATEFUL += [
     "hy_v4_vl",
     "hy_v4_vl_text",
