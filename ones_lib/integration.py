@@ -15,7 +15,14 @@ from torch import nn
 
 from ones_lib.calibration import Calibration
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.gathering.registry import checked_experts, gather, gathering_methods, needs_calibration, uses_calibration
+from ones_lib.gathering.registry import (
+    checked_experts,
+    gather,
+    gathering_methods,
+    gives_widths,
+    needs_calibration,
+    uses_calibration,
+)
 from ones_lib.gathering.scale import Scale
 from ones_lib.joint_fit import fit_jointly
 from ones_lib.moe import MoEFeedForward
@@ -37,11 +44,17 @@ CONTROLS: dict[str, Callable[[FeedForwardWeights, FeedForwardWeights, torch.Gene
         int(torch.randint(bank.num_experts, (), generator=generator))
     ),
 }
+FRESH = ("shared_kd", "zero_ffn")  # controls that start from a new FFN, which may have any width
 
 
 def integration_methods() -> list[str]:
     """The methods of :func:`integrate`: the gathering methods, :data:`JOINT_FIT` and the controls."""
     return [*gathering_methods(), JOINT_FIT, *CONTROLS]
+
+
+def widening_methods() -> list[str]:
+    """Those of :func:`integration_methods` that make students of other widths than an expert's, by their option ``d_ff``."""
+    return [*filter(gives_widths, gathering_methods()), JOINT_FIT, *FRESH]
 
 
 def calibrated(method: str, scale: Scale | str = 1.0) -> bool:
@@ -86,7 +99,8 @@ def integrate(
             :func:`ones_lib.joint_fit.fit_jointly`; or a control: ``shared_kd``, ``zero_ffn``, ``one_expert``.
         seed: of the controls' random draws and of the joint fit's.
         calibration: data, for the methods that use data.
-        options: the gathering method's options, see :func:`ones_lib.gather`; but ``seed`` is the one above.
+        options: the gathering method's options, see :func:`ones_lib.gather`; but ``seed`` is the one above. Of them,
+            ``joint_fit``, ``shared_kd`` and ``zero_ffn`` take ``d_ff``, the student's hidden units in a layer.
 
     Raises:
         ValueError: no MoE layer in the teacher, an unknown method, a missing calibration, or an error of
@@ -99,14 +113,14 @@ def integrate(
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         if method in CONTROLS:
-            student = teacher.dense_twin().to(like)
+            student = teacher.dense_twin(**options).to(like)
             ffns = _control_ffns(student, layers, method, seed)
         else:
             ffns = _gathered_ffns(teacher, layers, method, calibration, options)
             student = teacher.dense_twin(d_ff=next(iter(ffns.values())).d_ff).to(like)
         rows = _copy_weights(teacher, student, ffns, "replaced" if method in CONTROLS else "gathered")
     if method == JOINT_FIT:
-        fit_jointly(student, teacher, calibration, seed=seed, **options)
+        fit_jointly(student, teacher, calibration, seed=seed, **{k: v for k, v in options.items() if k != "d_ff"})
     return student, IntegrationReport(method, rows)
 
 
@@ -119,12 +133,12 @@ def _check(teacher: nn.Module, layers: Layers, method: str, calibration: Calibra
             f"teacher: expected at least one MoE layer with 2 experts or more, found none in {type(teacher).__name__}"
         )
     if method in CONTROLS:
-        if options:
-            raise TypeError(f"{next(iter(options))}: control {method!r} takes no options")
+        if unknown := set(options) - ({"d_ff"} if method in FRESH else set()):
+            raise TypeError(f"{unknown.pop()}: control {method!r} takes no option{' but d_ff' * (method in FRESH)}")
         return
     if method == JOINT_FIT:
-        if unknown := set(options) - {"steps"}:
-            raise TypeError(f"{unknown.pop()}: method {method!r} takes no option but steps")
+        if unknown := set(options) - {"steps", "d_ff"}:
+            raise TypeError(f"{unknown.pop()}: method {method!r} takes no option but steps and d_ff")
         if not options.get("steps", 1) >= 1:
             raise ValueError(f"steps: expected a positive number, found {options['steps']}")
         needed = True
@@ -153,7 +167,9 @@ def _gathered_ffns(
     activations = {}
     if calibration is not None and calibrated(method, options.get("scale", 1.0)):
         activations = calibration.activations(teacher)
-    by_layer, options = ("fit", {}) if method == JOINT_FIT else (method, options)
+    by_layer = method
+    if method == JOINT_FIT:  # its steps are of what follows
+        by_layer, options = "fit", {name: v for name, v in options.items() if name == "d_ff"}
     return {n: gather(m.bank(), by_layer, calibration=activations.get(n), **options) for n, m in layers.items()}
 
 

@@ -390,6 +390,30 @@ def test_gains_are_against_the_same_seeds_first_loss():
     assert [t.get_text() for t in ax.get_yticklabels()] == ["more"]
 
 
+def test_a_line_joins_the_widths_of_a_method():
+    marks = {("moe", math.nan): (1.0, 1.0), ("dense", 8.0): (0.0, 2.0), ("dense_active", 16.0): (0.4, 1.5)}
+    marks |= {("fit", 8.0): (0.5, 2.0), ("fit", 16.0): (0.9, 1.5)}
+    rows = [
+        {"model": m, "d_ff": d, "stage": "distilled" if m == "fit" else "trained", "retention": r, "speedup": s}
+        | {"low": r - 0.1, "high": r + 0.1, "value": 50 + 10 * r, "value_sd": 1.0, "examples_per_second": 1000 * s}
+        | {"batch_size": 4, "device": "CPU", "threads": 2}
+        for (m, d), (r, s) in marks.items()
+    ]
+    table = pd.DataFrame(rows)
+    fig = figures.retention_by_speed(table)
+    lines = {line.get_label(): line for line in fig.axes[0].get_lines()}
+    np.testing.assert_allclose(lines["layer-wise fit"].get_xdata(), [2, 1.5], rtol=0.02)
+    np.testing.assert_allclose(lines["layer-wise fit"].get_ydata(), [50, 90])
+    np.testing.assert_allclose(lines["dense, active width"].get_ydata(), [40])
+    assert (*lines["MoE (teacher)"].get_xdata(), *lines["MoE (teacher)"].get_ydata()) == (1, 100)
+    assert "16 hidden units (the active width) and 8 (one expert's)" in texts(fig)
+    shown = figures.widths_text(table)
+    assert shown.loc[("layer-wise fit", "16")].tolist() == ["59.0 ± 1.0", "90% (80 to 100)", "1,500", "1.50"]
+    assert shown.loc["MoE (teacher)", "retention (95% interval)"].tolist() == [""]
+    unknown = table.assign(retention=math.nan, low=-math.inf, high=math.inf)
+    assert "undefined: the MoE is" in texts(figures.retention_by_speed(unknown))
+
+
 def test_speed_is_a_ratio_with_the_ends_of_both_quartiles():
     times = {
         "dense": (2.0, 1.0, 4.0),

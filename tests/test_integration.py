@@ -12,7 +12,7 @@ from ones_lib import Calibration, Distillation, gather, gathering_methods, integ
 from ones_lib.distillation import HiddenStates, adapt_routers, hidden_error, routers, sampled_experts, soft_kl
 from ones_lib.gathering import registry
 from ones_lib.gathering.regression import fit
-from ones_lib.integration import calibrated, integration_methods
+from ones_lib.integration import calibrated, integration_methods, widening_methods
 from ones_lib.joint_fit import fit_jointly
 from ones_lib.models.images import WideNet
 
@@ -133,6 +133,21 @@ def test_every_method_makes_a_student_of_every_teacher(short_fit):
             assert len(report.table().query("action == 'copied'")) > 10
 
 
+def test_students_of_active_width(short_fit):
+    """An FFN of zeros is the same function at any width."""
+    moe, data = teacher(), calibration(batches=1)
+    h = moe.moe_layers()[0].up.shape[1]
+    for method in ("average", "topk", "fit", "joint_fit", "shared_kd", "zero_ffn"):
+        assert method in widening_methods()
+        options = {"steps": 2} if method == "joint_fit" else {}
+        wide, _ = integrate(moe, method, calibration=data, d_ff=2 * h, **options)
+        assert {layer.up.shape[1] for layer in wide.moe_layers()} == {2 * h}
+        assert wide.eval()(torch.randn(2, 3, 16, 16)).isfinite().all()
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(wide(x), integrate(moe, "zero_ffn")[0].eval()(x))
+    assert not {"one_expert", "matched_average"} & set(widening_methods())
+
+
 def test_layers_are_gathered_on_their_own_activations():
     moe = teacher(share_depth=False)
     found = calibration().activations(moe)
@@ -211,12 +226,13 @@ def test_report_says_what_happened():
     [
         (lambda: integrate(teacher(), "best"), "method: expected one of .*zero_ffn.*found 'best'"),
         (lambda: integrate(teacher(num_experts=1, top_k=1), "svd"), "teacher: expected at least one MoE layer"),
-        (lambda: integrate(teacher(), "zero_ffn", rank=2), "rank: control 'zero_ffn' takes no options"),
+        (lambda: integrate(teacher(), "zero_ffn", rank=2), "rank: control 'zero_ffn' takes no option but d_ff"),
+        (lambda: integrate(teacher(), "one_expert", d_ff=20), "d_ff: control 'one_expert' takes no option"),
         (lambda: integrate(teacher(), "fit"), "calibration: expected data, which 'fit' needs here, found None"),
         (lambda: integrate(teacher(), "joint_fit"), "calibration: expected data, which 'joint_fit' needs"),
         (
             lambda: integrate(teacher(), "joint_fit", calibration=calibration(), rank=2),
-            "rank: method 'joint_fit' takes no option but steps",
+            "rank: method 'joint_fit' takes no option but steps and d_ff",
         ),
         (
             lambda: integrate(teacher(), "joint_fit", calibration=calibration(), steps=0),

@@ -32,10 +32,12 @@ from ones_lib.study.tables import (
     results_table,
     retention_table,
     what_decides,
+    width_table,
 )
 from ones_lib.study.teaching import Guard
 from ones_lib.study.training import Diverged, Training, fit, optimizers
 from ones_lib.views.explorer import moe_records
+from ones_lib.views.speed import study_widths
 
 DATA = {"name": "glyphs", "image_size": 16, "num_classes": 4, "train_per_class": 20, "val_per_class": 10}
 MODEL = {
@@ -432,6 +434,36 @@ def test_tables(study):
     assert set(summary["reference"]) == {"dense", "dense_long"}
     average = summary.query("model == 'average' and stage == 'distilled' and reference == 'dense'").iloc[0]
     assert average["value"] == pytest.approx(table.query("model == 'average' and stage == 'distilled'")["value"].mean())
+
+
+def test_students_of_active_width_stand_beside_those_of_one_experts(study, monkeypatch):
+    monkeypatch.setattr("ones_lib.views.speed.WIDTHS_SECONDS", 0.0)
+    assert study.widths() == (8, 16)
+    methods = ["average", "readout"]
+    rows, usual = entries.by_width(study, methods), entries.main(study, methods)
+    known = {config_hash(entry.config) for entry in usual}
+    wide = [entry for entry in rows if config_hash(entry.config) not in known]  # the others are the main table's
+    assert [(e.model, e.axes["d_ff"]) for e in wide] == 2 * [("dense_active", 16), ("average", 16), ("readout", 16)]
+    study.run([entry.config for entry in rows])
+    for entry in rows:
+        layer = study.load_model(study.records.find(entry.config)).moe_layers()[0]
+        assert layer.up.shape[:2] == ((2, 8) if entry.model == "moe" else (1, entry.axes["d_ff"]))
+    results, (speeds, name) = results_table(rows, study.records), study_widths(study)
+    table = width_table(results, speeds, study.records)
+    assert set(table["reference"]) == {"dense"}
+    assert len(table) == 1 + 2 * 3
+    by_model = table.set_index(["model", "d_ff"])
+    assert by_model["speedup"].notna().all()
+    moe = by_model.loc["moe"].iloc[0]
+    assert moe["speedup"] == 1
+    row = by_model.loc[("readout", 16)]
+    assert row["median_ms"] == by_model.loc[("dense_active", 16), "median_ms"]
+    assert row["examples_per_second"] / moe["examples_per_second"] == pytest.approx(row["speedup"])
+    study.allow_training = False
+    assert study_widths(study)[1] == name  # found
+    assert entries.by_width(study, []) == []
+    study.model |= {"top_k": 1}
+    assert entries.by_width(study, ["average"]) == []
 
 
 def test_curves_refer_to_the_teacher_with_the_same_number_of_experts(study):

@@ -63,6 +63,27 @@ def by_budget(study: Study, methods: Iterable[str], budgets: Iterable[int]) -> l
     return result
 
 
+def by_width(study: Study, methods: Iterable[str]) -> list[Entry]:
+    """Students of all ``methods`` after the largest budget of KD, of one expert's width and of the active width, in hidden
+    units (column ``d_ff``); the MoE, and a trained dense model of each width (``dense``, ``dense_active``).
+
+    Empty without methods, and where the widths are one, because a token passes through one expert.
+    """
+    methods, result = list(methods), []
+    one, active = study.widths() if methods else (0, 0)
+    if one == active:
+        return []
+    for seed in study.seeds:
+        result += [reference(study, "moe", seed), reference(study, "dense", seed, d_ff=one)]
+        result.append(Entry("dense_active", "trained", study.dense(seed, d_ff=active), {"d_ff": active}))
+        # Those of one expert's width have no option: they are the main table's.
+        widths = [(one, {}), (active, {"d_ff": active})]
+        result += [
+            student(study, m, seed, None, {"d_ff": d_ff}, **options) for m in methods for d_ff, options in widths
+        ]
+    return result
+
+
 def by_experts(
     study: Study, methods: Iterable[str], counts: Iterable[int], budget: int, steps: Iterable[int] = ()
 ) -> list[Entry]:

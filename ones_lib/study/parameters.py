@@ -26,7 +26,7 @@ import yaml
 from ones_lib.data.rows import OWN_FORM, TASKS, check_definition
 from ones_lib.gathering import gathering_methods
 from ones_lib.gathering.scale import SCALE_WORDS
-from ones_lib.integration import integration_methods
+from ones_lib.integration import integration_methods, widening_methods
 from ones_lib.study.language_task import CONTROLS
 from ones_lib.study.records import project_root
 from ones_lib.study.training import optimizers
@@ -181,6 +181,9 @@ class Image(Group):
     temperature: float = value("T of the KD loss", above=0, to="distillation.temperature")
     alpha: float = value("weight of the KL in the loss", least=0, most=1, to="distillation.alpha")
     calibrated_methods: list[str] = value("gatherings that look at data, beside `methods`", of=integration_methods)
+    active_methods: list[str] = value(
+        "gatherings and controls of students of k experts' hidden units; empty: no such students", of=widening_methods
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +251,9 @@ class Text(Group):
     finetune_learning_rate: float = value("after warm-up", above=0, to="finetuning.learning_rate")
     finetune_kd: bool = value("fine-tune distilled models with KD from the fine-tuned teacher")
     text_calibrated_methods: list[str] = value("gatherings that look at data, beside `methods`", of=integration_methods)
+    text_active_methods: list[str] = value(
+        "gatherings and controls of students of k experts' hidden units; empty: no such students", of=widening_methods
+    )
     text_budgets: list[int] = value("steps of KD, beside text_kd_steps", least=0)
     task_budgets: list[int] = value("steps of KD whose students are fine-tuned too; 0: right after gathering", least=0)
 

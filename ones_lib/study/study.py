@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 from torch import nn
 
 from ones_lib.checkpoints.plan import ACTIVE
@@ -29,7 +30,17 @@ from ones_lib.study.parallel import run_all, write_plan
 from ones_lib.study.parameters import Group, Parameters
 from ones_lib.study.progress import duration
 from ones_lib.study.records import Record, Records, config_hash, project_root
-from ones_lib.study.running import Config, Data, Execution, data_of, label, load_record, needed, tasks_of
+from ones_lib.study.running import (
+    Config,
+    Data,
+    Execution,
+    build_model,
+    data_of,
+    label,
+    load_record,
+    needed,
+    tasks_of,
+)
 from ones_lib.study.training import Training
 
 
@@ -104,10 +115,21 @@ class Study:
         start = {"start": self.dense(seed), "upcycling": upcycling}
         return {"kind": "moe", **self._common(seed), **start, "training": training}
 
-    def dense(self, seed: int, extra_steps: int = 0) -> Config:
-        """The dense baseline: the MoE's definition with one expert, trained from scratch, without a teacher."""
+    def widths(self) -> tuple[int, int]:
+        """Hidden units of one expert, and of the k experts that a token passes through: the active width. Opens the data."""
+        data = self.open_data()
+        with torch.device("meta"):  # a timm model has a width of its own where d_ff is None
+            layer = build_model(self.moe(self.seeds[0]), data).moe_layers()[0]
+        d_ff = layer.up.shape[1]
+        return d_ff, layer.router.top_k * d_ff
+
+    def dense(self, seed: int, extra_steps: int = 0, d_ff: int | None = None) -> Config:
+        """The dense baseline: the MoE's definition with one expert, trained from scratch, without a teacher. ``d_ff`` is
+        another number of hidden units than an expert's, for images and masked language models."""
         training = replace(self.teaching, steps=self.teaching.steps + extra_steps)
         arguments = self.model if self.domain == "language" else {**self.model, "num_experts": 1}
+        if d_ff is not None:
+            arguments = {**arguments, _WIDTHS[self.domain]: d_ff}
         return {"kind": "dense", **self._common(seed), "model": arguments, "training": asdict(training)}
 
     def dense_kd(self, seed: int) -> Config:
@@ -250,6 +272,7 @@ def epochs_text(teaching: Training, learning: Training, images: int) -> str:
 
 
 _SEEDS = {"image": "seeds", "text": "text_seeds", "language": "language_seeds"}
+_WIDTHS = {"image": "d_ff", "text": "intermediate_size"}  # what models call their hidden units
 
 
 def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None = None, moe: str = "") -> Study:

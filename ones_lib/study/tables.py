@@ -50,6 +50,18 @@ def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
     return _with_retention(pd.DataFrame(rows))
 
 
+def width_table(results: pd.DataFrame, speeds: pd.DataFrame, records: Records) -> pd.DataFrame:
+    """Retention and speed, one row a model and width: ``data, model, stage, d_ff, reference, seeds, value, value_sd, retention,
+    low, high`` as in a :func:`retention_table`, then ``batch_size, median_ms, examples_per_second, speedup, device, threads``.
+
+    ``results`` is a :func:`results_table` of :func:`ones_lib.study.entries.by_width` with one metric, ``speeds`` a table of
+    :func:`ones_lib.views.speed.measure_widths`. A dense model's speed depends on its width alone; the MoE has no ``d_ff``.
+    """
+    columns = ["d_ff", "batch_size", "median_ms", "examples_per_second", "speedup", "device", "threads"]
+    table = retention_table(results, records, by=("d_ff",)).astype({"d_ff": float})
+    return table.merge(speeds[columns].astype({"d_ff": float}), how="left", on="d_ff")
+
+
 def ablation_table(entries: Iterable[Entry], study: Study) -> pd.DataFrame:
     """One row a student of :func:`ones_lib.study.entries.by_variant`: ``data, method, scale, rank, budget, seed, accuracy,
     retention, layer_error, loss, seconds, record``.

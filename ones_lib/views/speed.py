@@ -1,4 +1,5 @@
-"""Measurements of notebook 05: the time of an MoE and of its dense student, and of ways to dispatch tokens to experts."""
+"""Measurements of notebook 05: the time of an MoE and of its dense student, and of ways to dispatch tokens to experts. And of
+01 and 03: the time of dense models of two widths."""
 
 from __future__ import annotations
 
@@ -23,12 +24,16 @@ from transformers.utils.logging import tqdm
 
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.moe import MoEFeedForward, Router, Routing, batched_linear, dispatch, dispatch_plain
+from ones_lib.study.records import provenance
+from ones_lib.study.running import calibration_batches, load_record
+from ones_lib.study.study import Study
 from ones_lib.study.training import default_device
 
 LEAST_BLOCKS = 5  # of calls, for each number
 BLOCK_SECONDS = 0.02  # shorter calls are repeated within a block
 LARGEST_COPY = 2**30  # bytes of weights that transformers' batched_mm may copy: one expert's for each assignment
 MODES = ("eager", "compiled")
+WIDTHS_SECONDS = 1.0  # least time for each number of study_widths, which a notebook takes once
 
 
 # --- ways of dispatch ------------------------------------------------------------------------------------------------
@@ -205,6 +210,46 @@ def measure_speed(
             row |= {"flops": batch_size * flops[kind], "weight_bytes": weight_bytes[kind]}
             rows.append(row | {"peak_mb": peaks.get(variant, math.nan) / 1e6})
     return pd.DataFrame(rows).assign(**_where(device))
+
+
+def study_widths(study: Study) -> tuple[pd.DataFrame, str]:
+    """:func:`measure_widths` of a study's first MoE, trained, on a batch of its training data, with dense models of one expert's
+    width and of the active width; and the name of its record. Taken once on a machine, then found in the records."""
+    moe, (one, active) = study.moe(study.seeds[0]), study.widths()
+
+    def measure() -> pd.DataFrame:
+        model, task = load_record(study.records.find(moe), study.cache_dir)
+        (batch,) = calibration_batches(task, moe["training"], examples=1, device=default_device())
+        return measure_widths(model, task.forward, batch, [one, active], WIDTHS_SECONDS)
+
+    config = {"kind": "widths", "what": moe, "how": [one, active, WIDTHS_SECONDS], "device": provenance()["device"]}
+    return study.records.table(config, measure if study.allow_training else None)
+
+
+def measure_widths(
+    moe: nn.Module, forward: Callable[[nn.Module, tuple], Tensor], batch: tuple, widths: Iterable[int], seconds: float
+) -> pd.DataFrame:
+    """Time of a forward pass of an MoE, as this library runs it, and of dense models of other widths; on the accelerator if there
+    is one.
+
+    Columns ``d_ff`` (hidden units; none of the MoE), ``batch_size, median_ms, low_ms, high_ms`` (quartiles), ``measured``
+    (number of blocks), ``examples_per_second, speedup`` (the MoE's median over the model's), ``device, threads``.
+
+    Args:
+        moe: trained, so that its router spreads tokens as it does in use.
+        forward: of a task, such as :meth:`ones_lib.study.image_task.ImageClassification.forward`.
+        batch: of that task; its first tensor has a row for each example.
+        seconds: least time for each number, which also has at least 5 blocks.
+    """
+    device = default_device()
+    models = {math.nan: moe} | {width: moe.dense_twin(d_ff=width) for width in widths}
+    passes = {width: partial(forward, model.eval().to(device), batch) for width, model in models.items()}
+    with torch.inference_mode():
+        times = _in_turns(passes, seconds)
+    table = pd.DataFrame([{"d_ff": width, "batch_size": len(batch[0]), **_summary(t)} for width, t in times.items()])
+    table["examples_per_second"] = 1000 * table["batch_size"] / table["median_ms"]
+    table["speedup"] = table["median_ms"].iloc[0] / table["median_ms"]
+    return table.assign(**_where(device))
 
 
 def _variants(moe: nn.Module, dense: nn.Module) -> dict[str, nn.Module]:

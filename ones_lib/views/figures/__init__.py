@@ -23,11 +23,13 @@ from ones_lib.views.figures.results import (
     kept_by_benefit,
     learning_curves,
     retention_by_model,
+    retention_by_speed,
     retention_curves,
     retention_text,
     sample_images,
     scores_by_model,
     scores_text,
+    widths_text,
 )
 from ones_lib.views.figures.spectra import (
     SIDE_NAMES,

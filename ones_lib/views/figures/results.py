@@ -211,15 +211,67 @@ def _line_with_interval(ax: Axes, x: pd.Series, percent: pd.DataFrame, model: st
 def retention_text(retention: pd.DataFrame, rows: Sequence[str] = ("model",)) -> pd.DataFrame:
     """Retention of the distilled models for reading: per cent with 95% interval, a column each reference baseline."""
 
-    def text(row: pd.Series) -> str:
-        if math.isnan(row["retention"]):
-            return "undefined (MoE not above)"
-        interval = f"{100 * row['low']:.0f} to {100 * row['high']:.0f}" if math.isfinite(row["low"]) else "unbounded"
-        return f"{100 * row['retention']:.0f}% ({interval})"
-
     distilled = retention[retention["stage"] == "distilled"]
-    shown = _readable(distilled.assign(text=distilled.apply(text, axis=1)), rows, ["reference"])
+    shown = _readable(distilled.assign(text=distilled.apply(_with_interval, axis=1)), rows, ["reference"])
     return shown.rename(columns=lambda reference: style.look(reference).name)
+
+
+def _with_interval(row: pd.Series) -> str:
+    if math.isnan(row["retention"]):
+        return "undefined (MoE not above)"
+    interval = f"{100 * row['low']:.0f} to {100 * row['high']:.0f}" if math.isfinite(row["low"]) else "unbounded"
+    return f"{100 * row['retention']:.0f}% ({interval})"
+
+
+def retention_by_speed(table: pd.DataFrame) -> Figure:
+    """Benefit retention against speed over the MoE: a mark each model and width, a line joins a method's two widths.
+
+    ``table`` is a :func:`ones_lib.study.tables.width_table`. Bars are 95% intervals. The scale follows the marks, so a wide bar
+    may leave the panel; the table has its ends. Students of one width have one speed, and stand a little apart.
+    """
+    fig, ax = plt.subplots(figsize=(style.TWO_COLUMNS * 0.7, 3.2))
+    drawn = table[(table["stage"] == "distilled") | (table["model"] == "dense_active")]
+    models = style.in_order(drawn["model"])
+    for i, model in enumerate(models):
+        points = drawn[drawn["model"] == model].sort_values("d_ff")
+        x = points["speedup"] * (1 + (i - (len(models) - 1) / 2) * 0.006)
+        percent, bounded = 100 * points[["retention", "low", "high"]], np.isfinite(points["low"])
+        looks = style.line_style(model) | {"markersize": 4}
+        ax.plot(x, percent["retention"], **looks)
+        ax.plot(x[~bounded], percent["retention"][~bounded], looks["marker"], color=looks["color"], mfc="white")
+        ax.vlines(x[bounded], percent["low"][bounded], percent["high"][bounded], color=looks["color"], linewidth=0.8)
+    for model, value in (("moe", 100), ("dense", 0)):
+        looks = style.line_style(model) | {"markersize": 5, "linestyle": ""}
+        ax.plot(table.loc[table["model"] == model, "speedup"], [value], **looks)
+    retention_levels(ax.axhline)
+    marks = 100 * drawn["retention"].dropna()
+    low, high = (min(marks.min(), 0), max(marks.max(), 100)) if len(marks) else (0, 100)
+    ax.set_ylim(low - 0.12 * (high - low), high + 0.12 * (high - low))
+    if drawn["retention"].isna().any():
+        _say_undefined(ax)
+    batch, device, threads = table[["batch_size", "device", "threads"]].iloc[0]
+    one, active = sorted(table["d_ff"].dropna().unique())
+    ax.set(xlabel="examples a second / the MoE's", ylabel="benefit retention (%)")
+    ax.set_title(f"forward passes of {batch} examples ({device}, {threads} thread(s))")
+    style.legend(fig)
+    widths = f"joined: {active:,.0f} hidden units (the active width) and {one:,.0f} (one expert's)"
+    style.caption(fig, f"{widths}\n{_retention_words(drawn, 'bars')}")
+    return fig
+
+
+def widths_text(table: pd.DataFrame, digits: int = 1) -> pd.DataFrame:
+    """A :func:`ones_lib.study.tables.width_table` for reading: score (mean ± SD over seeds, with ``digits`` after the point),
+    retention of what is not a reference, and speed."""
+    rows = table.assign(place=table["model"].map(style.in_order(table["model"]).index)).sort_values(["place", "d_ff"])
+    spread = rows["value_sd"].map(f" ± {{:.{digits}f}}".format).where(rows["value_sd"].notna(), "")
+    shown = pd.DataFrame({"model": [style.look(model).name for model in rows["model"]]})
+    shown["hidden units"] = rows["d_ff"].map("{:,.0f}".format).where(rows["d_ff"].notna(), "").to_numpy()
+    shown["score"] = (rows["value"].map(f"{{:.{digits}f}}".format) + spread).to_numpy()
+    reference = rows["model"].isin(["moe", "dense"])
+    shown["retention (95% interval)"] = rows.apply(_with_interval, axis=1).mask(reference, "").to_numpy()
+    shown["examples a second"] = rows["examples_per_second"].map("{:,.0f}".format).to_numpy()
+    shown["times the MoE's"] = rows["speedup"].map("{:.2f}".format).to_numpy()
+    return shown.set_index(["model", "hidden units"])
 
 
 def scores_text(
@@ -277,10 +329,14 @@ def _baseline(reference: str) -> str:
 
 
 def _explain_retention(fig: Figure, rows: pd.DataFrame, intervals: str) -> None:
+    style.caption(fig, _retention_words(rows, intervals))
+
+
+def _retention_words(rows: pd.DataFrame, intervals: str) -> str:
     text = f"0: the baseline, 100: the MoE; {intervals}: 95% bootstrap intervals over seeds and test examples"
     if (~np.isfinite(rows["low"])).any():
         text += "\nhollow: no bounded interval, because the MoE is not clearly above the baseline"
-    style.caption(fig, text)
+    return text
 
 
 def _say_undefined(ax: Axes, where: str = "") -> None:
