@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 #: Metrics for which lower is better, in nats. All others are fractions, shown in per cent.
-LOWER_IS_BETTER = ("loss",)
+LOWER_IS_BETTER = ("loss", "kl")
 DRAWS = 2000  # of the bootstrap intervals
 TAIL = (1 - 0.95) / 2  # on each side of an interval of 95%
 

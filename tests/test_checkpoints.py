@@ -1149,9 +1149,13 @@ def test_the_command_line(tmp_path, capsys):
     main([source, str(tmp_path / "default")])
     convert(source, tmp_path / "active", "topk", d_ff=48)  # two experts of 24 a token
     assert files(tmp_path / "default") == files(tmp_path / "active")
+    main([source, str(tmp_path / "wider"), "--d-ff", "1.5x"])
+    convert(source, tmp_path / "of 72", "topk", d_ff=72)
+    assert files(tmp_path / "wider") == files(tmp_path / "of 72")
     assert "model.layers.2.mlp" in capsys.readouterr().out
     for width, message in (
-        ("wide", "expected a number, 'active' or 'expert', found 'wide'"),
+        ("wide", "expected a number, 'active', a multiple of it such as '4x', or 'expert', found 'wide'"),
+        ("0x", "found '0x'"),
         ("0", "--d-ff: expected an"),
     ):
         with pytest.raises(SystemExit):

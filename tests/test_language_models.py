@@ -74,7 +74,7 @@ def test_the_balance_loss_reaches_the_routers_in_training_alone(text_cache):
 def test_students_are_made_by_way_of_files(study):
     students = {"mine": ("average", {}), "wide": ("topk", {"d_ff": 20})}
     students |= {"zero_ffn": ("zero_ffn", {}), "shared_kd": ("shared_kd", {})}
-    entries = by_name(study, students, {0: None, 3: 0.002}, teacher="M")
+    entries = by_name(study, students, {0: None, 3: 0.002}, ["expert"], teacher="M")
     study.run([entry.config for entry in entries])
     rates = {e.config["training"]["learning_rate"] for e in entries if e.axes.get("budget") == 3}
     assert rates == {0.002}

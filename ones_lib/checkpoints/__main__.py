@@ -13,7 +13,7 @@ import pandas as pd
 from ones_lib.checkpoints import inspection
 from ones_lib.checkpoints.convert import convert
 from ones_lib.checkpoints.place import CONVERSION
-from ones_lib.checkpoints.plan import ACTIVE
+from ones_lib.checkpoints.plan import ACTIVE, active_multiple
 from ones_lib.checkpoints.terminal import Typed, add_version, exit_status
 from ones_lib.checkpoints.text import token_count
 from ones_lib.data.files import is_free
@@ -66,7 +66,7 @@ def _convert_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         metavar="N",
         help="hidden units of the gathered network: a number, 'active' (what a token passes through; the default where the method"
-        " can), or 'expert' (one expert's, as in the paper)",
+        " can), a multiple of it such as '4x', or 'expert' (one expert's, as in the paper)",
     )
     text = "file, folder, hub name, or 'docstrings' or 'names' (embedded text)"
     add(
@@ -104,12 +104,15 @@ def _convert_parser() -> argparse.ArgumentParser:
 
 
 def _width(text: str) -> int | str | None:
-    if text in (ACTIVE, "expert"):
-        return ACTIVE if text == ACTIVE else None
+    if text == "expert":
+        return None
     try:
-        return int(text)
+        if not text.isdigit():
+            active_multiple(text)
+        return int(text) if text.isdigit() else text
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a number, 'active' or 'expert', found {text!r}") from error
+        expected = "a number, 'active', a multiple of it such as '4x', or 'expert'"
+        raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}") from error
 
 
 def _best_method(given: dict) -> str:

@@ -72,7 +72,7 @@ def convert(
         destination: a folder that does not exist, is empty, or was made by the same call.
         method: one of :func:`ones_lib.gathering_methods`.
         d_ff: hidden units to gather the routed experts to, see :func:`ones_lib.gather`. ``"active"``: those that a token
-            passes through, the router's k times an expert's. None: one expert's.
+            passes through, the router's k times an expert's; ``"4x"``: four times as many. None: one expert's.
         calibration: a text (see :func:`ones_lib.checkpoints.text.text_blocks`) or token ids [n, L]. The MoE is run on
             it once, for methods that use data, router statistics and output errors. None: that of ``reconstruct``; else
             none of these, and sums of gates are measured on random tokens where they are not known.

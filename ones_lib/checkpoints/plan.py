@@ -79,9 +79,7 @@ class TwinPlan:
         first = ExpertBanks(str(shards.path), self._expert_shapes(), self._empty, layouts).experts(self.names[0])
         self.num_experts, self.expert_width, self.d_model = len(first), first[0].d_ff, first[0].d_model
         if isinstance(d_ff, str):
-            if d_ff != ACTIVE:
-                raise ValueError(f"d_ff: expected a number, {ACTIVE!r} or None, found {d_ff!r}")
-            d_ff = self.experts_a_token * self.expert_width
+            d_ff = round(active_multiple(d_ff) * self.experts_a_token * self.expert_width)
         options = options or {}
         check_values(method, options, Sizes(self.num_experts, self.expert_width, self.d_model, d_ff))
         k = options.get("k")
@@ -330,6 +328,16 @@ def dense_config(config: PreTrainedConfig, d_ff: int | str | None) -> PreTrained
     """The config of an MoE's dense twin with its routed experts gathered to ``d_ff``, as in :class:`TwinPlan`."""
     architecture = Architecture(config, config.model_type)
     return TwinPlan(Shapes(architecture), architecture, "topk", d_ff).config
+
+
+def active_multiple(width: str) -> float:
+    """How many times the active width a text means: 1 for ``"active"``, 4 for ``"4x"``; ValueError for another one."""
+    found = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?)x", width)
+    if width != ACTIVE and not (found and float(found[1]) > 0):
+        raise ValueError(
+            f"d_ff: expected a number, {ACTIVE!r}, a multiple of it such as '4x', or None, found {width!r}"
+        )
+    return float(found[1]) if found else 1.0
 
 
 def _natural(text: str) -> list:

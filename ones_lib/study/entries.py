@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
+from types import MappingProxyType
 
 from ones_lib.distillation import Distillation
 from ones_lib.gathering.scale import ROUTER_SCALES
@@ -120,20 +122,52 @@ def by_variant(study: Study, variants: Iterable[tuple[str, Mapping]], budgets: I
 
 
 def by_name(
-    study: Study, students: Mapping[str, tuple[str, Mapping]], budgets: Mapping[int, float | None], **axes
+    study: Study,
+    students: Mapping[str, Sequence],
+    budgets: Mapping[int, float | None],
+    widths: Sequence[str] = ("active",),
+    dense_widths: Iterable[str] = (),
+    rates: Mapping[str, Mapping[int, float]] = MappingProxyType({}),
+    **axes,
 ) -> list[Entry]:
-    """Students that have a name of their own, each a method with options, after each budget of KD (column ``budget``; 0:
-    right after gathering), with teacher and dense baselines. ``budgets`` gives each its learning rate; None: the study's."""
+    """Causal students that have a name of their own, by width (column ``width``) and budget of KD (column ``budget``; 0: right
+    after gathering); the MoE, and dense baselines from scratch.
+
+    Args:
+        students: by name a method, its options, and, if these are not ``widths``, its widths; or a mapping from each of these to
+            its largest budget.
+        budgets: with the learning rate of each; None: the study's.
+        widths: each a ``d_ff`` of :func:`ones_lib.checkpoints.convert`, or ``expert``.
+        dense_widths: those of more dense baselines (``dense_width``).
+        rates: by student and budget, other learning rates than those of ``budgets``.
+    """
     result = []
     for seed in study.seeds:
         result += [reference(study, model, seed, **axes) for model in ("dense", "dense_long", "moe")]
-        for name, (method, options) in students.items():
-            entries = [
-                student(study, method, seed, b, {**axes, "budget": b}, learning_rate=rate, **options)
-                for b, rate in budgets.items()
-            ]
-            result += [replace(entry, model=name) for entry in entries]
+        result += [
+            Entry("dense_width", "trained", study.dense(seed, d_ff=_d_ff(width)), {**axes, "width": width})
+            for width in dense_widths
+        ]
+        for name, (method, options, *own) in students.items():
+            for width, (budget, rate) in product(own[0] if own else widths, budgets.items()):
+                if own and isinstance(own[0], Mapping) and budget > own[0][width]:
+                    continue
+                rate = rates.get(name, {}).get(budget, rate)
+                found = student(
+                    study,
+                    method,
+                    seed,
+                    budget,
+                    {**axes, "width": width, "budget": budget},
+                    learning_rate=rate,
+                    **{"d_ff": _d_ff(width), **options},
+                )
+                result.append(replace(found, model=name))
     return result
+
+
+def _d_ff(width: str) -> str | None:
+    return None if width == "expert" else width
 
 
 def by_teacher(

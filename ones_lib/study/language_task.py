@@ -37,12 +37,15 @@ from ones_lib.study.processes import merged, own_share
 from ones_lib.study.training import Training
 
 EVALUATION_BATCH = 16
+BIAS_STEP = 0.01  # of a router's correction, each step
 
 
 class LanguageModel(nn.Module):
     """A causal language model of transformers as the training loop takes it.
 
-    Its parts stay where they are if they were loaded to several places (``device_map``).
+    Its parts stay where they are if they were loaded to several places (``device_map``). Routers with a correction bias are
+    balanced by it in training, as DeepSeek-V3's and GLM-4.5's are (arXiv 2412.19437, section 2.1.2): transformers has no loss
+    for these.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -51,6 +54,9 @@ class LanguageModel(nn.Module):
         self._balance: Tensor | float = 0.0
         # An MoE's class, all of whose layers are dense, may compute the loss of no router.
         self._sparse = getattr(model.config, "num_experts_per_tok", None) is not None and bool(experts_modules(model))
+        for module in model.modules():
+            if hasattr(module, "e_score_correction_bias"):
+                module.register_forward_hook(_correct_bias)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits [B, L - 1, V] of the tokens after the first of ``ids`` [B, L]."""
@@ -66,6 +72,14 @@ class LanguageModel(nn.Module):
     def balance_loss(self) -> Tensor | float:
         """That of the last forward pass."""
         return self._balance
+
+
+def _correct_bias(router: nn.Module, inputs: tuple, output: object) -> None:
+    """Raise the bias of experts with fewer tokens than the mean, lower that of the others."""
+    chosen = [t for t in output if torch.is_tensor(t) and not t.is_floating_point()] if router.training else []
+    for experts in chosen:
+        load = torch.bincount(experts.flatten(), minlength=len(router.e_score_correction_bias)).float()
+        router.e_score_correction_bias.add_(BIAS_STEP * (load.mean() - load).sign())
 
 
 def language_model(model: Mapping, data: Corpus, seed: int, dense: bool = False) -> LanguageModel:
@@ -134,6 +148,17 @@ class LanguageModelling:
 
     def accuracy(self, logits: Tensor, batch: Tensor) -> Tensor:
         return (logits.argmax(dim=-1) == batch[:, 1:]).float().mean()
+
+    @torch.inference_mode()
+    def divergence(self, model: nn.Module, teacher: nn.Module, device: torch.device) -> Tensor:
+        """KL of the model's predictions from the teacher's, ``KL(teacher || model)`` in nats, of every token that
+        :meth:`predict` measures, [n]."""
+        parts, every = [], self.data.validation.split(self.evaluation_batch)
+        for ids in own_share(every):
+            batch = ids.long().to(device)
+            own, its = (m.eval().to(device)(batch).flatten(0, 1).float().log_softmax(dim=-1) for m in (model, teacher))
+            parts.append(F.kl_div(own, its, reduction="none", log_target=True).sum(dim=-1).cpu())
+        return torch.cat(merged(parts, len(every)))
 
     @torch.inference_mode()
     def predict(self, model: nn.Module, device: torch.device) -> Mapping[str, Tensor]:

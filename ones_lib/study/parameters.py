@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from ones_lib.checkpoints.plan import active_multiple
 from ones_lib.data.rows import OWN_FORM, TASKS, check_definition
 from ones_lib.gathering import gathering_methods
 from ones_lib.gathering.scale import SCALE_WORDS
@@ -282,7 +283,11 @@ class Language(Group):
 
     language_source: str = value("folder or hub name of an MoE; empty: train those of language_moes")
     language_moes: dict = value("by name, model_type and configuration of an MoE to train")
-    language_width: str = value("hidden units of dense models: 'active' or 'expert'", of=("active", "expert"))
+    language_width: str = value("hidden units of the dense baselines: 'active' or 'expert'", of=("active", "expert"))
+    language_widths: list[str] = value(
+        "of students: 'expert', 'active', or multiples of it such as '4x'", distinct=True
+    )
+    language_dense_widths: list[str] = value("of more dense baselines, in the same forms")
     language_corpus: str = value("'docstrings', 'names', a file, a folder or a hub name", to="data.name")
     language_vocab_size: int = value("of the tokenizer trained where there is no source", least=8, to="data.vocab_size")
     language_sequence_length: int = value("tokens", least=8, to="data.sequence_length")
@@ -292,13 +297,14 @@ class Language(Group):
     language_teacher_steps: int = value("optimizer steps of MoE and dense baselines", least=1, to="teaching.steps")
     language_batch_size: int = value("sequences a step", least=1, to="teaching.batch_size")
     language_learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
-    language_students: dict = value("by name, a gathering or control, and options, also convert's: [topk, {d_ff: 128}]")
+    language_students: dict = value("by name, a gathering or control, options, also convert's; own widths, if any")
     language_calibration: int = value("sequences for gatherings that look at data and for output errors", least=1)
     language_kd_steps: int = value("optimizer steps of distillation, the largest budget", least=1, to="learning.steps")
     language_kd_learning_rate: float = value("of distillation, after warm-up", above=0, to="learning.learning_rate")
     language_temperature: float = value("T of the KD loss", above=0, to="distillation.temperature")
     language_alpha: float = value("weight of the KL in the loss", least=0, most=1, to="distillation.alpha")
     language_budgets: dict = value("steps of KD, beside 0 and language_kd_steps, and the learning rate of each")
+    language_rates: dict = value("by student, other learning rates of some budgets")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -308,17 +314,41 @@ class Language(Group):
             if not isinstance(moe, dict) or not isinstance(moe.get("model_type"), str):
                 expected = "a model_type of transformers, and what its configuration takes"
                 raise ParameterError(f"language_moes: {name}: expected {expected}, found {moe!r}")
+        _check_widths("language_widths", self.language_widths)
+        _check_widths("language_dense_widths", self.language_dense_widths)
         for name, student in self.language_students.items():
-            method, options = student if isinstance(student, list) and len(student) == 2 else (None, None)
+            method, options, *widths = student if isinstance(student, list) and len(student) in (2, 3) else (None, None)
             known = [*gathering_methods(), *CONTROLS]
             if method not in known or not isinstance(options, dict):
-                expected = f"[method, {{options}}] with a method of {known}"
+                expected = f"[method, {{options}}] or [method, {{options}}, [widths]] with a method of {known}"
                 raise ParameterError(f"language_students: {name}: expected {expected}, found {student!r}")
-        for steps, rate in self.language_budgets.items():
-            whole = isinstance(steps, int) and steps > 0
-            if not whole or not isinstance(rate, (int, float)) or not rate > 0:
-                expected = "numbers of steps above 0, each with a learning rate above 0"
-                raise ParameterError(f"language_budgets: expected {expected}, found {steps!r}: {rate!r}")
+            for some in widths:
+                _check_widths(f"language_students: {name}", some)
+        _check_rates("language_budgets", self.language_budgets)
+        for name, rates in self.language_rates.items():
+            if name not in self.language_students or not isinstance(rates, dict):
+                expected = f"rates of one of {list(self.language_students)}"
+                raise ParameterError(f"language_rates: expected {expected}, found {name!r}: {rates!r}")
+            _check_rates(f"language_rates: {name}", rates)
+
+
+def _check_rates(name: str, rates: Mapping) -> None:
+    """Raise ParameterError unless these are budgets of KD with their learning rates."""
+    for steps, rate in rates.items():
+        whole = isinstance(steps, int) and steps > 0
+        if not whole or not isinstance(rate, (int, float)) or not rate > 0:
+            expected = "numbers of steps above 0, each with a learning rate above 0"
+            raise ParameterError(f"{name}: expected {expected}, found {steps!r}: {rate!r}")
+
+
+def _check_widths(name: str, widths: Any) -> None:
+    """Raise ParameterError unless these are widths of causal students."""
+    for width in widths if isinstance(widths, (list, dict)) else [widths]:
+        try:
+            width == "expert" or active_multiple(width)
+        except (ValueError, TypeError) as error:
+            expected = "'expert', 'active' or a multiple of it such as '4x'"
+            raise ParameterError(f"{name}: expected a list of widths, each {expected}, found {width!r}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -268,8 +268,11 @@ def _carry_out(config: Config, place: Workplace, progress: Progress | None) -> N
     history = pd.DataFrame()
     if config["training"] is not None:
         model, history = _train(config, place, task, model, teacher, progress)
-    predictions = task.predict(model, next(model.parameters()).device)
-    result["metrics"] = {metric: predictions[metric].double().mean().item() for metric in task.metrics}
+    device = next(model.parameters()).device
+    predictions, metrics = dict(task.predict(model, device)), task.metrics
+    if teacher is not None and isinstance(task, LanguageModelling):
+        predictions["kl"], metrics = task.divergence(model, teacher, device), (*metrics, "kl")
+    result["metrics"] = {metric: predictions[metric].double().mean().item() for metric in metrics}
     result["parameters"] = sum(p.numel() for p in model.parameters())
     result["wall_seconds"] = time.perf_counter() - started
     how = ("device_batch", "shard", "deterministic")

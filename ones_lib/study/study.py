@@ -123,9 +123,9 @@ class Study:
         d_ff = layer.up.shape[1]
         return d_ff, layer.router.top_k * d_ff
 
-    def dense(self, seed: int, extra_steps: int = 0, d_ff: int | None = None) -> Config:
+    def dense(self, seed: int, extra_steps: int = 0, d_ff: int | str | None = None) -> Config:
         """The dense baseline: the MoE's definition with one expert, trained from scratch, without a teacher. ``d_ff`` is
-        another number of hidden units than an expert's, for images and masked language models."""
+        another number of hidden units than an expert's (of causal models: than ``dense_width``, in the same forms)."""
         training = replace(self.teaching, steps=self.teaching.steps + extra_steps)
         arguments = self.model if self.domain == "language" else {**self.model, "num_experts": 1}
         if d_ff is not None:
@@ -272,7 +272,11 @@ def epochs_text(teaching: Training, learning: Training, images: int) -> str:
 
 
 _SEEDS = {"image": "seeds", "text": "text_seeds", "language": "language_seeds"}
-_WIDTHS = {"image": "d_ff", "text": "intermediate_size"}  # what models call their hidden units
+_WIDTHS = {
+    "image": "d_ff",
+    "text": "intermediate_size",
+    "language": "dense_width",
+}  # what models call their hidden units
 
 
 def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None = None, moe: str = "") -> Study:

@@ -29,12 +29,15 @@ def results_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
     """One row an entry and metric: ``data, *axes, model, stage, seed, metric, value, retention, record``.
 
     Values are in per cent, losses in nats. Retention is that of the row's seed: against the ``dense`` and ``moe`` entries of
-    the same seed and the same axes, or of the same seed alone where those were not trained anew for each value of an axis.
+    the same seed and the same axes, or of the same seed alone where those were not trained anew for each value of an axis. The
+    divergence from a teacher (``kl``), which baselines don't have, is left out.
     """
     rows = []
     for entry in entries:
         record = records.find(entry.config)
         for metric, value in record.result["metrics"].items():
+            if metric == "kl":
+                continue
             rows.append(
                 {
                     "data": data_name(entry.config["data"]),
@@ -176,19 +179,23 @@ def _other_activations(teacher: Record, cache_dir: Path) -> dict[str, LayerActiv
 
 
 def published_table(entries: Iterable[Entry], records: Records) -> pd.DataFrame:
-    """One row a model of :func:`ones_lib.study.entries.by_name` with an axis ``teacher``: ``data, teacher, budget, model, stage,
-    seed, metric, value, retention, perplexity, ratio, seconds, record``.
+    """One row a model of :func:`ones_lib.study.entries.by_name` with an axis ``teacher``: ``data, teacher, width, budget, model,
+    stage, seed, metric, value, retention, kl, parameters, perplexity, ratio, seconds, record``.
 
-    ``value`` is the loss in nats, ``ratio`` the perplexity divided by that of the MoE of the same seed. ``seconds`` are those of
-    gathering and KD, as in an :func:`ablation_table`, a step's by teacher.
+    ``value`` is the loss in nats, ``kl`` the divergence from the MoE in nats a token, ``ratio`` the perplexity divided by that of
+    the MoE of the same seed. ``seconds`` are those of gathering and KD, as in an :func:`ablation_table`, a step's by teacher and
+    width.
     """
     table = results_table(entries, records)
     table = table[table["metric"] == "loss"].reset_index(drop=True)
+    found = [Record(records.root / name).result for name in table["record"]]
+    table["kl"] = [result["metrics"].get("kl", math.nan) for result in found]
+    table["parameters"] = [result["parameters"] for result in found]
     table["perplexity"] = np.exp(table["value"])
     moes = table[table["model"] == "moe"].set_index(["teacher", "seed"])["perplexity"]
     table["ratio"] = table["perplexity"] / table.set_index(["teacher", "seed"]).index.map(moes).to_numpy()
     students = table.dropna(subset="budget")
-    seconds = [_seconds(part, records) for _, part in students.groupby("teacher")]
+    seconds = [_seconds(part, records) for _, part in students.groupby(["teacher", "width"])]
     table["seconds"] = pd.concat(seconds).reindex(table.index)
     return table[[c for c in table if c != "record"] + ["record"]]
 

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.utils.logging import tqdm
 
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.moe import MoEFeedForward, Router, Routing, batched_linear, dispatch, dispatch_plain
 from ones_lib.study.records import provenance
-from ones_lib.study.running import calibration_batches, load_record
+from ones_lib.study.running import build_model, calibration_batches, load_record
 from ones_lib.study.study import Study
 from ones_lib.study.training import default_device
 
@@ -33,6 +34,7 @@ LEAST_BLOCKS = 5  # of calls, for each number
 BLOCK_SECONDS = 0.02  # shorter calls are repeated within a block
 LARGEST_COPY = 2**30  # bytes of weights that transformers' batched_mm may copy: one expert's for each assignment
 MODES = ("eager", "compiled")
+LANGUAGE_BATCHES, LANGUAGE_SECONDS, DECODED = [1, 16], 0.2, 16  # sequences; for each number; tokens
 WIDTHS_SECONDS = 1.0  # least time for each number of study_widths, which a notebook takes once
 
 
@@ -250,6 +252,59 @@ def measure_widths(
     table["examples_per_second"] = 1000 * table["batch_size"] / table["median_ms"]
     table["speedup"] = table["median_ms"].iloc[0] / table["median_ms"]
     return table.assign(**_where(device))
+
+
+def study_language_speed(study: Study, widths: Sequence[str]) -> tuple[pd.DataFrame, str]:
+    """:func:`measure_language_speed` of a study's first MoE, trained, and of dense models of ``widths``, as in
+    :func:`ones_lib.study.entries.by_name`; and the name of its record. Taken once on a machine, then found in the records."""
+    moe, data = study.moe(study.seeds[0]), study.open_data()
+
+    def measure() -> pd.DataFrame:
+        models = {"moe": study.load_model(study.records.find(moe)).model}
+        for width in widths:
+            dense = study.dense(study.seeds[0], d_ff=None if width == "expert" else width)
+            models[width] = build_model(dense, data).model
+        return measure_language_speed(models, data.validation, LANGUAGE_BATCHES, LANGUAGE_SECONDS)
+
+    how = [list(widths), LANGUAGE_BATCHES, LANGUAGE_SECONDS]
+    config = {"kind": "language_speed", "what": moe, "how": how, "device": provenance()["device"]}
+    return study.records.table(config, measure if study.allow_training else None)
+
+
+def measure_language_speed(
+    models: Mapping[str, PreTrainedModel], ids: Tensor, batch_sizes: Iterable[int], seconds: float
+) -> pd.DataFrame:
+    """Tokens a second of causal models in transformers, which take turns, on the accelerator if there is one.
+
+    Columns ``width`` (the model's name), ``phase, batch_size, median_ms, low_ms, high_ms`` (quartiles), ``measured`` (number of
+    blocks), ``tokens_per_second, speedup`` (the first model's median over the model's), ``device, threads``. Phases:
+    ``prefill``, a forward pass of ``ids``; ``decoding``, :data:`DECODED` tokens one after the other, greedily, with a cache,
+    after a prompt of 8.
+
+    Args:
+        ids: token ids [n, L].
+        seconds: least time for each number, which also has at least 5 blocks.
+    """
+    device, rows = default_device(), []
+    models = {name: model.eval().to(device) for name, model in models.items()}
+    decoding = {"min_new_tokens": DECODED, "max_new_tokens": DECODED, "do_sample": False}
+    for batch_size in batch_sizes:
+        prompts = ids[:batch_size].long().to(device)
+        short = {"input_ids": prompts[:, :8], "attention_mask": torch.ones_like(prompts[:, :8])}
+        phases = {
+            "prefill": {name: partial(model, prompts, use_cache=False) for name, model in models.items()},
+            "decoding": {name: partial(model.generate, **short, **decoding) for name, model in models.items()},
+        }
+        for phase, passes in phases.items():
+            with torch.inference_mode():
+                times = _in_turns(passes, seconds)
+            tokens = batch_size * (DECODED if phase == "decoding" else prompts.shape[1])
+            for name, found in times.items():
+                row = {"width": name, "phase": phase, "batch_size": batch_size, **_summary(found)}
+                rows.append(row | {"tokens_per_second": 1000 * tokens / row["median_ms"]})
+    table = pd.DataFrame(rows)
+    first = table.groupby(["phase", "batch_size"])["median_ms"].transform("first")
+    return table.assign(speedup=first / table["median_ms"], **_where(device))
 
 
 def _variants(moe: nn.Module, dense: nn.Module) -> dict[str, nn.Module]:

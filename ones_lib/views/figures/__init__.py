@@ -18,7 +18,7 @@ from ones_lib.views.figures.layer import (
     output_errors,
     overlap_heatmap,
 )
-from ones_lib.views.figures.published import perplexity_by_time, perplexity_by_tokens, router_by_layer
+from ones_lib.views.figures.published import frontier, perplexity_by_time, perplexity_by_tokens, router_by_layer
 from ones_lib.views.figures.results import (
     kept_by_benefit,
     learning_curves,

@@ -32,6 +32,47 @@ def perplexity_by_tokens(table: pd.DataFrame, labels: Mapping[float, str]) -> Fi
     return _finished(fig, axes, f"lines: mean over {style.seeds(table)}; bands: lowest to highest; 1: the MoE")
 
 
+def frontier(table: pd.DataFrame, speeds: pd.DataFrame, labels: Mapping[float, str]) -> Figure:
+    """Perplexity of one kind of student, divided by its MoE's, against its speed over the MoE: a panel each MoE, a line each
+    budget of distillation, a mark each width. The MoE is at (1, 1); dense models from scratch stand at their width's speed.
+
+    Args:
+        table: the rows of a :func:`ones_lib.study.tables.published_table` of one kind of student, of the baselines and the MoE.
+        speeds: one row a ``teacher`` and ``width``, with its ``speedup``; see :func:`ones_lib.views.speed.measure_language_speed`.
+        labels: by budget, what it is.
+    """
+    fig, axes = _panels_of_moes(table)
+    colours = dict(zip(labels, sns.color_palette("viridis_r", len(labels)), strict=True))
+    for ax, (moe, part) in zip(axes, table.groupby("teacher", sort=False), strict=True):
+        speed = speeds[speeds["teacher"] == moe].set_index("width")["speedup"]
+        students = part.dropna(subset="budget")
+        for budget, rows in students.groupby("budget", sort=True):
+            ratios = rows.groupby("width", sort=False)["ratio"].agg(["mean", "min", "max"])
+            x = ratios.index.map(speed)
+            looks = {"color": colours[budget], "linewidth": 1.2}
+            ax.plot(x, ratios["mean"], marker="o", markersize=3.5, label=labels[budget], **looks)
+            ax.vlines(x, ratios["min"], ratios["max"], **looks)
+        lowest = students[students["budget"] == students["budget"].max()].groupby("width", sort=False)["ratio"].min()
+        for width, low in lowest.items():
+            ax.annotate(
+                width, (speed[width], low), (0, -5), textcoords="offset points", ha="center", va="top", fontsize=6
+            )
+        for model, width in (("dense", "active"), ("dense_long", "active"), ("dense_width", None)):
+            for at, rows in part[part["model"] == model].groupby(part["width"].fillna("active")):
+                look = style.look(model)
+                marks = {"color": look.colour, "marker": look.marker, "linestyle": "", "markersize": 6}
+                ax.plot(speed[width or at], rows["ratio"].mean(), label=look.name, **marks)
+                ax.vlines(speed[width or at], rows["ratio"].min(), rows["ratio"].max(), color=look.colour, linewidth=1)
+        ax.plot(1, 1, **{**style.line_style("moe"), "linestyle": ""})
+        ax.axhline(1, linestyle=":", **style.GREY)
+        ax.set(title=moe, xlabel="speed over the MoE")
+        ax.margins(x=0.12, y=0.12)
+    words = (
+        f"marks: mean over {style.seeds(table)}, bars: lowest to highest; at each line's foot, widths in active widths"
+    )
+    return _finished(fig, axes, words)
+
+
 def perplexity_by_time(table: pd.DataFrame) -> Figure:
     """:func:`perplexity_by_tokens` against the seconds of gathering and distillation together, means over seeds."""
     fig, axes = _panels_of_moes(table)
