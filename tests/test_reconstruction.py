@@ -14,7 +14,7 @@ from test_checkpoints import close, files, logits, quiet, stop  # noqa: F401  qu
 from tiny_moes import moe
 
 from ones_lib.checkpoints import convert, reconstruction, work
-from ones_lib.checkpoints.__main__ import _report
+from ones_lib.checkpoints.__main__ import _report, main
 from ones_lib.checkpoints.reconstruction import LayerTokens
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stream import Slices
@@ -157,7 +157,7 @@ def test_both_errors_of_a_layer_are_of_the_same_targets(tmp_path, capsys):
     model = moe("mixtral")
     model.save_pretrained(tmp_path / "moe")
     convert(tmp_path / "moe", tmp_path / "gathered", "topk", "active", calibration=IDS)
-    table = reconstructed(tmp_path / "moe", tmp_path / "dense", "topk")
+    table = reconstructed(tmp_path / "moe", tmp_path / "dense", "topk", student_inputs=False)
     assert "output_error" not in table
     twin, found = load_language_model(tmp_path / "gathered"), {}
     held_out = IDS[torch.randperm(192, generator=torch.Generator().manual_seed(0))][-12:]
@@ -254,6 +254,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path):
         ("switch_transformers", {"reconstruct": IDS}, "reconstruct: expected a causal model"),
         ("flex_olmo", {"reconstruct": IDS, "student_inputs": True}, "student_inputs: expected blocks that add"),
         ("mixtral", {"student_inputs": True}, "student_inputs: expected a text to reconstruct on"),
+        ("mixtral", {"student_inputs": False}, "student_inputs: expected a text to reconstruct on"),
         ("mixtral", {"reconstruct_tokens": 4096}, "reconstruct_tokens: expected a text to reconstruct on"),
         ("mixtral", {"reconstruct": IDS[:7]}, "reconstruct_tokens: expected at least 8 blocks of 16 tokens, found 7"),
     ],
@@ -263,6 +264,52 @@ def test_what_can_not_be_reconstructed_is_said_first(kind, options, message, tmp
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "moe", tmp_path / "dense", "average", calibration=IDS, **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["moe"]
+
+
+@pytest.mark.parametrize(("kind", "can"), [("mixtral", True), ("flex_olmo", False), ("nemotron_h", False)])
+def test_student_inputs_are_taken_where_the_blocks_allow_it(kind, can, tmp_path, monkeypatch):
+    """A call without the argument is one with the value that it takes: in the records, and for what is begun or done."""
+    moe(kind).save_pretrained(tmp_path / "moe")
+    with monkeypatch.context() as patch:
+        stop(patch, reconstruction._State, "take_step", 15)
+        with pytest.raises(KeyboardInterrupt):
+            reconstructed(tmp_path / "moe", tmp_path / "dense", "topk", student_inputs=can)
+    table = reconstructed(tmp_path / "moe", tmp_path / "dense", "topk")
+    assert json.loads((tmp_path / "dense" / "conversion.json").read_text())["student_inputs"] is can
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert ("from the student's own inputs" in card, "from the MoE's inputs" in card) == (can, not can)
+    monkeypatch.setattr(Work, "begin", None)  # all is done
+    for same in (can, None):
+        found = reconstructed(tmp_path / "moe", tmp_path / "dense", "topk", student_inputs=same)
+        assert found["reconstruction_error"].tolist() == pytest.approx(table["reconstruction_error"].tolist())
+    with pytest.raises(FileExistsError, match=f"student_inputs {can}, now {not can}".lower()):
+        reconstructed(tmp_path / "moe", tmp_path / "dense", "topk", student_inputs=not can)
+
+
+def test_a_weight_that_is_nan_is_named_before_a_block_runs(tmp_path):
+    model = moe("mixtral")
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[0, 0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "moe")
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp.*expected finite"):
+        reconstructed(tmp_path / "moe", tmp_path / "dense")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["moe"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"), [([], None), (["--student-inputs"], True), (["--no-student-inputs"], False)]
+)
+def test_student_inputs_on_the_command_line(typed, given, monkeypatch):
+    seen = {}
+
+    def note(**arguments):
+        seen.update(arguments)
+        raise ValueError("noted")
+
+    monkeypatch.setattr("ones_lib.checkpoints.__main__.convert", note)
+    with pytest.raises(SystemExit):
+        main(["convert", "moe", "dense", "--reconstruct", "names", *typed])
+    assert seen["student_inputs"] is given
 
 
 def test_layers_that_are_done_are_not_thrown_away_by_another_call(tmp_path, monkeypatch):
@@ -279,7 +326,7 @@ def test_layers_that_are_done_are_not_thrown_away_by_another_call(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         reconstructed(tmp_path / "moe", tmp_path / "dense")
     with pytest.raises(FileExistsError, match=r"\.dense\.converting: expected unfinished work of the same arguments"):
-        reconstructed(tmp_path / "moe", tmp_path / "dense", student_inputs=True)
+        reconstructed(tmp_path / "moe", tmp_path / "dense", student_inputs=False)
     reconstructed(tmp_path / "moe", tmp_path / "dense")
 
 
@@ -294,7 +341,7 @@ STOPS = [
     (work, "token_losses", 1, RuntimeError),
     (Work, "finish", 1, KeyboardInterrupt),
 ]
-CHANGES = [{}, {"method": "contribution_topk"}, {"d_ff": 31}, {"importance": "product"}, {"student_inputs": True}]
+CHANGES = [{}, {"method": "contribution_topk"}, {"d_ff": 31}, {"importance": "product"}, {"student_inputs": False}]
 CHANGES += [{"check": IDS[4:8]}, {"check": None}, {"calibration": IDS.flip(1)}, {"reconstruct": IDS.flip(1)}]
 
 

@@ -88,8 +88,8 @@ def _convert_parser() -> argparse.ArgumentParser:
     )
     add(
         "--student-inputs",
-        action="store_true",
-        help="regress on what the layers before make of the text, so that errors do not add up",
+        action=argparse.BooleanOptionalAction,
+        help="regress on what the layers before make of the text, so that errors do not add up (default: where the type can)",
     )
     add("--approximate", action="store_true", help="make a plain dense class where the exact twin is none")
     add("--check", metavar="TEXT", help="measure the perplexity of both models on this text")

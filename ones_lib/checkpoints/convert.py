@@ -24,6 +24,7 @@ from ones_lib.checkpoints.beside import SMALL, check_beside
 from ones_lib.checkpoints.place import CONVERSION, Place
 from ones_lib.checkpoints.plan import TwinPlan
 from ones_lib.checkpoints.quantised import quantisation_files
+from ones_lib.checkpoints.reconstruction import check_student_inputs, takes_student_inputs
 from ones_lib.checkpoints.shards import WHOLE, Shards, weight_files, weights_to_fetch
 from ones_lib.checkpoints.stored import open_checkpoint
 from ones_lib.checkpoints.stream import LEAST_SLICES
@@ -51,7 +52,7 @@ def convert(
     check: str | Path | Tensor | None = None,
     reconstruct: str | Path | Tensor | None = None,
     reconstruct_tokens: int | None = None,
-    student_inputs: bool = False,
+    student_inputs: bool | None = None,
     force: bool = False,
     **options,
 ) -> pd.DataFrame:
@@ -82,7 +83,8 @@ def convert(
         reconstruct: a text or token ids [n, L] to regress every gathered network, shared experts included, onto its MoE layer
             on, see :mod:`ones_lib.checkpoints.reconstruction`. None: no regression.
         reconstruct_tokens: number of tokens of the text. None: 2**20, or what a shorter text has.
-        student_inputs: regress on what the twin's earlier layers make of the text, so that a layer makes up for their errors.
+        student_inputs: regress on what the twin's earlier layers make of the text, so that a layer makes up for their errors. None:
+            where the blocks add their network's output as it is; True is refused elsewhere.
         force: replace what another call has made at ``destination``, when the new one is whole, and another call's unfinished work
             at once. A folder with other files is left alone.
         options: of the method.
@@ -109,7 +111,7 @@ def convert(
         for name, text in (("calibration", calibration), ("reconstruct", reconstruct), ("check", check))
     )
     for name, value in {"student_inputs": student_inputs, "reconstruct_tokens": reconstruct_tokens}.items():
-        if value and reconstruct is None:
+        if value is not None and reconstruct is None:
             raise ValueError(f"{name}: expected a text to reconstruct on (reconstruct), found None")
     if calibration is None and reconstruct is None and needs_calibration(method, options.get("scale", 1.0)):
         raise ValueError(f"calibration: expected a text, which method {method!r} needs, found None")
@@ -151,6 +153,9 @@ def convert(
             f"reconstruct, reconstruct_tokens: expected at least {LEAST_SLICES} blocks of {length} tokens, found {found}"
         )
 
+    asked = student_inputs
+    if reconstruct is not None and asked is None:
+        student_inputs = takes_student_inputs(plan, ids["reconstruct"])
     arguments = named(source, folder) | {"source_stamp": files_stamp(folder)}
     arguments |= {"method": method, "d_ff": plan.d_ff, "options": options, "approximate": approximate}
     if code := source_hash(method):
@@ -158,7 +163,7 @@ def convert(
     arguments |= {name: text if text is None else described(text, ids[name]) for name, text in texts.items()}
     arguments |= {
         "calibration_tokens": tokens["calibration"] or TOKENS["calibration"],
-        "student_inputs": student_inputs,
+        "student_inputs": bool(student_inputs),
     }
     arguments["reconstruct_tokens"] = None if reconstruct is None else tokens["reconstruct"] or TOKENS["reconstruct"]
     work = Work(place, plan, arguments)
@@ -171,8 +176,8 @@ def convert(
             work.begin(ids)
             if method == "expert_selection":
                 plan.check_router()
-            if reconstruct is not None:
-                work.reconstruction.check(ids["reconstruct"])
+            if asked:
+                check_student_inputs(plan, ids["reconstruct"])
             work.run_moe(ids["calibration"])
             if reconstruct is not None:
                 work.reconstruct(ids["reconstruct"])

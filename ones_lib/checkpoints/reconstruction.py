@@ -194,6 +194,56 @@ def _facts(path: Path) -> dict:
         return json.loads(file.metadata()["facts"])
 
 
+def check_student_inputs(plan: TwinPlan, ids: Tensor) -> None:
+    """Raise ValueError if a layer's network can't be regressed onto the teacher's residual stream. One block runs, on the first of
+    ``ids`` [n, L]."""
+    sparse = next(block for block in plan.blocks if block.sparse)
+    stream = BlockStream(plan.stored, [ids[:1].long()])
+    i = next(i for i in range(len(stream.blocks)) if stream.name(i) == sparse.name)
+    with stream.block(i):
+        _scale(stream, i, _site(plan, stream, sparse))
+
+
+def takes_student_inputs(plan: TwinPlan, ids: Tensor) -> bool:
+    """Whether :func:`check_student_inputs` raises nothing."""
+    try:
+        check_student_inputs(plan, ids)
+    except ValueError:  # or a weight is NaN, say: the conversion looks for that later, and says which one
+        return False
+    return True
+
+
+def _site(plan: TwinPlan, stream: BlockStream, block: Block) -> nn.Module:
+    """The module whose place a network takes: the MoE layer, or its routed experts if the twin keeps the rest of it."""
+    return stream.model.get_submodule(block.experts if plan.architecture.kind == ONE_EXPERT else block.ffn)
+
+
+def _scale(stream: BlockStream, i: int, site: nn.Module) -> float:
+    """What a block multiplies its network's output by before it adds it.
+
+    Raises:
+        ValueError: it does something else to it, such as norm it.
+    """
+    refusal = ValueError(
+        f"student_inputs: expected blocks that add their network's output as it is, found {stream.name(i)}, which changes it"
+    )
+    hidden, outputs = stream.embedded(0), []  # any would do
+    with watched(site) as found:
+        stream.run(i, 0, hidden)
+    if found["outputs"].shape != hidden.flatten(0, -2).shape:
+        raise refusal
+    noise = torch.randn(found["outputs"].shape, generator=torch.Generator().manual_seed(0)).to(found["outputs"])
+    noise = noise * found["outputs"].float().std()
+    for output in (noise, torch.zeros_like(noise)):
+        with replaced(site, lambda x, output=output: output.view_as(x), found["rest"]):
+            outputs.append(stream.run(i, 0, hidden).flatten(0, -2).float())
+    added, noise = outputs[0] - outputs[1], noise.float()
+    scale = float((added * noise).sum() / noise.square().sum())
+    if (added - scale * noise).norm() > 0.05 * added.norm():
+        raise refusal
+    return scale
+
+
 class Reconstruction:
     """The reconstruction of all layers of a twin, one after the other, in a folder that holds what is done.
 
@@ -239,15 +289,6 @@ class Reconstruction:
                 shutil.rmtree(self.folder / f"block-{j}", ignore_errors=True)
                 shutil.rmtree(self.folder / f"tokens-{j}", ignore_errors=True)
 
-    def check(self, ids: Tensor) -> None:
-        """Raise ValueError if a layer's network can't be regressed onto the teacher's residual stream."""
-        sparse = next(block for block in self.plan.blocks if block.sparse)
-        if self.student_inputs:
-            stream = BlockStream(self.plan.stored, [ids[:1].long()])
-            i = next(i for i in range(len(stream.blocks)) if stream.name(i) == sparse.name)
-            with stream.block(i):
-                self._scale(stream, i, self._site(stream, sparse))
-
     def bytes(self, tokens: int) -> int:
         """What is on the disk at a time: hidden states before and behind a block, its layer's tokens, and the networks."""
         plan = self.plan
@@ -272,40 +313,11 @@ class Reconstruction:
         """What block i gets for a slice: in the ``teacher`` and, where it differs, in the ``student``."""
         return {"teacher": stream.embedded(number)} if i == 0 else Slices(self.folder / f"block-{i}").read(number)
 
-    def _site(self, stream: BlockStream, block: Block) -> nn.Module:
-        """The module whose place a network takes: the MoE layer, or its routed experts if the twin keeps the rest of it."""
-        return stream.model.get_submodule(block.experts if self.plan.architecture.kind == ONE_EXPERT else block.ffn)
-
     def _beside(self, stream: BlockStream, block: Block) -> nn.Module | None:
         """Shared experts outside of the MoE layer, whose place the network takes too."""
         return (
             stream.model.get_submodule(block.shared) if block.shared and self.plan.architecture.special.shared else None
         )
-
-    def _scale(self, stream: BlockStream, i: int, site: nn.Module) -> float:
-        """What a block multiplies its network's output by before it adds it.
-
-        Raises:
-            ValueError: it does something else to it, such as norm it.
-        """
-        refusal = ValueError(
-            f"student_inputs: expected blocks that add their network's output as it is, found {stream.name(i)}, which changes it"
-        )
-        hidden, outputs = stream.embedded(0), []  # any would do
-        with watched(site) as found:
-            stream.run(i, 0, hidden)
-        if found["outputs"].shape != hidden.flatten(0, -2).shape:
-            raise refusal
-        noise = torch.randn(found["outputs"].shape, generator=torch.Generator().manual_seed(0)).to(found["outputs"])
-        noise = noise * found["outputs"].float().std()
-        for output in (noise, torch.zeros_like(noise)):
-            with replaced(site, lambda x, output=output: output.view_as(x), found["rest"]):
-                outputs.append(stream.run(i, 0, hidden).flatten(0, -2).float())
-        added, noise = outputs[0] - outputs[1], noise.float()
-        scale = float((added * noise).sum() / noise.square().sum())
-        if (added - scale * noise).norm() > 0.05 * added.norm():
-            raise refusal
-        return scale
 
     def _fit(
         self,
@@ -337,8 +349,8 @@ class Reconstruction:
 
     def _tokens_of(self, stream: BlockStream, i: int, block: Block) -> Callable[[int], dict[str, Tensor]]:
         """What makes a slice of a layer's tokens."""
-        site, beside = self._site(stream, block), self._beside(stream, block)
-        scale = self._scale(stream, i, site) if self.student_inputs else 1.0
+        site, beside = _site(self.plan, stream, block), self._beside(stream, block)
+        scale = _scale(stream, i, site) if self.student_inputs else 1.0
         # What the MoE layer does to its experts' output, and the twin's doesn't.
         factor = self.plan.factor(block) if self.plan.architecture.kind == ONE_EXPERT else 1.0
 
