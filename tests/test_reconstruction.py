@@ -286,6 +286,28 @@ def test_student_inputs_are_taken_where_the_blocks_allow_it(kind, can, tmp_path,
         reconstructed(tmp_path / "moe", tmp_path / "dense", "topk", student_inputs=not can)
 
 
+@pytest.mark.parametrize(("kind", "size", "can"), [("mixtral", 10_000, True), ("flex_olmo", 1, False)])
+def test_neither_rounding_nor_a_norm_without_weights_deceives(kind, size, can, tmp_path, monkeypatch):
+    """Embeddings are so large that bfloat16 rounds off what a layer adds; the width is such that a norm looks like a factor."""
+    model = moe(kind, hidden_size=512, num_hidden_layers=2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.fill_(1)
+        model.get_input_embeddings().weight.mul_(size)
+    model.bfloat16().save_pretrained(tmp_path / "moe")
+    seen = []
+
+    def note(self, ids):
+        seen.append(self.arguments["student_inputs"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Work, "begin", note)
+    with pytest.raises(KeyboardInterrupt):
+        reconstructed(tmp_path / "moe", tmp_path / "dense")
+    assert seen == [can]
+
+
 def test_a_weight_that_is_nan_is_named_before_a_block_runs(tmp_path):
     model = moe("mixtral")
     with torch.no_grad():

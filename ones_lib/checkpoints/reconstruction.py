@@ -232,8 +232,11 @@ def _scale(stream: BlockStream, i: int, site: nn.Module) -> float:
         stream.run(i, 0, hidden)
     if found["outputs"].shape != hidden.flatten(0, -2).shape:
         raise refusal
-    noise = torch.randn(found["outputs"].shape, generator=torch.Generator().manual_seed(0)).to(found["outputs"])
-    noise = noise * found["outputs"].float().std()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(found["outputs"].shape, generator=generator)
+    # A norm would be a factor for tokens of one size; and bfloat16 rounds off what is added to larger numbers.
+    noise *= 0.5 + torch.rand(len(noise), 1, generator=generator)
+    noise = (noise * max(t.float().std().item() for t in (found["outputs"], hidden))).to(found["outputs"])
     for output in (noise, torch.zeros_like(noise)):
         with replaced(site, lambda x, output=output: output.view_as(x), found["rest"]):
             outputs.append(stream.run(i, 0, hidden).flatten(0, -2).float())
