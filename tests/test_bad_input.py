@@ -409,7 +409,22 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
     "a student of no known method": (
         parameter("language_students", {"mine": ["one_expert", {}]}, "06_published_moe"),
         ParameterError,
-        r"language_students: mine: expected \[method, \{options\}\] with a method of .*'shared_kd', 'zero_ffn'\]",
+        r"language_students: mine: expected \[method, \{options\}\] or .* with a method of .*'shared_kd', 'zero_ffn'\]",
+    ),
+    "a width of no known form": (
+        parameter("language_widths", ["active", "wide"], "06_published_moe"),
+        ParameterError,
+        "language_widths: expected a list of widths, each 'expert', 'active' or a multiple .*, found 'wide'",
+    ),
+    "a student of no known width": (
+        parameter("language_students", {"mine": ["topk", {}, {"0x": 4}]}, "06_published_moe"),
+        ParameterError,
+        "language_students: mine: expected a list of widths.*found '0x'",
+    ),
+    "rates of no student": (
+        parameter("language_rates", {"nobody": {5: 0.1}}, "06_published_moe"),
+        ParameterError,
+        r"language_rates: expected rates of one of \[.*\], found 'nobody'",
     ),
     "a budget without a rate": (
         parameter("language_budgets", {5: 0}, "06_published_moe"),

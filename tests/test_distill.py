@@ -84,7 +84,7 @@ def test_the_loss_of_the_first_step_is_the_divergence_of_the_models_logits(place
     found = {}
     for temperature in (1.0, 2.0):  # a batch of the whole text
         out = tmp_path / str(temperature)
-        run(place, out, ids.numel(), batch_size=len(ids), temperature=temperature)
+        run(place, out, ids.numel(), batch_size=len(ids), temperature=temperature, alpha=1.0)
         found[temperature] = pd.read_csv(out / "history.csv")["loss"].tolist()
     assert found[1.0] == [pytest.approx(kl(teacher, student), rel=1e-4)]
     assert found[2.0] == [pytest.approx(4 * kl(teacher / 2, student / 2), rel=1e-4)]

@@ -482,6 +482,31 @@ def published_rows():
     return pd.DataFrame(rows)
 
 
+def frontier_tables():
+    """The reconstruction at two widths and budgets, an MoE and baselines; and their speeds."""
+    ratios = {("moe", None, np.nan): 1.0, ("dense", None, np.nan): 1.3, ("dense_width", "4x", np.nan): 1.2}
+    ratios |= {("mine", "active", 0): 2.0, ("mine", "active", 10): 1.4, ("mine", "4x", 0): 1.5, ("mine", "4x", 10): 1.1}
+    rows = [
+        {"teacher": "A", "model": m, "width": w, "budget": b, "seed": seed, "ratio": r + seed / 10}
+        for seed in (0, 1)
+        for (m, w, b), r in ratios.items()
+    ]
+    speeds = pd.DataFrame({"teacher": "A", "width": ["moe", "active", "4x"], "speedup": [1.0, 3.0, 2.0]})
+    return pd.DataFrame(rows), speeds
+
+
+def test_perplexity_is_drawn_against_speed():
+    fig = figures.frontier(*frontier_tables(), {0: "none", 10: "1%"})
+    (ax,) = fig.axes
+    lines = {line.get_label(): line.get_xydata() for line in ax.lines}
+    np.testing.assert_allclose(lines["none"], [[3, 2.05], [2, 1.55]])
+    np.testing.assert_allclose(lines["1%"], [[3, 1.45], [2, 1.15]])
+    np.testing.assert_allclose(lines["dense"], [[3, 1.35]])
+    np.testing.assert_allclose(lines["dense, same width"], [[2, 1.25]])
+    np.testing.assert_allclose(lines["MoE (teacher)"], [[1, 1]])
+    assert {text.get_text() for text in ax.texts} >= {"active", "4x"}
+
+
 def test_perplexity_is_drawn_against_tokens_and_against_time():
     fig = figures.perplexity_by_tokens(published_rows(), {0: "none", 10: "5k"})
     assert [ax.get_title() for ax in fig.axes] == ["A", "B"]
@@ -514,6 +539,7 @@ def test_figures_are_a_papers_columns_wide_and_readable_in_print():
         figures.retention_curves(retention_rows(), "budget", "KD steps"),
         figures.perplexity_by_tokens(published_rows(), {0: "none", 10: "5k"}),
         figures.perplexity_by_time(published_rows()),
+        figures.frontier(*frontier_tables(), {0: "none", 10: "1%"}),
     ]
     for fig in drawn:
         assert fig.get_size_inches()[0] in (figures.ONE_COLUMN, figures.TWO_COLUMNS)

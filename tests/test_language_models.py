@@ -12,11 +12,12 @@ from ones_lib.checkpoints import open_experts
 from ones_lib.data.text import text_corpus
 from ones_lib.models.causal import without_bars
 from ones_lib.study.entries import by_name
-from ones_lib.study.language_task import LanguageModelling, _spaced, language_model
+from ones_lib.study.language_task import BIAS_STEP, LanguageModelling, _spaced, language_model
 from ones_lib.study.records import Records
 from ones_lib.study.study import Study
-from ones_lib.study.tables import published_table
+from ones_lib.study.tables import published_table, retention_table
 from ones_lib.study.training import Training
+from ones_lib.views.speed import DECODED, study_language_speed
 
 MOE = {"model_type": "mixtral", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2}
 MOE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 3, "num_experts_per_tok": 2}
@@ -71,6 +72,87 @@ def test_the_balance_loss_reaches_the_routers_in_training_alone(text_cache):
     assert dense.balance_loss() == 0
 
 
+GLM = {
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 8,
+    "intermediate_size": 40,
+    "n_routed_experts": 3,
+    "head_dim": 8,
+}
+GLM |= {"n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+
+
+def test_a_correction_bias_moves_towards_an_even_use_of_the_experts(text_cache):
+    """In training alone: experts with fewer tokens than the mean are raised, the others lowered."""
+    data = text_corpus(**TEXT, cache_dir=text_cache)
+    model = language_model(MOE | GLM | {"first_k_dense_replace": 0}, data, seed=0)
+    routers = [layer.mlp.gate for layer in model.model.model.layers]
+    loads = []
+    for router in routers:
+        router.register_forward_hook(
+            lambda router, inputs, output: loads.append(output[2].flatten().bincount(minlength=3))
+        )
+    ids = data.train[:4].long()
+    model.eval()(ids)
+    assert all((router.e_score_correction_bias == 0).all() for router in routers)
+    loads.clear()
+    model.train()(ids)
+    for router, load in zip(routers, loads, strict=True):
+        torch.testing.assert_close(router.e_score_correction_bias, BIAS_STEP * (load.float().mean() - load).sign())
+        assert load.float().std() > 0
+
+
+def test_a_students_divergence_is_that_of_the_models_predictions(study):
+    moe, student = study.run([study.moe(0), study.student("average", 0, 3)])
+    ids = study.open_data().validation.long()
+    with torch.no_grad():
+        its, own = (study.load_model(r).model(ids).logits[:, :-1].double().log_softmax(-1) for r in (moe, student))
+    expected = (its.exp() * (its - own)).sum(dim=-1).mean().item()
+    assert student.result["metrics"]["kl"] == pytest.approx(expected, rel=0.01)  # nearly 0, in float32
+    assert "kl" not in moe.result["metrics"]
+
+
+def test_students_of_several_widths(study):
+    """Own widths in the place of the common ones, each with its largest budget; rates of one's own."""
+    students = {"mine": ("average", {}), "other": ("topk", {}, {"expert": 3, "1.5x": 0})}
+    rates = {"other": {3: 0.5}}
+    entries = by_name(study, students, {0: None, 3: 0.002}, ["active", "1.5x"], ["1.5x"], rates, teacher="M")
+    made = {(e.model, e.axes.get("width"), e.axes.get("budget")): e.config for e in entries}
+    assert set(made) == {
+        *((model, None, None) for model in ("dense", "dense_long", "moe")),
+        ("dense_width", "1.5x", None),
+        *(("mine", width, budget) for width in ("active", "1.5x") for budget in (0, 3)),
+        *(("other", "expert", 0), ("other", "expert", 3), ("other", "1.5x", 0)),
+    }
+    assert made["mine", "active", 3]["training"]["learning_rate"] == 0.002
+    assert made["other", "expert", 3]["training"]["learning_rate"] == 0.5
+    study.run(made.values())
+    loaded = {key: study.load_model(study.records.find(config)).model.config for key, config in made.items()}
+    widths = {(model, width): c.intermediate_size for (model, width, _), c in loaded.items() if model != "moe"}
+    assert widths == {
+        **{("dense", None): 8, ("dense_long", None): 8, ("dense_width", "1.5x"): 24},
+        **{("mine", "active"): 16, ("mine", "1.5x"): 24, ("other", "expert"): 8, ("other", "1.5x"): 24},
+    }
+    table = published_table(entries, study.records)
+    assert table["kl"].notna().tolist() == table["budget"].notna().tolist()
+    kept = retention_table(table, study.records, by=("teacher", "width", "budget"))
+    assert set(kept["reference"]) == {"dense", "dense_long"}
+
+
+def test_the_speed_of_every_width(study):
+    """With the 12 sequences that there are in place of 16."""
+    study.run([study.moe(0)])
+    table, _ = study_language_speed(study, ["expert", "1.5x"])
+    assert list(table["width"].unique()) == ["moe", "expert", "1.5x"]
+    assert set(zip(table["phase"], table["batch_size"], strict=True)) == {
+        (p, b) for p in ("prefill", "decoding") for b in (1, 12)
+    }
+    assert (table.loc[table["width"] == "moe", "speedup"] == 1).all()
+    tokens = {"prefill": 16, "decoding": DECODED}
+    of_a_pass = table["tokens_per_second"] * table["median_ms"] / 1000
+    assert of_a_pass.tolist() == pytest.approx((table["phase"].map(tokens) * table["batch_size"]).tolist())
+
+
 def test_students_are_made_by_way_of_files(study):
     students = {"mine": ("average", {}), "wide": ("topk", {"d_ff": 20})}
     students |= {"zero_ffn": ("zero_ffn", {}), "shared_kd": ("shared_kd", {})}
@@ -106,9 +188,7 @@ def test_students_are_made_by_way_of_files(study):
 @pytest.mark.parametrize("kind", ["mixtral", "glm4_moe"])
 def test_students_of_active_width_have_the_form_of_the_dense_baseline(kind, study, tmp_path):
     """Shared experts and dense first layers included; reconstructed on so many tokens of the corpus."""
-    shared = {"moe_intermediate_size": 8, "intermediate_size": 40, "n_routed_experts": 3, "n_shared_experts": 1}
-    shared |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8}
-    model = {**MOE, "model_type": kind, "dense_width": "active"} | (shared if kind == "glm4_moe" else {})
+    model = {**MOE, "dense_width": "active"} | (GLM | {"first_k_dense_replace": 1} if kind == "glm4_moe" else {})
     records = Records(tmp_path / "records")
     study = replace(study, model=model, records=records)
     options = {"reconstruct": 640, "student_inputs": True}

@@ -297,6 +297,7 @@ class Language(Group):
     language_teacher_steps: int = value("optimizer steps of MoE and dense baselines", least=1, to="teaching.steps")
     language_batch_size: int = value("sequences a step", least=1, to="teaching.batch_size")
     language_learning_rate: float = value("after warm-up", above=0, to="teaching.learning_rate")
+    language_dense_learning_rate: float = value("of the dense baselines", above=0)
     language_students: dict = value("by name, a gathering or control, options, also convert's; own widths, if any")
     language_calibration: int = value("sequences for gatherings that look at data and for output errors", least=1)
     language_kd_steps: int = value("optimizer steps of distillation, the largest budget", least=1, to="learning.steps")

@@ -56,6 +56,7 @@ class Study:
             :class:`ones_lib.models.text.WideNetTextConfig`, for causal models those of
             :func:`ones_lib.study.language_task.language_model`. None leaves a value to the model.
         teaching: recipe of the MoE teacher and of the dense baseline.
+        dense_learning_rate: of the dense baseline, where it wants another one than the MoE. None: the recipe's.
         learning: recipe of the student's KD; its ``steps`` are the largest budget.
         distillation: the KD loss.
         calibration_examples: training examples for the gatherings that look at data.
@@ -85,6 +86,7 @@ class Study:
     task_data: Mapping = field(default_factory=dict)
     finetuning: Training | None = None
     finetune_kd: bool = True
+    dense_learning_rate: float | None = None
     processes: int = 0
     allow_training: bool = True
     execution: Execution = field(default_factory=Execution.from_environment)
@@ -126,7 +128,8 @@ class Study:
     def dense(self, seed: int, extra_steps: int = 0, d_ff: int | str | None = None) -> Config:
         """The dense baseline: the MoE's definition with one expert, trained from scratch, without a teacher. ``d_ff`` is
         another number of hidden units than an expert's (of causal models: than ``dense_width``, in the same forms)."""
-        training = replace(self.teaching, steps=self.teaching.steps + extra_steps)
+        rate = self.dense_learning_rate or self.teaching.learning_rate
+        training = replace(self.teaching, steps=self.teaching.steps + extra_steps, learning_rate=rate)
         arguments = self.model if self.domain == "language" else {**self.model, "num_experts": 1}
         if d_ff is not None:
             arguments = {**arguments, _WIDTHS[self.domain]: d_ff}
@@ -304,6 +307,7 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
         task_data=_task_data(group, own) if domain == "text" else {},
         finetuning=replace(teaching, **finetuning, evaluations=0) if finetuning else None,
         finetune_kd=getattr(group, "finetune_kd", True),
+        dense_learning_rate=getattr(group, "language_dense_learning_rate", None),
         processes=parameters.processes,
         allow_training=parameters.allow_training,
     )

@@ -244,19 +244,21 @@ def _reference(table: pd.DataFrame, model: str):
     return find
 
 
-def retention_table(table: pd.DataFrame, records: Records, by: tuple[str, ...] = ()) -> pd.DataFrame:
+def retention_table(table: pd.DataFrame, records: Records, by: tuple[str, ...] = (), block: int = 1) -> pd.DataFrame:
     """Retention over all seeds, with its interval: one row a model, stage, value of ``by``, and reference.
 
     Columns ``data, model, stage, *by, reference, seeds, value, value_sd, retention, low, high``; the references are
     ``dense`` and, where it is in the table, ``dense_long``. Where rows of several tasks fall together, which must be of
     one metric each, it is the retention of their mean. The interval is :func:`ones_lib.metrics.retention_interval`'s, 95%.
+
+    Examples that depend on each other, such as the tokens of a sequence, are drawn together: ``block`` of them in a row.
     """
     held: dict[tuple[str, str], np.ndarray] = {}
 
     def scores(index: int) -> np.ndarray:
         key = table.loc[index, "record"], table.loc[index, "metric"]
         if key not in held:
-            values = Record(records.root / key[0]).predictions[key[1]].numpy()
+            values = Record(records.root / key[0]).predictions[key[1]].numpy().reshape(-1, block).mean(axis=1)
             held[key] = -values if key[1] in LOWER_IS_BETTER else values
         return held[key]
 

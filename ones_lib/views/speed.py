@@ -282,13 +282,13 @@ def measure_language_speed(
     after a prompt of 8.
 
     Args:
-        ids: token ids [n, L].
+        ids: token ids [n, L]; with fewer than a batch, all of them.
         seconds: least time for each number, which also has at least 5 blocks.
     """
     device, rows = default_device(), []
     models = {name: model.eval().to(device) for name, model in models.items()}
     decoding = {"min_new_tokens": DECODED, "max_new_tokens": DECODED, "do_sample": False}
-    for batch_size in batch_sizes:
+    for batch_size in sorted({min(size, len(ids)) for size in batch_sizes}):
         prompts = ids[:batch_size].long().to(device)
         short = {"input_ids": prompts[:, :8], "attention_mask": torch.ones_like(prompts[:, :8])}
         phases = {
