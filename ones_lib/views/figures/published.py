@@ -60,16 +60,15 @@ def frontier(table: pd.DataFrame, speeds: pd.DataFrame, labels: Mapping[float, s
         for model, width in (("dense", "active"), ("dense_long", "active"), ("dense_width", None)):
             for at, rows in part[part["model"] == model].groupby(part["width"].fillna("active")):
                 look = style.look(model)
-                marks = {"color": look.colour, "marker": look.marker, "linestyle": "", "markersize": 6}
+                marks = {"color": look.colour, "marker": look.marker, "linestyle": "", "markersize": 5}
+                marks |= {"markerfacecolor": "white"} if model == "dense_long" else {}
                 ax.plot(speed[width or at], rows["ratio"].mean(), label=look.name, **marks)
                 ax.vlines(speed[width or at], rows["ratio"].min(), rows["ratio"].max(), color=look.colour, linewidth=1)
         ax.plot(1, 1, **{**style.line_style("moe"), "linestyle": ""})
         ax.axhline(1, linestyle=":", **style.GREY)
         ax.set(title=moe, xlabel="speed over the MoE")
         ax.margins(x=0.12, y=0.12)
-    words = (
-        f"marks: mean over {style.seeds(table)}, bars: lowest to highest; at each line's foot, widths in active widths"
-    )
+    words = f"marks: mean over {style.seeds(table)}, bars: lowest to highest; above the marks, the width"
     return _finished(fig, axes, words)
 
 
