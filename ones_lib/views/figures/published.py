@@ -52,11 +52,8 @@ def frontier(table: pd.DataFrame, speeds: pd.DataFrame, labels: Mapping[float, s
             looks = {"color": colours[budget], "linewidth": 1.2}
             ax.plot(x, ratios["mean"], marker="o", markersize=3.5, label=labels[budget], **looks)
             ax.vlines(x, ratios["min"], ratios["max"], **looks)
-        lowest = students[students["budget"] == students["budget"].max()].groupby("width", sort=False)["ratio"].min()
-        for width, low in lowest.items():
-            ax.annotate(
-                width, (speed[width], low), (0, -5), textcoords="offset points", ha="center", va="top", fontsize=6
-            )
+        for width, high in students.groupby("width", sort=False)["ratio"].max().items():
+            ax.annotate(width, (speed[width], high), (0, 3), textcoords="offset points", ha="center", fontsize=6)
         for model, width in (("dense", "active"), ("dense_long", "active"), ("dense_width", None)):
             for at, rows in part[part["model"] == model].groupby(part["width"].fillna("active")):
                 look = style.look(model)
@@ -64,7 +61,7 @@ def frontier(table: pd.DataFrame, speeds: pd.DataFrame, labels: Mapping[float, s
                 marks |= {"markerfacecolor": "white"} if model == "dense_long" else {}
                 ax.plot(speed[width or at], rows["ratio"].mean(), label=look.name, **marks)
                 ax.vlines(speed[width or at], rows["ratio"].min(), rows["ratio"].max(), color=look.colour, linewidth=1)
-        ax.plot(1, 1, **{**style.line_style("moe"), "linestyle": ""})
+        ax.plot(1, 1, **{**style.line_style("moe"), "linestyle": "", "markersize": 5})
         ax.axhline(1, linestyle=":", **style.GREY)
         ax.set(title=moe, xlabel="speed over the MoE")
         ax.margins(x=0.12, y=0.12)
