@@ -27,7 +27,7 @@ PHRASES = [
     "one student knows all that the experts know,",
     "a b c d e f g",
 ]
-BRIEF = {"length": 16, "batch_size": 4, "learning_rate": 2e-3}
+BRIEF = {"length": 16, "batch_size": 4, "learning_rate": 2e-3, "alpha": 1.0}
 STEP = 16 * 4  # tokens
 
 
@@ -84,7 +84,7 @@ def test_the_loss_of_the_first_step_is_the_divergence_of_the_models_logits(place
     found = {}
     for temperature in (1.0, 2.0):  # a batch of the whole text
         out = tmp_path / str(temperature)
-        run(place, out, ids.numel(), batch_size=len(ids), temperature=temperature, alpha=1.0)
+        run(place, out, ids.numel(), batch_size=len(ids), temperature=temperature)
         found[temperature] = pd.read_csv(out / "history.csv")["loss"].tolist()
     assert found[1.0] == [pytest.approx(kl(teacher, student), rel=1e-4)]
     assert found[2.0] == [pytest.approx(4 * kl(teacher / 2, student / 2), rel=1e-4)]
@@ -197,7 +197,7 @@ def test_two_processes_give_the_weights_of_one(place, whole, tmp_path):
         str(tmp_path / "out"),
     ]
     command += ["--text", str(place / "splits"), "--tokens", str(12 * STEP), "--length", "16", "--batch-size", "4"]
-    command += ["--learning-rate", "2e-3", "--shard", "--device-batch", "1"]
+    command += ["--learning-rate", "2e-3", "--alpha", "1", "--shard", "--device-batch", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(module.__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

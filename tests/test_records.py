@@ -230,7 +230,7 @@ def test_the_best_record_has_the_highest_accuracy_or_the_lowest_loss(tmp_path):
 
 
 def test_without_records_the_listing_says_where_they_would_be(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(listing, "project_root", lambda: tmp_path)
     assert listing.main([]) == 2
     assert "expected records in runs/records or runs/*/records" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
