@@ -14,6 +14,7 @@ from ones_lib.models.causal import without_bars
 from ones_lib.study.entries import by_name
 from ones_lib.study.language_task import BIAS_STEP, LanguageModelling, _spaced, language_model
 from ones_lib.study.records import Records
+from ones_lib.study.running import build_model
 from ones_lib.study.study import Study
 from ones_lib.study.tables import published_table, retention_table
 from ones_lib.study.training import Training
@@ -137,6 +138,12 @@ def test_students_of_several_widths(study):
     assert table["kl"].notna().tolist() == table["budget"].notna().tolist()
     kept = retention_table(table, study.records, by=("teacher", "width", "budget"))
     assert set(kept["reference"]) == {"dense", "dense_long"}
+
+
+def test_a_dense_baseline_of_one_experts_width_where_they_have_the_active_one(study):
+    study = replace(study, model={**MOE, "dense_width": "active"})
+    made = [build_model(study.dense(0, d_ff=d_ff), study.open_data()) for d_ff in (None, "active", "1.5x", "expert")]
+    assert [dense.model.config.intermediate_size for dense in made] == [16, 16, 24, 8]
 
 
 def test_the_speed_of_every_width(study):

@@ -145,7 +145,7 @@ def by_name(
     for seed in study.seeds:
         result += [reference(study, model, seed, **axes) for model in ("dense", "dense_long", "moe")]
         result += [
-            Entry("dense_width", "trained", study.dense(seed, d_ff=_d_ff(width)), {**axes, "width": width})
+            Entry("dense_width", "trained", study.dense(seed, d_ff=width), {**axes, "width": width})
             for width in dense_widths
         ]
         for name, (method, options, *own) in students.items():

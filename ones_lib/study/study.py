@@ -127,12 +127,13 @@ class Study:
 
     def dense(self, seed: int, extra_steps: int = 0, d_ff: int | str | None = None) -> Config:
         """The dense baseline: the MoE's definition with one expert, trained from scratch, without a teacher. ``d_ff`` is
-        another number of hidden units than an expert's (of causal models: than ``dense_width``, in the same forms)."""
+        another number of hidden units than an expert's (of causal models: than ``dense_width``, in the same forms, or
+        ``"expert"``)."""
         rate = self.dense_learning_rate or self.teaching.learning_rate
         training = replace(self.teaching, steps=self.teaching.steps + extra_steps, learning_rate=rate)
         arguments = self.model if self.domain == "language" else {**self.model, "num_experts": 1}
         if d_ff is not None:
-            arguments = {**arguments, _WIDTHS[self.domain]: d_ff}
+            arguments = {**arguments, _WIDTHS[self.domain]: None if d_ff == "expert" else d_ff}
         return {"kind": "dense", **self._common(seed), "model": arguments, "training": asdict(training)}
 
     def dense_kd(self, seed: int) -> Config:

@@ -262,8 +262,7 @@ def study_language_speed(study: Study, widths: Sequence[str]) -> tuple[pd.DataFr
     def measure() -> pd.DataFrame:
         models = {"moe": study.load_model(study.records.find(moe)).model}
         for width in widths:
-            dense = study.dense(study.seeds[0], d_ff=None if width == "expert" else width)
-            models[width] = build_model(dense, data).model
+            models[width] = build_model(study.dense(study.seeds[0], d_ff=width), data).model
         return measure_language_speed(models, data.validation, LANGUAGE_BATCHES, LANGUAGE_SECONDS)
 
     how = [list(widths), LANGUAGE_BATCHES, LANGUAGE_SECONDS]
