@@ -107,9 +107,10 @@ def _width(text: str) -> int | str | None:
     if text == "expert":
         return None
     try:
-        if not text.isdigit():
-            active_multiple(text)
-        return int(text) if text.isdigit() else text
+        if text.isdigit():
+            return int(text)
+        active_multiple(text)
+        return text
     except ValueError as error:
         expected = "a number, 'active', a multiple of it such as '4x', or 'expert'"
         raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}") from error

@@ -115,8 +115,6 @@ _STATEFUL = [
     "glm5_next_text",
     "glm_moe_dsa",
     "hy_v4",
-]
-_STATEFUL += [
     "hy_v4_vl",
     "hy_v4_vl_text",
     "inkling2_loop",

@@ -97,8 +97,8 @@ def distill(
         check: a text to measure the perplexity on. None: the validation split of ``text``; of a file, or a folder without
             splits, every tenth block, which is then not trained on.
         length: tokens of a block. None: 512, or what the model can take.
-        alpha: weight of the teacher; the rest is the weight of the text's own next tokens. In halves is better than the teacher
-            alone on as many tokens as here and elsewhere (SlimQwen, arXiv 2605.08738).
+        alpha: weight of the teacher; the rest is the weight of the text's own next tokens. Both together
+            are better than the teacher alone (SlimQwen, arXiv 2605.08738).
         temperature: of the softmax of both models' logits.
         learning_rate: peak, after warm-up and before cosine decay.
         warmup: fraction of the steps.

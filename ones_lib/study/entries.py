@@ -149,25 +149,22 @@ def by_name(
             for width in dense_widths
         ]
         for name, (method, options, *own) in students.items():
-            for width, (budget, rate) in product(own[0] if own else widths, budgets.items()):
-                if own and isinstance(own[0], Mapping) and budget > own[0][width]:
+            chosen = own[0] if own else widths
+            largest = chosen if isinstance(chosen, Mapping) else dict.fromkeys(chosen, max(budgets))
+            for width, budget in product(largest, budgets):
+                if budget > largest[width]:
                     continue
-                rate = rates.get(name, {}).get(budget, rate)
                 found = student(
                     study,
                     method,
                     seed,
                     budget,
                     {**axes, "width": width, "budget": budget},
-                    learning_rate=rate,
-                    **{"d_ff": _d_ff(width), **options},
+                    learning_rate=rates.get(name, {}).get(budget, budgets[budget]),
+                    **{"d_ff": None if width == "expert" else width, **options},
                 )
                 result.append(replace(found, model=name))
     return result
-
-
-def _d_ff(width: str) -> str | None:
-    return None if width == "expert" else width
 
 
 def by_teacher(

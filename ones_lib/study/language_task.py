@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -24,6 +24,7 @@ from ones_lib.data.keys import WHOLE, Share, training_keys
 from ones_lib.data.text import Corpus
 from ones_lib.data.tokens import end_tokens
 from ones_lib.gathering.registry import gathering_methods
+from ones_lib.integration import FRESH
 from ones_lib.models.causal import (
     block_of,
     experts_modules,
@@ -153,38 +154,43 @@ class LanguageModelling:
     def divergence(self, model: nn.Module, teacher: nn.Module, device: torch.device) -> Tensor:
         """KL of the model's predictions from the teacher's, ``KL(teacher || model)`` in nats, of every token that
         :meth:`predict` measures, [n]."""
-        parts, every = [], self.data.validation.split(self.evaluation_batch)
-        for ids in own_share(every):
-            batch = ids.long().to(device)
-            own, its = (m.eval().to(device)(batch).flatten(0, 1).float().log_softmax(dim=-1) for m in (model, teacher))
-            parts.append(F.kl_div(own, its, reduction="none", log_target=True).sum(dim=-1).cpu())
-        return torch.cat(merged(parts, len(every)))
+
+        def measure(batch: Tensor) -> Tensor:
+            own, its = (m(batch).flatten(0, 1).float().log_softmax(dim=-1) for m in (model, teacher))
+            return F.kl_div(own, its, reduction="none", log_target=True).sum(dim=-1)
+
+        model.eval()
+        teacher.eval().to(device)
+        return self._of_every_token(measure, device)
 
     @torch.inference_mode()
     def predict(self, model: nn.Module, device: torch.device) -> Mapping[str, Tensor]:
         """Of every token of the validation sequences but the first: ``loss`` (nats), ``accuracy`` (right or not)."""
-        model.eval()
-        parts, every = [], self.data.validation.split(self.evaluation_batch)
-        for ids in own_share(every):
-            batch = ids.long().to(device)
+
+        def measure(batch: Tensor) -> Tensor:
             logits, labels = model(batch).flatten(0, 1).float(), batch[:, 1:].flatten()
             losses = F.cross_entropy(logits, labels, reduction="none")
-            parts.append(torch.stack([losses, logits.argmax(dim=-1) == labels]).cpu())
-        return dict(zip(self.metrics, torch.cat(merged(parts, len(every)), dim=1), strict=True))
+            return torch.stack([losses, logits.argmax(dim=-1) == labels])
 
+        model.eval()
+        return dict(zip(self.metrics, self._of_every_token(measure, device), strict=True))
 
-#: The controls that :func:`gathered_model` knows: new networks in place of the MoE layers, and networks whose output is zero.
-CONTROLS = ("shared_kd", "zero_ffn")
+    def _of_every_token(self, measure: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+        """What ``measure`` finds of each batch of validation sequences [B, L], with the tokens along the last axis."""
+        every = self.data.validation.split(self.evaluation_batch)
+        parts = [measure(ids.long().to(device)).cpu() for ids in own_share(every)]
+        return torch.cat(merged(parts, len(every)), dim=-1)
 
 
 def gathered_model(teacher: LanguageModel, config: Mapping, data: Corpus) -> tuple[LanguageModel, list[dict]]:
     """The student right after gathering, and the rows of :func:`ones_lib.checkpoints.convert.convert`.
 
-    The config's ``options`` are the method's and ``convert``'s. ``reconstruct`` among them is a number of tokens of the corpus.
+    The config's method is a gathering, or one of the controls :data:`ones_lib.integration.FRESH`: new networks in place of the MoE
+    layers. Its ``options`` are the method's and ``convert``'s. ``reconstruct`` among them is a number of tokens of the corpus.
     """
     method, options = config["method"], dict(config["options"])
-    if method not in (*gathering_methods(), *CONTROLS):
-        raise ValueError(f"method: expected one of {[*gathering_methods(), *CONTROLS]}, found {method!r}")
+    if method not in (*gathering_methods(), *FRESH):
+        raise ValueError(f"method: expected one of {[*gathering_methods(), *FRESH]}, found {method!r}")
     moe, length = config["teacher"]["model"], data.train.shape[1]
     options["calibration"] = _spaced(data.train, config["calibration_examples"] * length)
     options.setdefault("d_ff", moe.get("dense_width"))
@@ -195,9 +201,9 @@ def gathered_model(teacher: LanguageModel, config: Mapping, data: Corpus) -> tup
         if not source:
             source = Path(folder, "moe")
             teacher.model.save_pretrained(source)
-        table = convert(source, destination, "topk" if method in CONTROLS else method, **options)
+        table = convert(source, destination, "topk" if method in FRESH else method, **options)
         model = load_language_model(destination, dtype=torch.float32)
-    if method in CONTROLS:
+    if method in FRESH:
         _put_in_fresh(model, table["layer"], config["seed"], zero=method == "zero_ffn")
         table["output_error"] = 1.0 if method == "zero_ffn" else float("nan")
     return LanguageModel(model), table.to_dict("records")

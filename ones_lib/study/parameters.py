@@ -27,8 +27,7 @@ from ones_lib.checkpoints.plan import active_multiple
 from ones_lib.data.rows import OWN_FORM, TASKS, check_definition
 from ones_lib.gathering import gathering_methods
 from ones_lib.gathering.scale import SCALE_WORDS
-from ones_lib.integration import integration_methods, widening_methods
-from ones_lib.study.language_task import CONTROLS
+from ones_lib.integration import FRESH, integration_methods, widening_methods
 from ones_lib.study.records import project_root
 from ones_lib.study.training import optimizers
 
@@ -319,7 +318,7 @@ class Language(Group):
         _check_widths("language_dense_widths", self.language_dense_widths)
         for name, student in self.language_students.items():
             method, options, *widths = student if isinstance(student, list) and len(student) in (2, 3) else (None, None)
-            known = [*gathering_methods(), *CONTROLS]
+            known = [*gathering_methods(), *FRESH]
             if method not in known or not isinstance(options, dict):
                 expected = f"[method, {{options}}] or [method, {{options}}, [widths]] with a method of {known}"
                 raise ParameterError(f"language_students: {name}: expected {expected}, found {student!r}")

@@ -263,10 +263,9 @@ def widths_text(table: pd.DataFrame, digits: int = 1) -> pd.DataFrame:
     """A :func:`ones_lib.study.tables.width_table` for reading: score (mean ± SD over seeds, with ``digits`` after the point),
     retention of what is not a reference, and speed."""
     rows = table.assign(place=table["model"].map(style.in_order(table["model"]).index)).sort_values(["place", "d_ff"])
-    spread = rows["value_sd"].map(f" ± {{:.{digits}f}}".format).where(rows["value_sd"].notna(), "")
     shown = pd.DataFrame({"model": [style.look(model).name for model in rows["model"]]})
     shown["hidden units"] = rows["d_ff"].map("{:,.0f}".format).where(rows["d_ff"].notna(), "").to_numpy()
-    shown["score"] = (rows["value"].map(f"{{:.{digits}f}}".format) + spread).to_numpy()
+    shown["score"] = _with_spread(rows["value"], rows["value_sd"], digits).to_numpy()
     reference = rows["model"].isin(["moe", "dense"])
     shown["retention (95% interval)"] = rows.apply(_with_interval, axis=1).mask(reference, "").to_numpy()
     shown["examples a second"] = rows["examples_per_second"].map("{:,.0f}".format).to_numpy()
@@ -284,10 +283,14 @@ def scores_text(
             that of the figures, and stages in that of the work.
     """
     scores = table.groupby([*rows, *columns], sort=False, dropna=False)[value].agg(["mean", "std"])
-    spread = scores["std"].map(f" ± {{:.{digits}f}}".format).where(scores["std"].notna(), "")
-    return _readable(
-        (scores["mean"].map(f"{{:.{digits}f}}".format) + spread).rename("text").reset_index(), rows, columns
-    )
+    text = _with_spread(scores["mean"], scores["std"], digits)
+    return _readable(text.rename("text").reset_index(), rows, columns)
+
+
+def _with_spread(mean: pd.Series, sd: pd.Series, digits: int) -> pd.Series:
+    """Such as ``1.2 ± 0.3``; without a standard deviation the mean alone."""
+    number = f"{{:.{digits}f}}".format
+    return mean.map(number) + sd.map(f" ± {{:.{digits}f}}".format).where(sd.notna(), "")
 
 
 def _readable(table: pd.DataFrame, rows: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
