@@ -43,7 +43,9 @@ class Distillation:
             student, the teacher's routers take a gradient step that lowers the teacher's task loss plus its KL to the
             student. The step is ``router_rate`` times as long as the routers' weights. The idea is the paper's; loss and
             step size are ours.
-        guard: whether a student that gets worse than its start goes back, see :class:`ones_lib.study.teaching.Guard`.
+        guard: whether a student that gets worse than its start goes back, see :class:`ones_lib.study.teaching.Guard`. It helps
+            where KD is short and its learning rate too large. It harms a student that starts close to its teacher: a good
+            rate first makes such a student worse, until the rate has decayed.
     """
 
     temperature: float = 2.0
@@ -52,7 +54,7 @@ class Distillation:
     depth_weights: Sequence[float] | None = None
     augmentations: int = 0
     router_rate: float = 0.0
-    guard: bool = True
+    guard: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

@@ -422,9 +422,19 @@ CASES: dict[str, tuple[Callable, type[Exception], str]] = {
         "language_students: mine: expected a list of widths.*found '0x'",
     ),
     "rates of no student": (
-        parameter("language_rates", {"nobody": {5: 0.1}}, "06_published_moe"),
+        parameter("language_rates", {"nobody": {"4x": {5: 0.1}}}, "06_published_moe"),
         ParameterError,
-        r"language_rates: expected rates of one of \[.*\], found 'nobody'",
+        r"language_rates: expected by width, rates of one of \[.*\], found 'nobody'",
+    ),
+    "rates of no width": (
+        parameter("language_rates", {"topk": {5: 0.1}}, "06_published_moe"),
+        ParameterError,
+        "language_rates: topk: expected a list of widths.*found 5",
+    ),
+    "a width without a largest budget": (
+        parameter("language_students", {"mine": ["topk", {}, {"4x": "all"}]}, "06_published_moe"),
+        ParameterError,
+        "language_students: mine: 4x: expected its largest budget, steps of KD, found 'all'",
     ),
     "a budget without a rate": (
         parameter("language_budgets", {5: 0}, "06_published_moe"),

@@ -100,6 +100,11 @@ def test_the_student_comes_nearer_to_its_moe(place, whole):
     assert kl(teacher, logits(whole[1], ids)) < 0.7 * kl(teacher, logits(place / "dense", ids))
 
 
+def test_a_rate_that_makes_the_student_worse_is_named(place, tmp_path):
+    with pytest.warns(UserWarning, match=r"learning_rate: 2 was too large for 12 steps: the perplexity went from"):
+        run(place, tmp_path / "out", learning_rate=2)
+
+
 def test_the_perplexities_are_those_of_the_folders(place, whole):
     about, out = whole
     ids = text_blocks(place / "splits", place / "moe", length=16)

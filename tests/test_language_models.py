@@ -116,22 +116,25 @@ def test_a_students_divergence_is_that_of_the_models_predictions(study):
 def test_students_of_several_widths(study):
     """Own widths in the place of the common ones, each with its largest budget; rates of one's own."""
     students = {"mine": ("average", {}), "other": ("topk", {}, {"expert": 3, "1.5x": 0})}
-    rates = {"other": {3: 0.5}}
+    rates = {"other": {"expert": {3: 0.5}}, "mine": {"1.5x": {3: 0.25}}}
     entries = by_name(study, students, {0: None, 3: 0.002}, ["active", "1.5x"], ["1.5x"], rates, teacher="M")
     made = {(e.model, e.axes.get("width"), e.axes.get("budget")): e.config for e in entries}
     assert set(made) == {
         *((model, None, None) for model in ("dense", "dense_long", "moe")),
-        ("dense_width", "1.5x", None),
+        *((model, "1.5x", None) for model in ("dense_width", "dense_width_long")),
         *(("mine", width, budget) for width in ("active", "1.5x") for budget in (0, 3)),
         *(("other", "expert", 0), ("other", "expert", 3), ("other", "1.5x", 0)),
     }
     assert made["mine", "active", 3]["training"]["learning_rate"] == 0.002
+    assert made["mine", "1.5x", 3]["training"]["learning_rate"] == 0.25
     assert made["other", "expert", 3]["training"]["learning_rate"] == 0.5
+    steps = {model: made[model, "1.5x", None]["training"]["steps"] for model in ("dense_width", "dense_width_long")}
+    assert steps["dense_width_long"] - steps["dense_width"] == study.learning.steps
     study.run(made.values())
     loaded = {key: study.load_model(study.records.find(config)).model.config for key, config in made.items()}
     widths = {(model, width): c.intermediate_size for (model, width, _), c in loaded.items() if model != "moe"}
     assert widths == {
-        **{("dense", None): 8, ("dense_long", None): 8, ("dense_width", "1.5x"): 24},
+        **{("dense", None): 8, ("dense_long", None): 8, ("dense_width", "1.5x"): 24, ("dense_width_long", "1.5x"): 24},
         **{("mine", "active"): 16, ("mine", "1.5x"): 24, ("other", "expert"): 8, ("other", "1.5x"): 24},
     }
     table = published_table(entries, study.records)

@@ -142,7 +142,8 @@ def test_smoke_run_makes_figures_and_is_not_done_twice(project, capfd):
     assert set(teachers["teacher"]) == {"top-k MoE", "upcycled", "Soft MoE"}
     assert {2, 4} == set(pd.read_csv(folder / "retention_experts.csv")["num_experts"].dropna())
     language = pd.read_csv(folder / "language_results.csv")
-    assert set(language["model"]) == {"moe", "dense", "dense_long", "dense_width", "do_acp", "reconstruction"}
+    dense = {"dense", "dense_long", "dense_width", "dense_width_long"}
+    assert set(language["model"]) == {"moe", *dense, "do_acp", "reconstruction"}
     assert set(language["teacher"]) == {"Mixtral", "GLM-4-MoE"}
     assert set(language["budget"].dropna()) == {0, 2, 4}
     assert (language.loc[language["model"] == "moe", "ratio"] == 1).all()

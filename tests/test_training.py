@@ -89,14 +89,14 @@ class Stop(Exception):
     pass
 
 
-EXPERT_AWARE = Distillation(hidden_weight=0.5, augmentations=1, router_rate=0.01)
+EXPERT_AWARE = Distillation(hidden_weight=0.5, augmentations=1, router_rate=0.01, guard=True)
 
 
-UNGUARDED = Distillation(guard=False)
+GUARDED = Distillation(guard=True)
 
 
 @pytest.mark.parametrize(
-    "loss", [None, Distillation(), UNGUARDED, EXPERT_AWARE], ids=["alone", "kd", "unguarded", "expert-aware"]
+    "loss", [None, Distillation(), GUARDED, EXPERT_AWARE], ids=["alone", "kd", "guarded", "expert-aware"]
 )
 def test_resume_gives_the_weights_of_an_uninterrupted_run(task, tmp_path, loss):
     """With mixup, dropout, router noise, EMA, optimizer state and a router that learns, stopped between two checkpoints."""
@@ -277,7 +277,7 @@ def test_a_student_that_only_gets_better_is_trained_as_without_a_guard(task):
     with torch.no_grad():  # a teacher that every step comes closer to
         teacher.head.bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
     found = []
-    for distillation in (Distillation(1.0, 1.0), Distillation(1.0, 1.0, guard=False)):
+    for distillation in (Distillation(1.0, 1.0, guard=True), Distillation(1.0, 1.0)):
         kd = {"teacher": teacher, "distillation": distillation}
         found.append(weights(fit(small_model(num_experts=1), task, RECIPE, seed=0, **kd)[0]))
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import get_max_memory
@@ -80,8 +81,8 @@ def distill(
 ) -> dict:
     """Train a converted checkpoint to give the logits of its MoE, and write a folder that transformers loads.
 
-    The loop is the study's, :func:`ones_lib.study.training.fit`, with AdamW and the guard. The student trains in float32 and
-    is stored in the dtype of ``dense``. Under torchrun, after :func:`ones_lib.study.processes.join`, each process takes its
+    The loop is the study's, :func:`ones_lib.study.training.fit`, with AdamW. The student trains in float32 and is stored in
+    the dtype of ``dense``. Under torchrun, after :func:`ones_lib.study.processes.join`, each process takes its
     part of every batch. One process alone places the parts of an MoE that its device can't hold on other devices, in memory
     or on the disk.
 
@@ -100,7 +101,8 @@ def distill(
         alpha: weight of the teacher; the rest is the weight of the text's own next tokens. Both together
             are better than the teacher alone (SlimQwen, arXiv 2605.08738).
         temperature: of the softmax of both models' logits.
-        learning_rate: peak, after warm-up and before cosine decay.
+        learning_rate: peak, after warm-up and before cosine decay. The nearer ``dense`` is to the MoE and the fewer the tokens, the
+            smaller: a student that ends with a higher perplexity than it started with has had too large a rate, which is said.
         warmup: fraction of the steps.
         batch_size: blocks of a step, over all processes.
         device_batch: blocks that a process takes at a time. 0: no limit.
@@ -254,10 +256,10 @@ class _Work:
         student = LanguageModel(load_language_model(self.dense, dtype=torch.float32))
         if world_size() > 1:
             return student, LanguageModel(load_checkpoint(self.moe))
-        # Weights, the guard's copy, gradients and two moments; logits of three models and what the loss makes of them.
+        # Weights, gradients and two moments; logits of two models and what the loss makes of them.
         needed = (
-            20 * sum(p.numel() for p in student.parameters())
-            + 32 * tokens * text_config(student.model.config).vocab_size
+            16 * sum(p.numel() for p in student.parameters())
+            + 28 * tokens * text_config(student.model.config).vocab_size
         )
         memory = get_max_memory()
         first = next(iter(memory))
@@ -277,13 +279,17 @@ class _Work:
         student.model.save_pretrained(self.model)
         copy_files(self.dense, self.model)
         shutil.copyfile(self.dense / CONVERSION, self.model / CONVERSION)
-        history = history.assign(val_perplexity=history["val_loss"].map(math.exp))
+        history = history.assign(val_perplexity=np.exp(history["val_loss"]))
         history.to_csv(self.model / "history.csv", index=False)
 
     def finish(self, held_out: Tensor) -> dict:
         """Measure the result, write about it, and move all to its place. Returns ``distillation.json``."""
         found = json.loads(self.measured.read_text())
         found |= perplexities({"result": self.model}, held_out, self.offload)
+        if found["result"] > found["start"]:
+            rate = f"learning_rate: {self.arguments['learning_rate']:g} was too large"
+            changed = f"the perplexity went from {found['start']:.4g} to {found['result']:.4g}"
+            warnings.warn(f"{rate} for {self.arguments['steps']:,} steps: {changed}", stacklevel=2)
         about = {**self.arguments, "perplexity": found, "held_out_tokens": held_out.numel()}
         about["versions"] = _versions()
         earlier = self.dense / DISTILLATION

@@ -127,7 +127,7 @@ def by_name(
     budgets: Mapping[int, float | None],
     widths: Sequence[str] = ("active",),
     dense_widths: Iterable[str] = (),
-    rates: Mapping[str, Mapping[int, float]] = MappingProxyType({}),
+    rates: Mapping[str, Mapping[str, Mapping[int, float]]] = MappingProxyType({}),
     **axes,
 ) -> list[Entry]:
     """Causal students that have a name of their own, by width (column ``width``) and budget of KD (column ``budget``; 0: right
@@ -138,15 +138,16 @@ def by_name(
             its largest budget.
         budgets: with the learning rate of each; None: the study's.
         widths: each a ``d_ff`` of :func:`ones_lib.checkpoints.convert`, or ``expert``.
-        dense_widths: those of more dense baselines (``dense_width``).
-        rates: by student and budget, other learning rates than those of ``budgets``.
+        dense_widths: those of more dense baselines (``dense_width``, and ``dense_width_long``, as ``dense_long``).
+        rates: by student, width and budget, other learning rates than those of ``budgets``.
     """
     result = []
     for seed in study.seeds:
         result += [reference(study, model, seed, **axes) for model in ("dense", "dense_long", "moe")]
         result += [
-            Entry("dense_width", "trained", study.dense(seed, d_ff=width), {**axes, "width": width})
+            Entry(model, "trained", study.dense(seed, steps, d_ff=width), {**axes, "width": width})
             for width in dense_widths
+            for model, steps in (("dense_width", 0), ("dense_width_long", study.learning.steps))
         ]
         for name, (method, options, *own) in students.items():
             chosen = own[0] if own else widths
@@ -160,7 +161,7 @@ def by_name(
                     seed,
                     budget,
                     {**axes, "width": width, "budget": budget},
-                    learning_rate=rates.get(name, {}).get(budget, budgets[budget]),
+                    learning_rate=rates.get(name, {}).get(width, {}).get(budget, budgets[budget]),
                     **{"d_ff": None if width == "expert" else width, **options},
                 )
                 result.append(replace(found, model=name))

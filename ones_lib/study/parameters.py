@@ -304,7 +304,7 @@ class Language(Group):
     language_temperature: float = value("T of the KD loss", above=0, to="distillation.temperature")
     language_alpha: float = value("weight of the KL in the loss", least=0, most=1, to="distillation.alpha")
     language_budgets: dict = value("steps of KD, beside 0 and language_kd_steps, and the learning rate of each")
-    language_rates: dict = value("by student, other learning rates of some budgets")
+    language_rates: dict = value("by student and width, other learning rates of some budgets")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -324,12 +324,21 @@ class Language(Group):
                 raise ParameterError(f"language_students: {name}: expected {expected}, found {student!r}")
             for some in widths:
                 _check_widths(f"language_students: {name}", some)
+                for width, largest in some.items() if isinstance(some, dict) else ():
+                    if not isinstance(largest, int) or largest < 0:
+                        where = f"language_students: {name}: {width}"
+                        raise ParameterError(f"{where}: expected its largest budget, steps of KD, found {largest!r}")
         _check_rates("language_budgets", self.language_budgets)
-        for name, rates in self.language_rates.items():
-            if name not in self.language_students or not isinstance(rates, dict):
-                expected = f"rates of one of {list(self.language_students)}"
-                raise ParameterError(f"language_rates: expected {expected}, found {name!r}: {rates!r}")
-            _check_rates(f"language_rates: {name}", rates)
+        for name, widths in self.language_rates.items():
+            if name not in self.language_students or not isinstance(widths, dict):
+                expected = f"by width, rates of one of {list(self.language_students)}"
+                raise ParameterError(f"language_rates: expected {expected}, found {name!r}: {widths!r}")
+            _check_widths(f"language_rates: {name}", widths)
+            for width, rates in widths.items():
+                if not isinstance(rates, dict):
+                    expected = "budgets with their learning rates"
+                    raise ParameterError(f"language_rates: {name}: {width}: expected {expected}, found {rates!r}")
+                _check_rates(f"language_rates: {name}: {width}", rates)
 
 
 def _check_rates(name: str, rates: Mapping) -> None:

@@ -299,7 +299,8 @@ def make_study(domain: str, parameters: Parameters, seeds: Iterable[int] | None 
         model=_language_model(group, moe) if domain == "language" else group.part("model"),
         teaching=teaching,
         learning=replace(teaching, **group.part("learning"), evaluations=0),
-        distillation=Distillation(**group.part("distillation")),
+        # Converted language models have learning rates by width and budget instead of a guard.
+        distillation=Distillation(**group.part("distillation"), guard=domain != "language"),
         calibration_examples=calibration,
         seeds=getattr(group, _SEEDS[domain]) if seeds is None else seeds,
         records=Records(root / parameters.records_dir, parameters.redo_before),

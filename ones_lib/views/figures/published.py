@@ -54,11 +54,11 @@ def frontier(table: pd.DataFrame, speeds: pd.DataFrame, labels: Mapping[float, s
             ax.vlines(x, ratios["min"], ratios["max"], **looks)
         for width, high in students.groupby("width", sort=False)["ratio"].max().items():
             ax.annotate(width, (speed[width], high), (0, 3), textcoords="offset points", ha="center", fontsize=6)
-        for model in ("dense", "dense_long", "dense_width"):
+        for model in ("dense", "dense_long", "dense_width", "dense_width_long"):
             for width, rows in part[part["model"] == model].groupby(part["width"].fillna("active")):
                 look = style.look(model)
                 marks = {"color": look.colour, "marker": look.marker, "linestyle": "", "markersize": 5}
-                marks |= {"markerfacecolor": "white"} if model == "dense_long" else {}
+                marks |= {"markerfacecolor": "white"} if model.endswith("_long") else {}
                 ax.plot(speed[width], rows["ratio"].mean(), label=look.name, **marks)
                 ax.vlines(speed[width], rows["ratio"].min(), rows["ratio"].max(), color=look.colour, linewidth=1)
         ax.plot(1, 1, **{**style.line_style("moe"), "linestyle": "", "markersize": 5})

@@ -38,6 +38,7 @@ MODELS = {
     "moe": Look("MoE (teacher)", "black", "X"),
     "dense_long": Look("dense (teacher + KD steps)", "0.45", "X", ":"),
     "dense": Look("dense", "0.45", "X", "--"),
+    "dense_width_long": Look("dense, same width (teacher + KD steps)", "0.45", "P", ":"),
     "dense_width": Look("dense, same width", "0.45", "P", "--"),
     "dense_active": Look("dense, active width", "0.45", "P", "--"),
     "dense_kd": Look("dense, KD from scratch", COLOURS[9], "P", "-."),
