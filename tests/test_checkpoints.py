@@ -16,13 +16,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_moes import moe
+from tiny_moes import moe, perplexity
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy, silu
 from transformers import AutoConfig, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import ones_lib
-from ones_lib.checkpoints import activations, convert, open_experts, work
+from ones_lib.checkpoints import activations, convert, evaluation, open_experts, work
 from ones_lib.checkpoints.__main__ import main
 from ones_lib.checkpoints.inspection import inspect as inspect_moe
 from ones_lib.checkpoints.place import Place
@@ -37,7 +37,6 @@ from ones_lib.models.causal import (
     load_language_model,
     model_inputs,
     new_model,
-    perplexity,
     token_losses,
     watched_experts,
 )
@@ -273,25 +272,37 @@ def test_perplexity_is_transformers_own_loss(tmp_path):
     assert f"this model {perplexity(load_language_model(tmp_path / 'dense'), ids):.4g}" in card
 
 
-def test_a_model_that_does_not_fit_has_the_same_perplexity_block_by_block(tmp_path, monkeypatch):
-    moe("gpt_oss").save_pretrained(tmp_path / "moe")
-    found = []
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma4"])
+def test_a_model_that_does_not_fit_is_compared_block_by_block(kind, tmp_path, monkeypatch):
+    """The second's blocks hand on more than hidden states."""
+    moe(kind).save_pretrained(tmp_path / "moe")
     for fits in (True, False):
         monkeypatch.setattr(work, "fits_memory", lambda shards, fits=fits: fits)
-        table = convert(tmp_path / "moe", tmp_path / f"dense-{fits}", "topk", check=TOKENS)
-        found.append(table.attrs["perplexity"])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-    assert found[0]["MoE"] == pytest.approx(perplexity(load_language_model(tmp_path / "moe"), TOKENS), rel=1e-5)
+        found = convert(tmp_path / "moe", tmp_path / f"dense-{fits}", "topk", check=TOKENS).attrs
+        one, two = (load_language_model(tmp_path / name).eval() for name in ("moe", f"dense-{fits}"))
+        expected = {"MoE": perplexity(one, TOKENS), "dense": perplexity(two, TOKENS)}
+        assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
+        with torch.no_grad():
+            p, q = (m(TOKENS.long()).logits[:, :-1].double().log_softmax(dim=-1) for m in (one, two))
+        assert found["kl"] == {"dense": pytest.approx((p.exp() * (p - q)).sum(dim=-1).mean().item(), rel=1e-4)}
+
+
+def test_a_conversion_of_equal_experts_has_no_kl_to_its_moe(tmp_path):
+    moe("mixtral", equal=True).save_pretrained(tmp_path / "moe")
+    found = convert(tmp_path / "moe", tmp_path / "dense", "average", check=TOKENS).attrs
+    assert found["kl"]["dense"] == pytest.approx(0, abs=1e-6)
+    facts = json.loads((tmp_path / "dense" / "conversion.json").read_text())
+    assert {name: facts[name] for name in found} == found
 
 
 def test_an_interrupted_check_is_not_taken_for_that_of_another_text(tmp_path, monkeypatch):
     moe("mixtral").save_pretrained(tmp_path / "moe")
     monkeypatch.setattr(work, "fits_memory", lambda shards: False)
     others = TOKENS.flip(1)
-    stop(monkeypatch, work, "token_losses")
+    stop(monkeypatch, evaluation, "token_losses")
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "moe", tmp_path / "dense", "topk", check=TOKENS)
-    monkeypatch.setattr(work, "token_losses", token_losses)
+    monkeypatch.setattr(evaluation, "token_losses", token_losses)
     monkeypatch.setattr(Work, "convert_block", None)  # what is done is taken
     found = convert(tmp_path / "moe", tmp_path / "dense", "topk", check=others).attrs["perplexity"]["MoE"]
     assert found == pytest.approx(perplexity(load_language_model(tmp_path / "moe"), others), rel=1e-5)
@@ -299,11 +310,13 @@ def test_an_interrupted_check_is_not_taken_for_that_of_another_text(tmp_path, mo
     assert facts["check"]["tokens"] == others.numel()
 
 
-def test_an_encoder_decoder_is_measured_on_the_second_half():
+def test_an_encoder_decoder_is_measured_on_the_second_half(tmp_path):
     model, ids = moe("switch_transformers"), TOKENS
+    model.save_pretrained(tmp_path / "moe")
     out = model(input_ids=ids[:, :12], decoder_input_ids=ids[:, 12:]).logits
     expected = cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 13:].flatten())
-    assert perplexity(model, ids) == pytest.approx(expected.exp().item(), rel=1e-5)
+    found = convert(tmp_path / "moe", tmp_path / "dense", "topk", check=ids).attrs["perplexity"]
+    assert found["MoE"] == pytest.approx(expected.exp().item(), rel=1e-5)
 
 
 # --- width ------------------------------------------------------------------------------------------------------------
@@ -1203,8 +1216,13 @@ def test_the_command_says_both_perplexities_and_what_is_wrong_with_a_text(tmp_pa
     main([source, str(tmp_path / "dense"), "--check", str(text)])
     card = (tmp_path / "dense" / "README.md").read_text()
     printed = capsys.readouterr().out
-    found = re.search(r"check: ([\d,]+) tokens of text.txt\nperplexity: MoE ([\d.]+), dense ([\d.]+)\n", printed)
+    found = re.search(
+        r"check: ([\d,]+) tokens of text.txt\nperplexity: MoE ([\d.]+), dense ([\d.]+)\nKL to the MoE: ([\d.]+)\n",
+        printed,
+    )
     assert f"Perplexity on {found[1]} tokens of text.txt: MoE {found[2]}, this model {found[3]}." in card
+    assert f"KL to the MoE: {found[4]}." in card
+    assert "Below 0.05 a model can hardly be told apart" in printed
     (tmp_path / "binary.txt").write_bytes(b"\x00\xdb\xff" * 100)
     (tmp_path / "short.txt").write_text("three short words")
     for name in ("binary.txt", "short.txt"):

@@ -105,7 +105,7 @@ def test_a_rate_that_makes_the_student_worse_is_named(place, tmp_path):
         run(place, tmp_path / "out", learning_rate=2)
 
 
-def test_the_perplexities_are_those_of_the_folders(place, whole):
+def test_perplexities_and_kl_are_those_of_the_folders(place, whole):
     about, out = whole
     ids = text_blocks(place / "splits", place / "moe", length=16)
     for name, folder in {"MoE": place / "moe", "start": place / "dense", "result": out}.items():
@@ -114,6 +114,11 @@ def test_the_perplexities_are_those_of_the_folders(place, whole):
             losses = [model(input_ids=row[None].long(), labels=row[None].long()).loss.item() for row in ids]
         expected = torch.tensor(losses).mean().exp().item()
         assert about["perplexity"][name] == pytest.approx(expected, rel=1e-4)
+    teacher = logits(place / "moe", ids)
+    assert about["kl"] == {
+        name: pytest.approx(kl(teacher, logits(folder, ids)), rel=1e-3)
+        for name, folder in {"start": place / "dense", "result": out}.items()
+    }
     assert about["held_out_tokens"] == ids.numel()
     history = pd.read_csv(out / "history.csv")
     assert history["step"].tolist()[-1] == about["steps"] == 12
@@ -134,6 +139,7 @@ def test_the_folder_is_one_of_plain_transformers(place, whole):
     card = (out / "README.md").read_text()
     facts = ["base_model: moe\n", "by `average`", "768 tokens of splits", "temperature 1.", "learning rate 0.002 "]
     facts += [f"start {about['perplexity']['start']:.4g}, this model {about['perplexity']['result']:.4g}"]
+    facts += [f"KL to the MoE: start {about['kl']['start']:.3f}, this model {about['kl']['result']:.3f}. KL is how far"]
     assert [fact for fact in facts if fact not in card] == []
     assert [path.name for path in out.parent.glob(".*")] == []
 
@@ -156,9 +162,10 @@ def test_an_interrupted_distillation_goes_on_to_the_same_weights(place, whole, t
     ):
         run(place, out, checkpoint_every=5, learning_rate=1e-3)
     seen = []
-    monkeypatch.setattr(module, "perplexities", lambda folders, *_: seen.extend(folders) or dict.fromkeys(folders, 1.0))
+    real = module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda parts, moe, dense: seen.extend(dense) or real(parts, moe, dense))
     run(place, out, checkpoint_every=5)
-    assert seen == ["result"]  # the others were measured before
+    assert seen == ["result"]  # the start was measured before
     same(out, whole[1])
     one, two = (pd.read_csv(folder / "history.csv").drop(columns="seconds") for folder in (out, whole[1]))
     pd.testing.assert_frame_equal(one, two)

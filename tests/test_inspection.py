@@ -13,7 +13,7 @@ import torch
 from conftest import equal_bank, random_bank
 from test_checkpoints import TOKENS, logits, quiet, with_tokenizer  # noqa: F401  quiet is a fixture
 from test_quantised import fp8_moe
-from tiny_moes import moe
+from tiny_moes import moe, perplexity
 from torch.nn.functional import silu
 
 from ones_lib.calibration import LayerActivations
@@ -34,7 +34,6 @@ from ones_lib.checkpoints.inspection import (
 from ones_lib.checkpoints.stream import load_checkpoint
 from ones_lib.checkpoints.text import text_blocks
 from ones_lib.gathering.registry import gather_precisely
-from ones_lib.models.causal import perplexity
 from ones_lib.views import figures
 
 IDS = torch.randint(3, 64, (32, 48), generator=torch.Generator().manual_seed(1))

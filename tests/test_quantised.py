@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_moes import moe
+from tiny_moes import moe, perplexity
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -24,7 +24,7 @@ from ones_lib.checkpoints import convert, open_experts, quantised
 from ones_lib.checkpoints.quantised import Dequantised, readable, without_quantization
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.checkpoints.stream import load_checkpoint
-from ones_lib.models.causal import model_config, perplexity
+from ones_lib.models.causal import model_config
 
 FP8, EXPONENT = torch.float8_e4m3fn, torch.float8_e8m0fnu
 

@@ -13,7 +13,7 @@ import torch
 from test_checkpoints import close, files, logits, quiet, stop  # noqa: F401  quiet is a fixture
 from tiny_moes import moe
 
-from ones_lib.checkpoints import convert, reconstruction, work
+from ones_lib.checkpoints import convert, evaluation, reconstruction, work
 from ones_lib.checkpoints.__main__ import _report, main
 from ones_lib.checkpoints.reconstruction import LayerTokens
 from ones_lib.checkpoints.shards import Shards
@@ -360,7 +360,7 @@ STOPS = [
     (reconstruction, "save_tensors", 2, MemoryError),
     (Work, "convert_block", 3, TypeError),
     (Shards, "join", 1, OSError),
-    (work, "token_losses", 1, RuntimeError),
+    (evaluation, "token_losses", 1, RuntimeError),
     (Work, "finish", 1, KeyboardInterrupt),
 ]
 CHANGES = [{}, {"method": "contribution_topk"}, {"d_ff": 31}, {"importance": "product"}, {"student_inputs": False}]

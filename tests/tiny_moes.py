@@ -8,7 +8,7 @@ import yaml
 from transformers import AutoConfig
 
 from ones_lib.checkpoints.architectures import Architecture
-from ones_lib.models.causal import new_model
+from ones_lib.models.causal import model_inputs, new_model
 
 TYPES = yaml.safe_load(Path(__file__).with_name("moe_types.yaml").read_text())
 CONFIGS = {kind: entry["config"] for kind, entry in TYPES.items() if "config" in entry}
@@ -34,6 +34,17 @@ def moe(kind, equal=False, same_gates=False, seed=0, **changes):
             if same_gates:
                 _silence(model.get_submodule(name.rpartition(".")[0]), experts.num_experts)
     return model
+
+
+def perplexity(model, ids):
+    """``exp`` of the mean negative log-likelihood of the tokens that a model predicts in blocks [n, L], in float64."""
+    losses = []
+    for row in ids.long().split(1):
+        inputs = model_inputs(model, row)
+        with torch.no_grad():
+            found = model(**inputs, use_cache=False).logits[0, :-1].double().log_softmax(dim=-1)
+        losses.append(-found.gather(1, list(inputs.values())[-1][0, 1:, None]))
+    return torch.cat(losses).mean().exp().item()
 
 
 def _make_equal(experts):

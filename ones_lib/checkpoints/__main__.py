@@ -12,6 +12,7 @@ import pandas as pd
 
 from ones_lib.checkpoints import inspection
 from ones_lib.checkpoints.convert import convert
+from ones_lib.checkpoints.evaluation import GUIDE
 from ones_lib.checkpoints.place import CONVERSION
 from ones_lib.checkpoints.plan import ACTIVE, active_multiple
 from ones_lib.checkpoints.terminal import Typed, add_version, exit_status
@@ -92,7 +93,11 @@ def _convert_parser() -> argparse.ArgumentParser:
         help="regress on what the layers before make of the text, so that errors do not add up (default: where the type can)",
     )
     add("--approximate", action="store_true", help="make a plain dense class where the exact twin is none")
-    add("--check", metavar="TEXT", help="measure the perplexity of both models on this text")
+    add(
+        "--check",
+        metavar="TEXT",
+        help="measure both models' perplexity on this text, and the dense one's KL to the MoE",
+    )
     add("--option", action="append", type=_option, default=[], metavar="NAME=VALUE", help="of the method; repeatable")
     add(
         "--force",
@@ -168,7 +173,7 @@ def _convert(arguments: Sequence[str]) -> None:
 
 
 def _report(table: pd.DataFrame, facts: Mapping) -> str:
-    """The table of layers, what was taken of the texts, and the perplexities."""
+    """The table of layers, what was taken of the texts, and what the check found."""
     shown = ["layer", "experts", "d_ff", "shared", "width", "gate_sum", *ERRORS]
     shown = table[[column for column in shown if column in table and table[column].notna().any()]]
     lines = [shown.rename(columns=ERRORS).to_string(index=False, float_format="%.4g")]
@@ -181,6 +186,7 @@ def _report(table: pd.DataFrame, facts: Mapping) -> str:
             lines.append(f"{name}: {text['tokens']:,} tokens of {text['text']}")
     if found := facts["perplexity"]:
         lines.append(f"perplexity: MoE {found['MoE']:.4g}, dense {found['dense']:.4g}")
+        lines.append(f"KL to the MoE: {facts['kl']['dense']:.3f}\n{GUIDE}")
     return "\n".join(lines)
 
 

@@ -10,24 +10,25 @@ import pandas as pd
 from ones_lib import __version__
 from ones_lib.checkpoints.architectures import ONE_EXPERT
 from ones_lib.checkpoints.beside import left_behind, no_tokenizer
+from ones_lib.checkpoints.evaluation import GUIDE
 from ones_lib.checkpoints.plan import TwinPlan
 from ones_lib.checkpoints.text import TOKEN_IDS, tokenizer_code
 
 
-def model_card(plan: TwinPlan, arguments: Mapping, layers: pd.DataFrame, perplexities: Mapping[str, float]) -> str:
+def model_card(plan: TwinPlan, arguments: Mapping, layers: pd.DataFrame, evaluation: Mapping[str, Mapping]) -> str:
     """README.md of the twin.
 
     Args:
         arguments: of the conversion.
         layers: the table of :func:`ones_lib.checkpoints.convert`.
-        perplexities: of ``MoE`` and ``dense``, or empty.
+        evaluation: ``perplexity`` of ``MoE`` and ``dense``, and ``kl`` of ``dense``; or empty.
     """
     name, kind = arguments["source"], plan.source_config.model_type
     if "revision" in arguments:
         kind = f"{kind}, revision {arguments['revision']}"
     options = ({} if arguments["d_ff"] is None else {"d_ff": arguments["d_ff"]}) | arguments["options"]
     given = "".join(f", {option} = {value}" for option, value in options.items())
-    facts = [*_widths(plan, layers), *_approximations(plan, arguments), *_measured(arguments, layers, perplexities)]
+    facts = [*_widths(plan, layers), *_approximations(plan, arguments), *_measured(arguments, layers, evaluation)]
     return f"""---
 library_name: transformers
 base_model: {name}
@@ -87,7 +88,7 @@ def _approximations(plan: TwinPlan, arguments: Mapping) -> list[str]:
     return facts
 
 
-def _measured(arguments: Mapping, layers: pd.DataFrame, perplexities: Mapping[str, float]) -> list[str]:
+def _measured(arguments: Mapping, layers: pd.DataFrame, evaluation: Mapping[str, Mapping]) -> list[str]:
     facts = []
     if arguments["calibration"]:
         fact = f"The MoE was run on {_tokens(arguments['calibration'])}: router_statistics.csv says how much each expert is used."
@@ -105,9 +106,11 @@ def _measured(arguments: Mapping, layers: pd.DataFrame, perplexities: Mapping[st
             f" ones, by layer, before {_range(layers['start_error'])} and after {_range(layers['reconstruction_error'])}, see"
             " reconstruction.csv."
         )
-    if perplexities:
+    if evaluation:
+        found = evaluation["perplexity"]
         facts.append(
-            f"Perplexity on {_tokens(arguments['check'])}: MoE {perplexities['MoE']:.4g}, this model {perplexities['dense']:.4g}."
+            f"Perplexity on {_tokens(arguments['check'])}: MoE {found['MoE']:.4g}, this model {found['dense']:.4g}."
+            f" KL to the MoE: {evaluation['kl']['dense']:.3f}. {' '.join(GUIDE.split())}"
         )
     return facts
 

@@ -79,7 +79,7 @@ def convert(
             none of these, and sums of gates are measured on random tokens where they are not known.
         calibration_tokens: number of tokens of it. None: 4,096, or what a shorter text has.
         approximate: where the exact twin is not a plain dense class (Qwen2-MoE), make one that is, but is not exact.
-        check: a text or token ids to measure the perplexity of MoE and twin on.
+        check: a text or token ids to measure the perplexity of MoE and twin on, and the KL of the twin to the MoE.
         reconstruct: a text or token ids [n, L] to regress every gathered network, shared experts included, onto its MoE layer
             on, see :mod:`ones_lib.checkpoints.reconstruction`. None: no regression.
         reconstruct_tokens: number of tokens of the text. None: 2**20, or what a shorter text has.
@@ -95,7 +95,8 @@ def convert(
         relative error of the routed part, right after gathering, on tokens that the method did not see. A reconstruction has
         two other errors in its place, of the same targets on the same held-out tokens: ``start_error`` before, of the gathered
         network, and ``reconstruction_error`` after. ``conversion.csv`` in the destination holds the same, ``reconstruction.csv``
-        the error by tokens seen. With ``check``, ``attrs["perplexity"]`` has those of ``MoE`` and ``dense``.
+        the error by tokens seen. With ``check``, ``attrs["perplexity"]`` has those of ``MoE`` and ``dense``, and
+        ``attrs["kl"]`` that of ``dense`` to the MoE, in nats a token.
         ``conversion.json`` has the arguments, and what was taken of the texts.
 
     Raises:
@@ -183,7 +184,7 @@ def convert(
                 work.reconstruct(ids["reconstruct"])
             work.write_shards()
             work.write_config()
-            return work.finish({} if check is None else work.perplexities(ids["check"]))
+            return work.finish({} if check is None else work.evaluate(ids["check"]))
         except BaseException:  # what is done stays for the next call
             if not work.begun():
                 shutil.rmtree(work.folder, ignore_errors=True)

@@ -30,6 +30,7 @@ from ones_lib.checkpoints.activations import (
 )
 from ones_lib.checkpoints.architectures import Architecture
 from ones_lib.checkpoints.convert import TOKENS, check_ids, local_folder, read_config
+from ones_lib.checkpoints.evaluation import GUIDE
 from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.side_by_side import SideBySide
 from ones_lib.checkpoints.stored import open_checkpoint
@@ -48,10 +49,7 @@ LEAST = 16  # tokens to inspect
 LEAST_BLOCKS = 4  # of which a quarter, whole ones, can be held out
 WORTH = 0.9  # a width is worth it if each doubling leaves at most this part of the error
 #: How to read the KL, with the limits of PEFT's example of its MoeToDenseConfig.
-GUIDE = """\
-KL is how far the predictions are from the MoE's, in nats a token. Below 0.05 a model can hardly be told apart from the MoE,
-at 0.1 to 0.3 it differs but is of use, above 0.5 it is another model (a rough guide, from PEFT's example of MoeToDenseConfig).
-These are read-outs, each layer's in closed form. A reconstruction (convert --reconstruct) starts nearer to the MoE."""
+READOUTS = "These are read-outs, each layer's in closed form. A reconstruction (convert --reconstruct) starts nearer to the MoE."
 
 
 @dataclass(frozen=True)
@@ -417,7 +415,7 @@ def _models_text(models: pd.DataFrame, errors: pd.DataFrame) -> str:
     shown.loc["MoE"] = [f"{models.attrs['MoE']:.4g}", "-"]
     return (
         "The whole model with read-outs in all layers, by width (hidden units), on"
-        f" {models.attrs['tokens']:,} tokens of held-out text\n{_text(shown)}\n\n{GUIDE}"
+        f" {models.attrs['tokens']:,} tokens of held-out text\n{_text(shown)}\n\n{GUIDE}\n{READOUTS}"
     )
 
 

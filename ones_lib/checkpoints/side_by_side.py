@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ones_lib.checkpoints.evaluation import evaluate
 from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.stored import StoredModel
 from ones_lib.checkpoints.stream import BlockStream, replaced, run_blocks, watched
 from ones_lib.checkpoints.text import BLOCK
-from ones_lib.distillation import soft_kl
 from ones_lib.ffn import FeedForwardWeights
-from ones_lib.models.causal import text_config, token_losses
+from ones_lib.models.causal import text_config
 
 
 class SideBySide:
@@ -88,26 +89,19 @@ class SideBySide:
         with watching as routed, replaced(experts, output):
             yield
 
-    @torch.no_grad()
     def compare(self) -> tuple[list[float], list[float]]:
-        """Perplexities, of the MoE and of each dense model, and the KL of each dense model to the MoE, in nats a token.
-
-        That is the mean of ``sum p_MoE log(p_MoE / p_dense)`` over the tokens that they predict, all but the first of a block.
+        """Perplexities, of the MoE and of each dense model, and the KL of each dense model to the MoE, in nats a token: see
+        :func:`ones_lib.checkpoints.evaluation.evaluate`.
 
         Raises:
             ValueError: hidden states are not finite.
         """
         hidden = run_blocks(self.stream, self.folder, len(self.stream.blocks), "")
-        losses, kls, tokens = [0.0] * (1 + self.count), [0.0] * self.count, 0
-        for part, ids in enumerate(self.ids):
-            for model in range(1 + self.count):
-                number = model * len(self.ids) + part
-                logits = self.stream.logits(number, hidden.read(number)["hidden"])
-                losses[model] += token_losses(logits, ids.to(logits.device)).double().sum().item()
-                if model == 0:
-                    of_moe, predicted = logits[:, :-1], ids[:, 1:].numel()
-                    tokens += predicted
-                else:
-                    kls[model - 1] += predicted * soft_kl(logits[:, :-1], of_moe, 1.0).item()
-        means = torch.tensor(losses, dtype=torch.float64) / tokens
-        return means.exp().tolist(), [kl / tokens for kl in kls]
+
+        def logits(model: int, part: int) -> Tensor:
+            number = model * len(self.ids) + part
+            return self.stream.logits(number, hidden.read(number)["hidden"])
+
+        dense = {str(model): partial(logits, model) for model in range(1, 1 + self.count)}
+        found = evaluate(self.ids, partial(logits, 0), dense)
+        return list(found["perplexity"].values()), list(found["kl"].values())

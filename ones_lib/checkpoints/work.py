@@ -11,12 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
-import psutil
 import torch
 import torch.nn.functional as F
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -33,21 +32,22 @@ from ones_lib.checkpoints.activations import (
 )
 from ones_lib.checkpoints.beside import check_whole, write_beside
 from ones_lib.checkpoints.card import model_card
+from ones_lib.checkpoints.evaluation import by_block, evaluate, fits_memory, loaded, parts_of
 from ones_lib.checkpoints.place import CONVERSION, Place, differences
 from ones_lib.checkpoints.plan import Block, TwinPlan
 from ones_lib.checkpoints.quantised import Dequantised
 from ones_lib.checkpoints.reconstruction import Reconstruction
 from ones_lib.checkpoints.shards import INDEX, Shards
-from ones_lib.checkpoints.stream import BlockStream, LazyModel, load_checkpoint, run_blocks
 from ones_lib.checkpoints.text import block_length, ids_hash
 from ones_lib.data.files import check_room, remove_unfinished, save_tensors, write_text
 from ones_lib.ffn import FeedForwardWeights, concatenate
 from ones_lib.gathering.registry import gather_precisely, options_of
 from ones_lib.gathering.scale import scaled_output
-from ones_lib.models.causal import if_float16, perplexity, text_config, token_losses
+from ones_lib.models.causal import if_float16, text_config
 
 FILE_SIZE = 50 * 10**9  # bytes of a safetensors file, at most: what transformers' save_pretrained takes
 LAYERS = "conversion.csv"
+MEASURED = ("perplexity", "kl")  # of a check
 
 
 class Work:
@@ -132,9 +132,9 @@ class Work:
             [[block.ffn, 1, 1, 0, 1, 1.0, ""] for block in self.plan.blocks if block.sparse], columns=names
         )
         layers[errors] = 1.0
-        perplexities = dict.fromkeys(("MoE", "dense"), 1.0) if self.arguments["check"] else {}
+        found = {"perplexity": {"MoE": 1.0, "dense": 1.0}, "kl": {"dense": 1.0}} if self.arguments["check"] else {}
         with TemporaryDirectory(dir=self.folder) as folder:
-            write_text(Path(folder, "README.md"), model_card(self.plan, self.arguments, layers, perplexities))
+            write_text(Path(folder, "README.md"), model_card(self.plan, self.arguments, layers, found))
 
     def run_moe(self, ids: Tensor | None) -> None:
         """Run the MoE on ``ids`` [n, L], or on random tokens if its gates have to be measured and there is no text."""
@@ -307,15 +307,16 @@ class Work:
             write_text(self.model / INDEX, json.dumps(about, indent=1))
         write_beside(self.plan.shards.path, self.plan.config, self.model)
 
-    def perplexities(self, ids: Tensor) -> dict[str, float]:
-        """Of the MoE and of the twin on blocks [n, L]."""
-        found = {}
-        if isinstance(self.plan.shards, Dequantised) or not fits_memory(self.plan.shards):
-            found["MoE"] = perplexity_by_block(self.plan, ids, self.folder / f"check-{ids_hash(ids)[:16]}")
-        folders = {"MoE": self.plan.shards.path, "dense": self.model}
-        rest = {name: folder for name, folder in folders.items() if name not in found}
-        found |= perplexities(rest, ids, self.folder / "offload")
-        if odd := {name: value for name, value in found.items() if not isfinite(value)}:
+    def evaluate(self, ids: Tensor) -> dict[str, dict[str, float]]:
+        """Of the MoE and of the twin on blocks [n, L]: see :func:`ones_lib.checkpoints.evaluation.evaluate`."""
+        parts, source = parts_of(ids), self.plan.shards
+        if isinstance(source, Dequantised) or not fits_memory(source):
+            moe = by_block(self.plan, parts, self.folder / f"check-{ids_hash(ids)[:16]}")
+        else:
+            moe = loaded(source.path, parts, self.folder / "offload-moe")
+        with moe as of_moe, loaded(self.model, parts, self.folder / "offload") as of_dense:
+            found = evaluate(parts, of_moe, {"dense": of_dense})
+        if odd := {name: value for name, value in found["perplexity"].items() if not isfinite(value)}:
             dtype = self.plan.config.dtype
             raise ValueError(f"check: expected finite perplexities in {dtype}, found {odd}{if_float16(dtype)}")
         return found
@@ -331,8 +332,11 @@ class Work:
     def _versions() -> dict[str, str]:
         return {"ones-lib": __version__, "transformers": version("transformers")}
 
-    def finish(self, perplexities: Mapping[str, float]) -> pd.DataFrame:
-        """Write tables and model card, and move all to the destination. Returns the table of layers."""
+    def finish(self, evaluation: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+        """Write tables and model card, and move all to the destination. Returns the table of layers.
+
+        ``evaluation`` is what :meth:`evaluate` found, or empty.
+        """
         rows = [json.loads(path.read_text()) for path in sorted(self.rows.iterdir())]
         layers = pd.DataFrame([row for row in rows if row is not None])
         if "frequency" in layers:
@@ -346,11 +350,11 @@ class Work:
             course.to_csv(self.model / "reconstruction.csv", index=False)
             layers = layers.drop(columns=["course", "output_error"])  # that is of other tokens, without shared experts
         layers.to_csv(self.model / LAYERS, index=False)
-        layers.attrs["perplexity"] = dict(perplexities)
-        write_text(self.model / "README.md", model_card(self.plan, self.arguments, layers, perplexities))
-        measured = {"perplexity": dict(perplexities), "versions": self._versions()}
+        measured = {name: dict(evaluation.get(name, {})) for name in MEASURED}
+        layers.attrs.update(measured)
+        write_text(self.model / "README.md", model_card(self.plan, self.arguments, layers, evaluation))
         check_whole(self.model)
-        self.place.put(self.model, self.facts() | measured)
+        self.place.put(self.model, self.facts() | measured | {"versions": self._versions()})
         shutil.rmtree(self.folder)
         return layers
 
@@ -358,39 +362,6 @@ class Work:
 def read_layers(folder: Path) -> pd.DataFrame:
     """The table of layers of a finished conversion."""
     layers = pd.read_csv(folder / LAYERS)
-    layers.attrs["perplexity"] = json.loads((folder / CONVERSION).read_text())["perplexity"]
+    facts = json.loads((folder / CONVERSION).read_text())
+    layers.attrs.update({name: facts.get(name, {}) for name in MEASURED})
     return layers
-
-
-def fits_memory(shards: Shards) -> bool:
-    """Whether a checkpoint's tensors, dequantised, would fit into half of the free memory."""
-    size = 2 * sum(prod(shape) for shape in shards.shapes.values())
-    return size < psutil.virtual_memory().available / 2
-
-
-def perplexity_by_block(plan: TwinPlan, ids: Tensor, folder: Path) -> float:
-    """:func:`ones_lib.models.causal.perplexity` of an MoE that runs block by block from its files, with one block in memory."""
-    batches = ids.long().split(4)
-    if not plan.architecture.streams:
-        with LazyModel(plan.stored).whole() as model:
-            return perplexity(model, ids)
-    stream = BlockStream(plan.stored, batches)
-    hidden = run_blocks(stream, folder, len(stream.blocks), "perplexity")
-    losses = []
-    for number, batch in enumerate(batches):
-        logits = stream.logits(number, hidden.read(number)["hidden"])
-        losses.append(token_losses(logits, batch.to(logits.device)))
-    shutil.rmtree(folder)
-    return torch.cat(losses).double().mean().exp().item()
-
-
-def perplexities(folders: Mapping[str, Path], ids: Tensor, offload: Path) -> dict[str, float]:
-    """Of the models in ``folders``, by name, on blocks [n, L]. ``offload`` is a folder for what memory can't hold."""
-    found = {}
-    for name, folder in folders.items():
-        shutil.rmtree(offload, ignore_errors=True)  # of an interrupted call
-        model = load_checkpoint(folder, device_map="auto", offload_folder=offload)
-        found[name] = perplexity(model, ids)
-        del model
-        shutil.rmtree(offload, ignore_errors=True)
-    return found

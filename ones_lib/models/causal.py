@@ -208,16 +208,6 @@ def model_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": source, "decoder_input_ids": target}
 
 
-@torch.inference_mode()
-def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
-    """``exp`` of the mean negative log-likelihood of the tokens that a model predicts in blocks ``ids`` [n, L]."""
-    losses = []
-    for batch in hf_logging.tqdm(ids.split(4), desc="perplexity", unit="batch"):
-        inputs = model_inputs(model, batch.to(model.device))
-        losses.append(token_losses(model(**inputs, use_cache=False).logits, list(inputs.values())[-1]))
-    return torch.cat(losses).double().mean().exp().item()
-
-
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Negative log-likelihoods, in nats, of the tokens ``ids`` [B, L] that logits [B, L, vocabulary] predict, all but the first."""
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

@@ -32,11 +32,11 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ones_lib import __version__
 from ones_lib.checkpoints.beside import check_whole, copy_files
 from ones_lib.checkpoints.convert import files_stamp, local_folder, named, only_one, read_config
+from ones_lib.checkpoints.evaluation import GUIDE, evaluate, loaded, parts_of
 from ones_lib.checkpoints.place import CONVERSION, DISTILLATION, Place
 from ones_lib.checkpoints.stream import load_checkpoint, open_stored
 from ones_lib.checkpoints.terminal import Typed, add_version, exit_status
 from ones_lib.checkpoints.text import block_length, found_text, ids_hash, text_blocks, text_name, token_count
-from ones_lib.checkpoints.work import perplexities
 from ones_lib.data.files import is_free, model_tensors, remove_unfinished, write_text
 from ones_lib.data.text import is_whole
 from ones_lib.distillation import Distillation
@@ -113,8 +113,8 @@ def distill(
 
     Returns:
         What ``distillation.json`` in ``out`` holds: arguments, ``steps``, ``epochs`` of the text, ``versions``, and
-        ``perplexity`` of ``MoE``, ``start`` and ``result`` on ``held_out_tokens``. ``history.csv`` there is the course of
-        the training, with the loss in nats and ``val_perplexity``.
+        ``perplexity`` of ``MoE``, ``start`` and ``result``, and ``kl`` of the latter two to the MoE, in nats a token, on
+        ``held_out_tokens``. ``history.csv`` there is the course of the training, with the loss in nats and ``val_perplexity``.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, ConnectionError: before long work starts.
@@ -219,10 +219,10 @@ class _Work:
         self.moe, self.dense, self.place, self.conversion, self.arguments = moe, dense, place, conversion, arguments
         self.folder = place.folder.with_name(f".{place.folder.name}.distilling")
         self.model, self.offload = self.folder / "model", self.folder / "offload"
-        self.checkpoint, self.measured = (self.folder / name for name in ("checkpoint.safetensors", "perplexity.json"))
+        self.checkpoint, self.measured = (self.folder / name for name in ("checkpoint.safetensors", "evaluation.json"))
 
     def begin(self, blocks: Blocks) -> None:
-        """Go on with an interrupted distillation, or start one: measure the perplexities of MoE and start.
+        """Go on with an interrupted distillation, or start one: measure MoE and start.
 
         All that can fail without a step does so now: the place is tried, and the model card is written.
 
@@ -240,16 +240,27 @@ class _Work:
                     " force=True starts over"
                 )
             shutil.rmtree(self.folder, ignore_errors=True)
-        about = {**identity, "perplexity": dict.fromkeys(("MoE", "start", "result"), 1.0), "held_out_tokens": 1}
+        ones = dict.fromkeys(("MoE", "start", "result"), 1.0)
+        about = {**identity, "perplexity": ones, "kl": ones, "held_out_tokens": 1}
         _card(self.conversion, about, read_config(self.dense))
         self.place.tried()
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(self.folder)
         write_text(mark, json.dumps(identity))
         if not self.measured.exists():
-            both = perplexities({"MoE": self.moe, "start": self.dense}, blocks.validation, self.offload)
-            write_text(self.measured, json.dumps(both))
+            write_text(self.measured, json.dumps(self._evaluate("start", self.dense, blocks.validation)))
             _free_memory()
+
+    def _evaluate(self, name: str, folder: Path, held_out: Tensor) -> dict[str, dict[str, float]]:
+        """Of the MoE and of a dense model called ``name``: see :func:`ones_lib.checkpoints.evaluation.evaluate`."""
+        parts = parts_of(held_out)
+        with (
+            loaded(folder, parts, self.offload / name) as of_dense,
+            loaded(
+                self.moe, parts, self.offload / "MoE"
+            ) as of_moe,  # the larger one has what the other leaves of a GPU
+        ):
+            return evaluate(parts, of_moe, {name: of_dense})
 
     def models(self, tokens: int) -> tuple[LanguageModel, LanguageModel]:
         """Student and teacher, for passes of ``tokens``."""
@@ -284,14 +295,14 @@ class _Work:
 
     def finish(self, held_out: Tensor) -> dict:
         """Measure the result, write about it, and move all to its place. Returns ``distillation.json``."""
-        found = json.loads(self.measured.read_text())
-        found |= perplexities({"result": self.model}, held_out, self.offload)
+        start, result = json.loads(self.measured.read_text()), self._evaluate("result", self.model, held_out)
+        about = {**self.arguments, **{name: start[name] | result[name] for name in start}}
+        about |= {"held_out_tokens": held_out.numel(), "versions": _versions()}
+        found = about["perplexity"]
         if found["result"] > found["start"]:
             rate = f"learning_rate: {self.arguments['learning_rate']:g} was too large"
             changed = f"the perplexity went from {found['start']:.4g} to {found['result']:.4g}"
             warnings.warn(f"{rate} for {self.arguments['steps']:,} steps: {changed}", stacklevel=2)
-        about = {**self.arguments, "perplexity": found, "held_out_tokens": held_out.numel()}
-        about["versions"] = _versions()
         earlier = self.dense / DISTILLATION
         if earlier.exists():
             about["earlier"] = json.loads(earlier.read_text())
@@ -393,7 +404,7 @@ def _read_blocks(text: str | Path, check: str | Path | None, dense: Path, length
 
 def _card(conversion: Mapping, about: Mapping, config: PreTrainedConfig) -> str:
     """README.md of the result."""
-    name, found = conversion["source"], about["perplexity"]
+    name, found, kl = conversion["source"], about["perplexity"], about["kl"]
     options = ({} if conversion["d_ff"] is None else {"d_ff": conversion["d_ff"]}) | conversion["options"]
     given = "".join(f", {option} = {value}" for option, value in options.items())
     trained = about["steps"] * about["batch_size"] * about["length"]
@@ -417,6 +428,7 @@ of {about["batch_size"]} blocks of {about["length"]}.
 {about["learning_rate"]:g} after a warm-up of {about["warmup"]:.0%} of the steps, cosine decay.
 - Perplexity on {about["held_out_tokens"]:,} held-out tokens of {about["check"] or about["text"]}: MoE {found["MoE"]:.4g}, \
 start {found["start"]:.4g}, this model {found["result"]:.4g}. The course is in history.csv.
+- KL to the MoE: start {kl["start"]:.3f}, this model {kl["result"]:.3f}. {" ".join(GUIDE.split())}
 
 How it was gathered is in conversion.json, how it was distilled in distillation.json.
 Made with ones_lib {about["versions"]["ones-lib"]}, transformers {about["versions"]["transformers"]}.
@@ -492,6 +504,8 @@ def _report(about: Mapping, out: str) -> str:
     return f"""\
 trained on {trained:,} tokens{asked}: {about["steps"]} steps of {about["batch_size"]} x {about["length"]}
 perplexity: {", ".join(f"{name} {value:.4g}" for name, value in about["perplexity"].items())}
+KL to the MoE: {", ".join(f"{name} {value:.3f}" for name, value in about["kl"].items())}
+{GUIDE}
 wrote {out}"""
 
 
