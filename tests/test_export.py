@@ -26,10 +26,12 @@ from ones_lib.data.text import text_corpus
 from ones_lib.models.causal import without_bars
 from ones_lib.models.images import WideNet
 from ones_lib.study import export as export_module
+from ones_lib.study import onnx_file
 from ones_lib.study.export import export
 from ones_lib.study.language_task import language_model
 from ones_lib.study.listing import find_record
 from ones_lib.study.records import Record, Records, config_hash
+from ones_lib.study.running import load_record
 from ones_lib.study.study import Study
 from ones_lib.study.training import Training
 
@@ -325,6 +327,99 @@ def test_a_checkpoints_own_tokenizer_stays_and_its_place_is_not_told(tmp_path, t
 )
 def test_the_base_model_is_a_name_of_the_hub(model, base):
     assert export_module._hub_name(model) == base
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+def onnx_logits(folder: Path, **inputs: torch.Tensor) -> list[torch.Tensor]:
+    session = pytest.importorskip("onnxruntime").InferenceSession(folder / "model.onnx")
+    assert [one.name for one in session.get_inputs()] == list(inputs)
+    return [torch.from_numpy(y) for y in session.run(None, {name: x.numpy() for name, x in inputs.items()})]
+
+
+def onnx_facts(folder: Path) -> dict:
+    import onnx
+
+    return {one.key: json.loads(one.value) for one in onnx.load(folder / "model.onnx").metadata_props}
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_an_image_student_in_onnx_gives_its_logits(batch, images, tmp_path):
+    pytest.importorskip("onnxruntime")
+    _, glyphs, _ = images
+    (record,) = glyphs.run([glyphs.student("average", 0)])
+    folder, data = export(record, tmp_path / "mine", glyphs.cache_dir, onnx=True), glyphs.open_data()
+    pixels = torch.randn(batch, 1, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(onnx_logits(folder, images=pixels)[0], glyphs.load_model(record)(pixels))
+    facts = onnx_facts(folder)
+    assert (facts["image_size"], facts["in_chans"], facts["label_names"]) == (16, 1, data.classes)
+    assert facts["mean"] == list(data.preparation["mean"])
+    assert "`model.onnx` gives 20 of the record's 20 validation predictions" in (folder / "README.md").read_text()
+
+
+def test_text_students_in_onnx_give_their_logits(tmp_path, text_cache):
+    """Of padded texts of another length than the one that was traced."""
+    pytest.importorskip("onnxruntime")
+    task_data = {"name": "names", "task_length": 32, "stride": 6, "max_train": 40, "max_validation": 20}
+    tasks = {"tasks": ["language", "answer_or_none"], "task_data": task_data, "finetuning": RECIPE}
+    study = study_of_names(tmp_path, text_cache, domain="text", model=MODEL, **tasks)
+    student = study.student("topk", 0)
+    asked = [student, study.finetuned("language", student), study.finetuned("answer_or_none", student)]
+    ids, types = torch.randint(5, 200, (3, 13)), torch.zeros(3, 13, dtype=torch.int64)
+    mask, types[:, 6:] = torch.ones_like(ids), 1
+    mask[1, 9:] = 0
+    for record in study.run(asked):
+        folder = export(record, tmp_path / record.folder.name, text_cache, onnx=True)
+        found = onnx_logits(folder, input_ids=ids, attention_mask=mask, token_type_ids=types)
+        with torch.no_grad():
+            expected = list(study.load_model(record)(ids, mask, types).values())
+        for one, other in zip(found, expected, strict=True):
+            kept = mask.bool() if one.shape[:2] == mask.shape else slice(None)  # nothing reads the others
+            torch.testing.assert_close(one[kept], other[kept], atol=1e-5, rtol=1e-4)
+        if record.config.get("task") == "language":
+            assert onnx_facts(folder)["label_names"] == list(study.load_model(record).config.id2label.values())
+
+
+def test_a_causal_student_in_onnx_gives_its_logits(tmp_path, text_cache):
+    pytest.importorskip("onnxruntime")
+    study = study_of_names(tmp_path, text_cache, domain="language", model=MOE, calibration_examples=8)
+    (record,) = study.run([study.student("topk", 0, d_ff=20)])
+    folder, ids = export(record, tmp_path / "mine", text_cache, onnx=True), torch.randint(5, 200, (3, 13))
+    with torch.no_grad():
+        expected = study.load_model(record).model(ids).logits
+    torch.testing.assert_close(onnx_logits(folder, input_ids=ids)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_predicts_something_else_in_onnx_is_not_exported(images, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    _, glyphs, _ = images
+    (record,) = glyphs.run([glyphs.student("average", 0)])
+
+    def another(record, cache_dir):
+        model, task = load_record(record, cache_dir)
+        with torch.no_grad():
+            model.head.weight.neg_()
+            model.head.bias.neg_()
+        return model, task
+
+    monkeypatch.setattr(export_module, "load_record", another)
+    with pytest.raises(ValueError, match=r"model\.onnx: expected the record's predictions .*, found \d+ others of 20"):
+        export(record, tmp_path / "mine", glyphs.cache_dir, onnx=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_its_packages_or_of_an_moe_there_is_no_onnx(tiny_record, tmp_path, monkeypatch, capsys):
+    record, cache = tiny_record
+    arguments = [str(record.folder), str(tmp_path / "mine"), "--cache-dir", str(cache), "--onnx"]
+    for spec, said in ((object(), "found of kind 'moe': .*no operator in ONNX"), (None, "found no onnx; pip install")):
+        monkeypatch.setattr(onnx_file, "find_spec", lambda name, spec=spec: spec)
+        assert export_module.main(arguments) == 1
+        found = capsys.readouterr().err
+        assert re.search(said, found)
+        assert found.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -183,8 +183,8 @@ class WideNetTextModel(WideNetTextPreTrainedModel):
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(types)  # [B, L, e]
         x = x + self.position_embeddings.weight[:length]
         x = self.dropout(self.embedding_projection(self.embedding_norm(x)))  # [B, L, d]
-        tokens, mask = None, None  # without padding
-        if attention_mask is not None and not attention_mask.all():
+        tokens, mask = None, None  # without padding, which a graph can't know of
+        if attention_mask is not None and (torch.compiler.is_exporting() or not attention_mask.all()):
             tokens = attention_mask.bool()  # [B, L]
             mask = x.new_zeros(tokens.shape).masked_fill(~tokens, torch.finfo(x.dtype).min)[
                 :, None, None

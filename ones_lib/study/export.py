@@ -3,7 +3,8 @@
 An image model becomes timm's own ``VisionTransformer``, a causal model is a plain class of transformers: both load without
 this library. The text models load by transformers' Auto classes after ``import ones_lib``.
 
-``python -m ones_lib.study.export RECORD FOLDER`` does the same from the shell.
+``python -m ones_lib.study.export RECORD FOLDER`` does the same from the shell. With ``--onnx``, the folder also has the model in
+ONNX, for ONNX Runtime and others.
 """
 
 from __future__ import annotations
@@ -37,10 +38,23 @@ from ones_lib.models.upcycling import Upcycled
 from ones_lib.study.inputs import located
 from ones_lib.study.listing import find_record, record_roots
 from ones_lib.study.naming import data_name
+from ones_lib.study.onnx_file import check_packages, write_onnx
 from ones_lib.study.records import Record, Records, project_root
 from ones_lib.study.running import Config, data_of, label, load_record
 
 DENSE = ("student", "dense", "dense_kd")  # kinds of records
+ONNX_CARD = """
+## ONNX
+
+`model.onnx` gives {found}. Batches can be of any size, and texts of any length up to `max_length`. The file says what it takes:
+
+```python
+import onnxruntime
+session = onnxruntime.InferenceSession("PATH/model.onnx")
+print(session.get_modelmeta().custom_metadata_map)  # image_size, mean, std, label_names, max_length, ..., as JSON
+print([(x.name, x.shape, x.type) for x in session.get_inputs()])
+```
+"""
 TIMM_NAME = "vit_base_patch16_224"  # any plain vision transformer of timm's registry: every argument is given
 
 
@@ -54,7 +68,7 @@ class Usage:
     note: str
 
 
-def export(record: Record, folder: str | Path, cache_dir: str | Path = "runs/cache") -> Path:
+def export(record: Record, folder: str | Path, cache_dir: str | Path = "runs/cache", *, onnx: bool = False) -> Path:
     """Write a record's trained dense model, with a model card, to a folder that appears when it is whole; its path.
 
     - Images: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens it, without this library. Weights that depths
@@ -67,25 +81,33 @@ def export(record: Record, folder: str | Path, cache_dir: str | Path = "runs/cac
     Args:
         folder: one that does not exist, or is empty.
         cache_dir: where the record's data are kept; they give class names, tokenizer, and the data's size for the card.
+        onnx: also write ``model.onnx``, and check it on the validation data; see :func:`ones_lib.study.onnx_file.write_onnx`.
 
     Raises:
+        ImportError: with ``onnx``, a package of that extra is missing.
         FileExistsError: the folder is there and not empty.
-        ValueError: the record is of an MoE or of no model, an image model is no WideNet, or a file of the record is damaged.
+        ValueError: the record is of an MoE or of no model, an image model is no WideNet, a file of the record is damaged, or
+            ``model.onnx`` predicts something else.
         FileNotFoundError: the record is not finished, or its data are gone.
     """
     folder = Path(folder).expanduser().resolve()
     if not is_free(folder):
         raise FileExistsError(f"folder: expected one that is not there or empty, found {folder}")
+    if onnx:
+        check_packages()
     config = record.config
     kind = _pretrained(config)["kind"]
     if kind not in DENSE:
+        why = "; an MoE's products by groups of tokens have no operator in ONNX" if onnx and kind == "moe" else ""
         raise ValueError(
-            f"record: expected a dense model's ({', '.join(DENSE)}), found of kind {kind!r}: {record.folder}"
+            f"record: expected a dense model's ({', '.join(DENSE)}), found of kind {kind!r}: {record.folder}{why}"
         )
-    model, data = load_record(record, Path(cache_dir))[0], data_of(config, Path(cache_dir))
+    (model, task), data = load_record(record, Path(cache_dir)), data_of(config, Path(cache_dir))
     write = {"image": _write_image, "text": _write_text, "language": _write_language}[config["domain"]]
     with _whole(folder) as beside, without_bars():
         card = model_card(record, data, write(model, data, config, beside), _size(beside))
+        if onnx:
+            card += ONNX_CARD.format(found=write_onnx(model, task, record, beside))
         (beside / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -325,6 +347,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--records", type=path, action="append", help="where names are looked for (runs/records and runs/*/records)"
     )
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="also write model.onnx, and check it in ONNX Runtime on the record's validation data (needs ones-lib[onnx])",
+    )
     cache = project_root() / "runs" / "cache"
     parser.add_argument("--cache-dir", type=path, default=cache, help="where drawn data are kept (runs/cache)")
     add_version(parser)
@@ -332,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         record = find_record(options.record, options.records or record_roots())
-        print(f"wrote {export(record, options.folder, options.cache_dir)}")
+        print(f"wrote {export(record, options.folder, options.cache_dir, onnx=options.onnx)}")
 
     return exit_status(work, lambda error: f"export: {one_line(error)}")
 
