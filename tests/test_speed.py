@@ -1,6 +1,7 @@
 """Ways of dispatch against the plain one, and the tables of measurements."""
 
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -10,11 +11,17 @@ import torch
 import torch.nn.functional as F
 from conftest import random_bank
 from test_moe import random_routing
+from transformers import AutoConfig
 
+from ones_lib.checkpoints.plan import dense_config
+from ones_lib.checkpoints.terminal import RunError
 from ones_lib.models.images import WideNet
 from ones_lib.moe import Routing, dispatch_plain
+from ones_lib.views import engines
 from ones_lib.views.speed import (
+    _onnx_pass,
     _peak_bytes,
+    _variants,
     available_modes,
     dispatch_one_hot,
     measure_dispatch,
@@ -135,6 +142,113 @@ def test_compiled_and_low_precision_are_measured_where_they_run(monkeypatch):
     counts = table.groupby("mode")["variant"].nunique()
     assert counts.to_dict() == {"eager": 4} | ({"compiled": 3} if "compiled" in modes else {})
     assert available_modes(["eager"]) == ["eager"]
+
+
+def test_onnx_runtime_is_timed_in_float32():
+    pytest.importorskip("onnxruntime")
+    table = measure_speed("tiny", tiny(depth=1), [1, 3], 0.0, ["bfloat16", "float32"], available_modes(["onnx"]))
+    assert set(table["precision"]) == {"float32"}
+    assert table.groupby("batch_size")["variant"].unique().map(list).to_list() == [["dense", "moe_plain"]] * 2
+
+
+def test_what_onnx_runtime_times_is_the_models_output():
+    pytest.importorskip("onnxruntime")
+    model, x = tiny(depth=1).eval(), torch.randn(3, 1, 16, 16)
+    torch.nn.init.normal_(model.head.weight)
+    for variant, one in _variants(model, model.dense_twin()).items():
+        if variant in ("dense", "moe_plain"):
+            torch.nn.init.normal_(one.head.weight)
+            with torch.no_grad():
+                torch.testing.assert_close(
+                    torch.from_numpy(_onnx_pass(one, x)()[0]), one.eval()(x), atol=1e-5, rtol=1e-4
+                )
+
+
+def test_without_onnx_runtime_that_mode_is_left_out(monkeypatch):
+    monkeypatch.setattr("ones_lib.study.onnx_file.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="'onnx' is left out: .*found no onnx; pip install"):
+        assert available_modes(["eager", "onnx"]) == ["eager"]
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+STACK = {"model_type": "mixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 50}
+STACK |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2}
+#: An engine that is as fast as its config is small, and says what it was asked for.
+VLLM = """
+import json, time
+__version__ = "0.0"
+class SamplingParams:
+    def __init__(self, temperature, max_tokens, ignore_eos, detokenize):
+        assert temperature > 0 and ignore_eos
+        self.drawn = max_tokens
+class LLM:
+    def __init__(self, model, max_model_len, **options):
+        assert options["load_format"] == "dummy" and not options["enable_prefix_caching"]
+        self.layer = 0.002 * ("num_local_experts" in json.load(open(model + "/config.json")))
+        self.longest = max_model_len
+    def generate(self, prompts, sampling, use_tqdm):
+        for prompt in prompts:
+            assert max(prompt["prompt_token_ids"]) < 50
+            assert len(prompt["prompt_token_ids"]) + sampling.drawn <= self.longest
+        time.sleep(0.002 + self.layer)
+"""
+
+
+@pytest.fixture
+def engine(tmp_path):
+    """A Python that has an engine."""
+    (tmp_path / "vllm.py").write_text(VLLM)
+    python = tmp_path / "python"
+    start = f"import sys; sys.path.insert(0, '{tmp_path}'); sys.argv = sys.argv[1:]; import runpy"
+    run = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -c "{start}; {run}" "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def test_an_engine_is_measured_beside_transformers_and_the_machine(engine, monkeypatch):
+    monkeypatch.setattr(engines, "machine_speed", lambda seconds: (1e9, 1e12))
+    monkeypatch.setattr(engines, "PROMPT", 16)
+    monkeypatch.setattr(engines, "DECODED", 4)
+    table = engines.measure_engines("small", STACK, [1, 3], engine, seconds=0.0)
+    assert table.groupby("engine").size().to_dict() == {e: 8 for e in table["engine"].unique()}
+    assert [e.split()[0] for e in table["engine"].unique()] == ["vLLM", "transformers", "limit"]
+    assert table.loc[table["model"] == "moe", "speedup"].eq(1).all()
+    rows = table.set_index(["engine", "model", "phase", "batch_size"])
+    assert (rows.loc["vLLM 0.0"]["measured"] == engines.REPEATS).all()
+    dense = rows.loc[("vLLM 0.0", "dense", "decoding", 3)]
+    assert dense["speedup"] == pytest.approx(2, rel=0.4)
+    assert dense["tokens_per_second"] == pytest.approx(1000 * 3 * 4 / dense["median_ms"])
+
+
+def test_the_limits_are_bytes_and_products_by_hand():
+    config = AutoConfig.for_model(**STACK)
+    table = engines.limits({"moe": config, "dense": dense_config(config, "active")}, [1], 1e6, 1e30)
+    rows = table.set_index(["model", "phase"])["median_ms"]
+    around = 2 * (4 * 16 * 16 + 2 * 16) + 16 + 50 * 16  # attention and norms of two layers, last norm, head
+    expert, router = 3 * 16 * 24, 8 * 16
+    step = 2 * (around + 2 * 2 * expert)  # bytes; two layers of the active width
+    assert rows["dense", "decoding"] == pytest.approx(step * engines.DECODED / 1e3)
+    needed = 8 * (1 - (3 / 4) ** 8)  # experts of the prompt's eight tokens
+    first = 2 * (around + 2 * (router + needed * expert))
+    step += 2 * 2 * router
+    assert rows["moe", "decoding"] == pytest.approx((first + (engines.DECODED - 1) * step) / 1e3)
+    table = engines.limits({"moe": config}, [2], 1e30, 1e6).set_index("phase")["median_ms"]
+    products = 2 * 2 * engines.PROMPT * (around + 2 * (router + 2 * expert))
+    assert table["prefill"] == pytest.approx(products / 1e3)
+
+
+@pytest.mark.parametrize("python", ["missing", "failing"])
+def test_a_python_without_the_engine_is_refused_in_one_line(python, tmp_path):
+    place = tmp_path / python
+    if python == "failing":
+        place.write_text("#!/bin/sh\necho 'first' >&2\necho 'no module vllm' >&2\nexit 1\n")
+        place.chmod(0o755)
+    said = "no module vllm" if python == "failing" else "No such file"
+    with pytest.raises(RunError, match=rf"^engine_python: .*{python}.*{said}") as error:
+        engines.measure_engines("small", STACK, [1], str(place), seconds=0.0)
+    assert "\n" not in str(error.value)
 
 
 def test_without_a_compiler_there_is_no_compiled_mode(monkeypatch):

@@ -376,12 +376,17 @@ class Speed(Group):
 
     speed_layers: dict = value("by name, sizes and batch_sizes of one MoE layer")
     speed_batch_sizes: list[int] = value("batch sizes of the image study's MoE", least=1)
-    speed_modes: list[str] = value("of that MoE: 'eager', 'compiled'", of=("eager", "compiled"))
+    speed_modes: list[str] = value(
+        "of that MoE: 'eager', 'compiled', 'onnx' (needs ones-lib[onnx])", of=("eager", "compiled", "onnx")
+    )
     large_models: list[str] = value("timm names of other MoEs")
     large_batch_sizes: list[int] = value("their batch sizes", least=1)
-    large_modes: list[str] = value("their modes", of=("eager", "compiled"))
+    large_modes: list[str] = value("their modes", of=("eager", "compiled", "onnx"))
     speed_precisions: list[str] = value("torch dtypes", of=("float32", "bfloat16", "float16"))
     seconds: float = value("least time of each number, s", above=0)
+    engine_python: str = value("a Python that has vLLM, to measure in; empty: figures/engine_speed.csv is shown")
+    engine_stacks: dict = value("by name, model_type of an MoE of transformers, and what its configuration takes")
+    engine_batch_sizes: list[int] = value("sequences", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pandas as pd
@@ -25,6 +27,7 @@ from transformers.utils.logging import tqdm
 
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.moe import MoEFeedForward, Router, Routing, batched_linear, dispatch, dispatch_plain
+from ones_lib.study.onnx_file import check_packages, onnx_program, onnx_session
 from ones_lib.study.records import provenance
 from ones_lib.study.running import build_model, calibration_batches, load_record
 from ones_lib.study.study import Study
@@ -33,7 +36,7 @@ from ones_lib.study.training import default_device
 LEAST_BLOCKS = 5  # of calls, for each number
 BLOCK_SECONDS = 0.02  # shorter calls are repeated within a block
 LARGEST_COPY = 2**30  # bytes of weights that transformers' batched_mm may copy: one expert's for each assignment
-MODES = ("eager", "compiled")
+MODES = ("eager", "compiled", "onnx")
 LANGUAGE_BATCHES, LANGUAGE_SECONDS, DECODED = [1, 16], 0.2, 16  # sequences; for each number; tokens
 WIDTHS_SECONDS = 1.0  # least time for each number of study_widths, which a notebook takes once
 
@@ -119,11 +122,11 @@ def measure_dispatch(
         leaves, gradient = [x, routing.gates, bank.up, bank.down], torch.ones_like(x)
         both = {variant: partial(_backward, function, leaves, gradient) for variant, function in forward.items()}
         with torch.inference_mode():
-            times = {"forward": _in_turns(forward, seconds)}
-        times["forward and backward"] = _in_turns(both, seconds)
+            times = {"forward": in_turns(forward, seconds)}
+        times["forward and backward"] = in_turns(both, seconds)
         for direction, of_direction in times.items():
             for variant, found in of_direction.items():
-                rows.append({**about, "direction": direction, "variant": variant, **_summary(found)})
+                rows.append({**about, "direction": direction, "variant": variant, **summary(found)})
     return pd.DataFrame(rows).assign(**_where(device))
 
 
@@ -184,7 +187,8 @@ def measure_speed(
         moe: a model of :mod:`ones_lib.models.images`. Its weights matter only for how evenly the router spreads tokens.
         seconds: least time for each number, which also has at least 5 blocks.
         precisions: names of torch's dtypes.
-        modes: ``eager``, ``compiled`` (:func:`torch.compile`, one graph a batch size), or both.
+        modes: of ``eager``, ``compiled`` (:func:`torch.compile`, one graph a batch size), and ``onnx``: in ONNX Runtime on the
+            CPU, in float32, where of the MoE's ways only the loop over experts can be written.
     """
     if unknown := set(modes) - set(MODES):
         raise ValueError(f"modes: expected of {MODES}, found {sorted(unknown)}")
@@ -194,7 +198,7 @@ def measure_speed(
     shape = (moe.patch_embed.proj.in_channels, *moe.patch_embed.img_size)
     flops = _flops(moe, dense, torch.randn(1, *shape, device=device))
     parameters = {variant: sum(p.numel() for p in model.parameters()) for variant, model in models.items()}
-    cases = [(p, m, b) for p in precisions for m in modes for b in batch_sizes]
+    cases = [(p, m, b) for p in precisions for m in modes for b in batch_sizes if m != "onnx" or p == "float32"]
     for precision, mode, batch_size in tqdm(cases, desc=name):
         x = torch.randn(batch_size, *shape, device=device).to(getattr(torch, precision))
         for model in models.values():
@@ -203,10 +207,10 @@ def measure_speed(
             weight_bytes = {kind: _weight_bytes(models[kind], x) for kind in ("dense", "moe")}
             passes = _passes(models, x, mode)
             peaks = {variant: _peak_bytes(run, device) for variant, run in passes.items()} if mode == "eager" else {}
-            times = _in_turns(passes, seconds)
+            times = in_turns(passes, seconds)
         for variant, of_variant in times.items():
             row = {"model": name, "precision": precision, "mode": mode, "batch_size": batch_size, "variant": variant}
-            row |= _summary(of_variant)
+            row |= summary(of_variant)
             kind = "dense" if variant == "dense" else "moe"
             row |= {"images_per_second": 1000 * batch_size / row["median_ms"], "parameters": parameters[variant]}
             row |= {"flops": batch_size * flops[kind], "weight_bytes": weight_bytes[kind]}
@@ -247,8 +251,8 @@ def measure_widths(
     models = {math.nan: moe} | {width: moe.dense_twin(d_ff=width) for width in widths}
     passes = {width: partial(forward, model.eval().to(device), batch) for width, model in models.items()}
     with torch.inference_mode():
-        times = _in_turns(passes, seconds)
-    table = pd.DataFrame([{"d_ff": width, "batch_size": len(batch[0]), **_summary(t)} for width, t in times.items()])
+        times = in_turns(passes, seconds)
+    table = pd.DataFrame([{"d_ff": width, "batch_size": len(batch[0]), **summary(t)} for width, t in times.items()])
     table["examples_per_second"] = 1000 * table["batch_size"] / table["median_ms"]
     table["speedup"] = table["median_ms"].iloc[0] / table["median_ms"]
     return table.assign(**_where(device))
@@ -271,22 +275,29 @@ def study_language_speed(study: Study, widths: Sequence[str]) -> tuple[pd.DataFr
 
 
 def measure_language_speed(
-    models: Mapping[str, PreTrainedModel], ids: Tensor, batch_sizes: Iterable[int], seconds: float
+    models: Mapping[str, PreTrainedModel],
+    ids: Tensor,
+    batch_sizes: Iterable[int],
+    seconds: float,
+    decoded: int = DECODED,
+    drawn: bool = False,
 ) -> pd.DataFrame:
     """Tokens a second of causal models in transformers, which take turns, on the accelerator if there is one.
 
     Columns ``width`` (the model's name), ``phase, batch_size, median_ms, low_ms, high_ms`` (quartiles), ``measured`` (number of
     blocks), ``tokens_per_second, speedup`` (the first model's median over the model's), ``device, threads``. Phases:
-    ``prefill``, a forward pass of ``ids``; ``decoding``, :data:`DECODED` tokens one after the other, greedily, with a cache,
-    after a prompt of 8.
+    ``prefill``, a forward pass of ``ids``; ``decoding``, ``decoded`` tokens one after the other, with a cache, after a prompt of 8.
 
     Args:
         ids: token ids [n, L]; with fewer than a batch, all of them.
         seconds: least time for each number, which also has at least 5 blocks.
+        drawn: draw tokens; else the likeliest ones are taken, which of random weights become alike.
     """
     device, rows = default_device(), []
     models = {name: model.eval().to(device) for name, model in models.items()}
-    decoding = {"min_new_tokens": DECODED, "max_new_tokens": DECODED, "do_sample": False}
+    decoding = {"min_new_tokens": decoded, "max_new_tokens": decoded, "do_sample": drawn}
+    if drawn:
+        decoding["top_k"] = 0  # of all tokens
     for batch_size in sorted({min(size, len(ids)) for size in batch_sizes}):
         prompts = ids[:batch_size].long().to(device)
         short = {"input_ids": prompts[:, :8], "attention_mask": torch.ones_like(prompts[:, :8])}
@@ -296,10 +307,10 @@ def measure_language_speed(
         }
         for phase, passes in phases.items():
             with torch.inference_mode():
-                times = _in_turns(passes, seconds)
-            tokens = batch_size * (DECODED if phase == "decoding" else prompts.shape[1])
+                times = in_turns(passes, seconds)
+            tokens = batch_size * (decoded if phase == "decoding" else prompts.shape[1])
             for name, found in times.items():
-                row = {"width": name, "phase": phase, "batch_size": batch_size, **_summary(found)}
+                row = {"width": name, "phase": phase, "batch_size": batch_size, **summary(found)}
                 rows.append(row | {"tokens_per_second": 1000 * tokens / row["median_ms"]})
     table = pd.DataFrame(rows)
     first = table.groupby(["phase", "batch_size"])["median_ms"].transform("first")
@@ -321,15 +332,35 @@ def _variants(moe: nn.Module, dense: nn.Module) -> dict[str, nn.Module]:
 def _passes(models: Mapping[str, nn.Module], x: Tensor, mode: str) -> dict[str, Callable[[], Tensor]]:
     if mode == "eager":
         return {variant: partial(model, x) for variant, model in models.items()}
+    if mode == "onnx":
+        return {variant: _onnx_pass(models[variant], x) for variant in ("dense", "moe_plain")}
     torch.compiler.reset()
     # The plain loop cannot be one graph: the number of rows that an expert gets depends on the data.
     fixed = {variant: model for variant, model in models.items() if variant != "moe_plain"}
     return {variant: partial(torch.compile(model, dynamic=False), x) for variant, model in fixed.items()}
 
 
+def _onnx_pass(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        example = torch.zeros(2, *x.shape[1:])  # of batches of one, only batches of one would be traced
+        onnx_program(model, {"images": example}, ["logits"]).save(file)
+        session = onnx_session(file)
+    return partial(session.run, None, {"images": x.numpy()})
+
+
 def available_modes(modes: Sequence[str]) -> list[str]:
-    """The ``modes`` that run here; without a compiler for ``torch.compile``, ``compiled`` is left out with a warning."""
+    """The ``modes`` that run here. With a warning, ``compiled`` is left out without a compiler for ``torch.compile``, and ``onnx``
+    without its packages, or where models run on an accelerator."""
     found = list(modes)
+    if "onnx" in found:
+        try:
+            check_packages()
+            if (device := default_device()).type != "cpu":
+                raise ImportError(f"ONNX Runtime is timed on a CPU, found {device.type}")
+        except ImportError as error:
+            found.remove("onnx")
+            warnings.warn(f"modes: 'onnx' is left out: {error}", stacklevel=2)
     if "compiled" in found:
         try:
             torch.compile(torch.sin)(torch.ones(8, device=default_device()))
@@ -344,9 +375,11 @@ def _where(device: torch.device) -> dict[str, str | int]:
     return {"device": name, "threads": torch.get_num_threads()}
 
 
-def _in_turns(functions: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Tensor]:
-    """Seconds per call, a number for each block of calls. The functions take turns, so a change in the machine's speed affects
-    all of them alike."""
+def in_turns(functions: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Tensor]:
+    """Seconds a call, a number for each block of calls; at least 5 blocks, and ``seconds`` for each function.
+
+    The functions take turns, so a change in the machine's speed affects all of them alike.
+    """
     calls, times = {}, {}
     for name, function in functions.items():
         function()  # compiles
@@ -367,7 +400,8 @@ def _seconds(function: Callable[[], object], calls: int) -> float:
     return timeit.Timer(function, timer=_now).timeit(calls) / calls
 
 
-def _summary(seconds: Tensor) -> dict[str, float]:
+def summary(seconds: Tensor) -> dict[str, float]:
+    """Of times [n] in seconds: ``median_ms, low_ms, high_ms`` (quartiles), ``measured``, their number."""
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     low, median, high = torch.quantile(1000 * seconds, quartiles).tolist()
     return {"median_ms": median, "low_ms": low, "high_ms": high, "measured": len(seconds)}

@@ -38,7 +38,7 @@ from ones_lib.views.figures.spectra import (
     overlap_curves,
     spectra_by_data,
 )
-from ones_lib.views.figures.speed import DISPATCHES, dispatch_speed, inference_speed
+from ones_lib.views.figures.speed import DISPATCHES, dispatch_speed, engine_speed, inference_speed
 from ones_lib.views.figures.style import (
     MATRIX_NAMES,
     METHODS,

@@ -1,4 +1,4 @@
-"""Figures of notebook 05: speed of the dense student against its MoE, and of ways of dispatch."""
+"""Figures of notebook 05: speed of the dense student against its MoE, in engines too, and of ways of dispatch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ DISPATCHES = {  # name, colour
     "moe_plain": ("loop over experts", style.COLOURS[1]),
     "moe_gshard": ("one-hot products (GShard)", style.COLOURS[3]),
 }
+LINES, MODE_NAMES = {"compiled": "--", "onnx": "-."}, {"onnx": "in ONNX Runtime"}
 WAYS = {  # name, colour, marker
     "loop": ("plain loop", style.COLOURS[1], "s"),
     "one_hot": ("one-hot products (GShard)", style.COLOURS[3], "D"),
@@ -54,7 +55,7 @@ def _relative_times(ax: Axes, part: pd.DataFrame) -> None:
                 x, ratio, ends = _ratio(times.loc[variant], times.loc["dense"])
                 looks = {"linestyle": "-", "label": name}
                 if mode != "eager":
-                    looks = {"linestyle": "--", "label": f"{name}, both {mode}"}
+                    looks = {"linestyle": LINES[mode], "label": f"{name}, both {MODE_NAMES.get(mode, mode)}"}
                 ax.errorbar(x, ratio, ends, color=colour, marker="o", markersize=4, capsize=2, **looks)
     counts = part.drop_duplicates(["variant", "batch_size"]).set_index(["variant", "batch_size"])
     flops, weights = (counts.loc["moe", what] / counts.loc["dense", what] for what in ("flops", "weight_bytes"))
@@ -95,4 +96,36 @@ def dispatch_speed(table: pd.DataFrame) -> Figure:
     fig.supylabel("batch size, precision", fontsize=plt.rcParams["axes.labelsize"])
     bars = "bars: lower quartile / upper quartile, and the reverse"
     style.caption(fig, f"time / this library's time ({device}, {threads} thread(s)); {bars}")
+    return fig
+
+
+def engine_speed(table: pd.DataFrame) -> Figure:
+    """Tokens a second of the dense student over its MoE's, by engine: a column of panels each stack of layers, a row each phase.
+
+    ``table`` is of :func:`ones_lib.views.engines.measure_engines`. Dotted: what memory and arithmetic allow.
+    """
+    groups = list(table.sort_values("phase", kind="stable").groupby(["phase", "stack"], sort=False))
+    fig, axes = style.panel_grid(len(groups), table["stack"].nunique(), 1.7, extra=0.7)
+    engines = [engine for engine in table["engine"].unique() if engine != "limit"]
+    colours = dict(zip(engines, style.COLOURS, strict=False))
+    for ax, ((phase, stack), part) in zip(axes, groups, strict=True):
+        batch_sizes = sorted(part["batch_size"].unique())
+        for engine, of_engine in part.groupby("engine", sort=False):
+            moe, dense = (of_engine[of_engine["model"] == m].set_index("batch_size") for m in ("moe", "dense"))
+            _, ratio, ends = _ratio(moe, dense)
+            x = [batch_sizes.index(b) for b in ratio.index]
+            if engine in colours:
+                looks = {"color": colours[engine], "marker": "o", "markersize": 4, "capsize": 2}
+                ax.errorbar(x, ratio, ends, label=engine, **looks)
+            else:
+                ax.plot(x, ratio, color="black", linestyle=":", marker="x", label="memory and arithmetic")
+        ax.axhline(1, **style.GREY)
+        ax.set_xticks(range(len(batch_sizes)), [str(b) for b in batch_sizes])
+        ax.set(yscale="log", title=f"{stack}\n{phase}", xlim=(-0.3, len(batch_sizes) - 0.7))
+        style.plain_log(ax, "y")
+    machine, threads = table[["machine", "threads"]].iloc[0]
+    style.legend(fig)
+    fig.supylabel("student / MoE, tokens a second", fontsize=plt.rcParams["axes.labelsize"])
+    bars = "bars: lower quartile / upper quartile, and the reverse"
+    style.caption(fig, f"sequences of a batch ({machine}, {threads} thread(s))\nmarks: ratio of medians; {bars}")
     return fig
