@@ -463,6 +463,26 @@ def test_ways_of_dispatch_are_drawn_over_this_librarys():
     np.testing.assert_allclose(drawn["plain loop"][2][0].get_segments()[0][:, 0], [1, 8])
 
 
+def test_speed_in_engines_is_the_students_over_the_moes():
+    seconds = {("an engine", "moe"): (6.0, 4.0, 8.0), ("an engine", "dense"): (2.0, 1.0, 4.0)}
+    seconds |= {("limit", "moe"): (5.0, 5.0, 5.0), ("limit", "dense"): (1.0, 1.0, 1.0)}
+    rows = [
+        {"stack": stack, "engine": engine, "model": model, "phase": phase, "batch_size": batch}
+        | dict(zip(("median_ms", "low_ms", "high_ms"), values, strict=True))
+        | {"machine": "a machine", "threads": 2}
+        for (engine, model), values in seconds.items()
+        for stack in ("s", "t")
+        for phase in ("prefill", "decoding")
+        for batch in (1, 16)
+    ]
+    axes = figures.engine_speed(pd.DataFrame(rows)).axes
+    assert [ax.get_title() for ax in axes] == ["s\ndecoding", "t\ndecoding", "s\nprefill", "t\nprefill"]
+    drawn = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    np.testing.assert_allclose(drawn["an engine"][0].get_ydata().astype(float), [3, 3])
+    np.testing.assert_allclose(drawn["an engine"][2][0].get_segments()[0][:, 1], [4 / 4, 8 / 1])
+    np.testing.assert_allclose(drawn["memory and arithmetic"].get_ydata(), [5, 5])
+
+
 def published_rows():
     """A student at 0 and 10 steps, an MoE and a baseline, of two MoEs, 2 seeds: ratios of perplexities, seconds."""
     ratios = {("moe", np.nan): 1.0, ("dense", np.nan): 1.3, ("mine", 0): 2.0, ("mine", 10): 1.1}

@@ -105,7 +105,7 @@ def engine_speed(table: pd.DataFrame) -> Figure:
     ``table`` is of :func:`ones_lib.views.engines.measure_engines`. Dotted: what memory and arithmetic allow.
     """
     groups = list(table.sort_values("phase", kind="stable").groupby(["phase", "stack"], sort=False))
-    fig, axes = style.panel_grid(len(groups), table["stack"].nunique(), 1.7, extra=0.7)
+    fig, axes = style.panel_grid(len(groups), table["stack"].nunique(), 1.7, extra=0.7, sharey=True)
     engines = [engine for engine in table["engine"].unique() if engine != "limit"]
     colours = dict(zip(engines, style.COLOURS, strict=False))
     for ax, ((phase, stack), part) in zip(axes, groups, strict=True):
