@@ -350,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--onnx",
         action="store_true",
-        help="also write model.onnx, and check it in ONNX Runtime on the record's validation data (needs ones-lib[onnx])",
+        help="also write model.onnx, and check it in ONNX Runtime on the record's validation data (needs the extra onnx)",
     )
     cache = project_root() / "runs" / "cache"
     parser.add_argument("--cache-dir", type=path, default=cache, help="where drawn data are kept (runs/cache)")

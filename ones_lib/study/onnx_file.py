@@ -33,7 +33,7 @@ def check_packages() -> None:
     """Raise ImportError unless there is what writes and runs ONNX."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ImportError(
-            f"onnx: expected the packages {', '.join(PACKAGES)}, found no {missing[0]}; pip install 'ones-lib[onnx]' brings them"
+            f"onnx: expected the packages {', '.join(PACKAGES)}, found no {missing[0]}: pip install {' '.join(PACKAGES)}"
         )
 
 

@@ -377,7 +377,7 @@ class Speed(Group):
     speed_layers: dict = value("by name, sizes and batch_sizes of one MoE layer")
     speed_batch_sizes: list[int] = value("batch sizes of the image study's MoE", least=1)
     speed_modes: list[str] = value(
-        "of that MoE: 'eager', 'compiled', 'onnx' (needs ones-lib[onnx])", of=("eager", "compiled", "onnx")
+        "of that MoE: 'eager', 'compiled', 'onnx' (needs the extra onnx)", of=("eager", "compiled", "onnx")
     )
     large_models: list[str] = value("timm names of other MoEs")
     large_batch_sizes: list[int] = value("their batch sizes", least=1)
