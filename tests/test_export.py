@@ -413,7 +413,7 @@ def test_what_predicts_something_else_in_onnx_is_not_exported(images, tmp_path, 
 def test_without_its_packages_or_of_an_moe_there_is_no_onnx(tiny_record, tmp_path, monkeypatch, capsys):
     record, cache = tiny_record
     arguments = [str(record.folder), str(tmp_path / "mine"), "--cache-dir", str(cache), "--onnx"]
-    for spec, said in ((object(), "found of kind 'moe': .*no operator in ONNX"), (None, "found no onnx; pip install")):
+    for spec, said in ((object(), "found of kind 'moe': .*no operator in ONNX"), (None, "found no onnx: pip install")):
         monkeypatch.setattr(onnx_file, "find_spec", lambda name, spec=spec: spec)
         assert export_module.main(arguments) == 1
         found = capsys.readouterr().err

@@ -164,7 +164,7 @@ def test_what_onnx_runtime_times_is_the_models_output():
 
 def test_without_onnx_runtime_that_mode_is_left_out(monkeypatch):
     monkeypatch.setattr("ones_lib.study.onnx_file.find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="'onnx' is left out: .*found no onnx; pip install"):
+    with pytest.warns(UserWarning, match="'onnx' is left out: .*found no onnx: pip install"):
         assert available_modes(["eager", "onnx"]) == ["eager"]
 
 

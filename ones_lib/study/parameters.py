@@ -384,7 +384,7 @@ class Speed(Group):
     large_modes: list[str] = value("their modes", of=("eager", "compiled", "onnx"))
     speed_precisions: list[str] = value("torch dtypes", of=("float32", "bfloat16", "float16"))
     seconds: float = value("least time of each number, s", above=0)
-    engine_python: str = value("a Python that has vLLM, to measure in; empty: figures/engine_speed.csv is shown")
+    engine_python: str = value("a Python that has vLLM, to measure in; empty: that part is left out")
     engine_stacks: dict = value("by name, model_type of an MoE of transformers, and what its configuration takes")
     engine_batch_sizes: list[int] = value("sequences", least=1)
 
