@@ -135,6 +135,9 @@ SPECIAL: dict[str, Special] = {
     "granitemoe_swa": Special("granite_swa", **_GRANITE, shared="shared_mlp"),
     "hunyuan_v1_moe": Special("hunyuan_v1_dense"),
     "aria_text": Special("llama"),
+    "lfm2_moe": Special("lfm2", lambda config: {"block_auto_adjust_ff_dim": False}),
+    "qwen3_vl_moe": Special("qwen3_vl"),
+    "qwen3_vl_moe_text": Special("qwen3_vl_text"),
     **dict.fromkeys(_STATEFUL, Special(streams=False)),
     "switch_transformers": Special(
         "t5",
@@ -414,7 +417,11 @@ class Architecture:
         if self.kind != DENSE_CLASS:
             twin = self._changed({**self._changes, **self._sizes(width)})
         else:
-            twin = empty_model(self._dense_config({**self._changes, self._width: width}))
+            kind = CONFIG_MAPPING[self.special.twin]
+            config = self._dense_config(self.config, kind, {**self._changes, self._width: width})
+            if type(self.model) is MODEL_MAPPING[type(self.config)]:  # a model without a head
+                config.architectures = [MODEL_MAPPING[kind].__name__]
+            twin = empty_model(config)
         twin = _without_further_tokens(twin)
         twin.config.architectures = [type(twin).__name__]
         return twin
@@ -427,25 +434,26 @@ class Architecture:
         sizes = {self._canonical(_COUNTS): count, self._canonical(_CHOSEN): count, self._width: each}
         return sizes | ({self._shared_count: self._shared_width // each} if self._shared_count else {})
 
-    def _dense_config(self, changes: dict) -> Config:
-        """The config of the dense class: values that both classes have, and the changes."""
-        kind = CONFIG_MAPPING[self.special.twin]
+    def _dense_config(self, config: Config, kind: type[Config], changes: dict) -> Config:
+        """A config of the dense class, or a part of it: values that both classes have, and the changes of the language model's."""
+        text = text_config(self.config)
+        parts = {name: part for name, part in kind.sub_configs.items() if config is not text and hasattr(config, name)}
+        if config is not text:
+            changes = {name: self._dense_config(getattr(config, name), part, changes) for name, part in parts.items()}
         width = "d_ff" if "d_ff" in (known := kind().to_dict()) else "intermediate_size"
         changes = {name if name != "intermediate_size" else width: value for name, value in changes.items()}
         own = ("model_type", "architectures", "transformers_version")
-        carried = {k: v for k, v in self.config.to_dict().items() if k in known and k not in own}
+        carried = {k: v for k, v in config.to_dict().items() if k in known and k not in own and k not in parts}
         try:
-            config = kind(**carried | changes)
+            dense = kind(**carried | changes)
         except REFUSALS as error:
             raise ValueError(
                 f"{self.source}: expected values of config.json that {self.special.twin} takes too: {error}"
             ) from error
-        if type(self.model) is MODEL_MAPPING[type(self.config)]:  # a model without a head
-            config.architectures = [MODEL_MAPPING[kind].__name__]
-        found = config.to_dict()
+        found = dense.to_dict()
         if lost := [f"{k} {v}" for k, v in carried.items() if k not in changes and v is not None and found[k] != v]:
             raise ValueError(f"{self.source}: expected values that {self.special.twin} keeps, lost: {lost}")
-        return config
+        return dense
 
     def target(self, experts: str) -> str:
         """The module of the twin's feed-forward network, by the MoE's module of experts."""
