@@ -754,6 +754,7 @@ def test_bad_arguments(tmp_path, monkeypatch):
             "calibration: expected a text, which method 'readout' needs",
         ),
         ((tmp_path / "moe", dense), {"approximate": True}, ValueError, "approximate: expected False for mixtral"),
+        ((tmp_path / "moe", dense), {"engine": "tgi"}, ValueError, r"engine: expected one of \['vllm'\], or none"),
         ((tmp_path / "gone", dense), {}, FileNotFoundError, "source: expected a folder or a hub name"),
         (
             (tmp_path / "moe", dense),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from ones_lib.checkpoints import inspection
+from ones_lib.checkpoints.architectures import ENGINES
 from ones_lib.checkpoints.convert import convert
 from ones_lib.checkpoints.evaluation import GUIDE
 from ones_lib.checkpoints.place import CONVERSION
@@ -93,6 +94,13 @@ def _convert_parser() -> argparse.ArgumentParser:
         help="regress on what the layers before make of the text, so that errors do not add up (default: where the type can)",
     )
     add("--approximate", action="store_true", help="make a plain dense class where the exact twin is none")
+    add(
+        "--for",
+        dest="engine",
+        choices=ENGINES,
+        default="",
+        help="make a twin that this engine starts, at some speed elsewhere",
+    )
     add(
         "--check",
         metavar="TEXT",

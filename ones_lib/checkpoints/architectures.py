@@ -35,6 +35,7 @@ from ones_lib.models.causal import (
 )
 
 DENSE_CLASS, DENSE_LAYERS, ONE_EXPERT = "dense class", "dense layers", "one expert"
+ENGINES = ("vllm",)  # that some classes need another twin for
 
 # Names in configs: of the number of experts, of experts a token, of widths, of groups of experts.
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -48,14 +49,14 @@ _FURTHER_TOKENS = re.compile(
 )
 _TRIAL = 72  # a width that no published model has
 _ROUND = 8  # hidden units of an expert are a multiple of this
-# Values that make every layer of n dense.
+# Values that make every layer of n dense, for types that have the first of their names; the others are for engines.
 _ALL_DENSE: list[Callable[[int], dict]] = [
-    lambda n: {"mlp_layer_types": ["dense"] * n},
+    lambda n: {"mlp_layer_types": ["dense"] * n, "first_k_dense_replace": n},
     lambda n: {"first_k_dense_replace": n},
     lambda n: {"num_dense_layers": n},
     lambda n: {"mlp_only_layers": list(range(n))},
     lambda n: {"expert_layer_period": n + 1, "expert_layer_offset": n},
-    lambda n: {"moe_layers": []},
+    lambda n: {"moe_layers": [], "interleave_moe_layer_step": 0},
 ]
 
 
@@ -71,6 +72,7 @@ class Special:
         streams: whether all that a block gets of the one before are its hidden states.
         mean_gated: the shared expert's gate, which depends on the token, becomes its mean. Not exact.
         approximation: for a twin that is a plain dense class, but not exact.
+        with_experts: engines that refuse the class without any MoE layer.
         refuse: reason why a config can't be converted, or an empty string.
     """
 
@@ -81,6 +83,7 @@ class Special:
     streams: bool = True
     mean_gated: bool = False
     approximation: Special | None = None
+    with_experts: tuple[str, ...] = ()
     refuse: Callable[[Config], str] = lambda config: ""
 
 
@@ -91,6 +94,11 @@ def _head_dim(config: Config) -> int:
 def _qwen3_layers(config: Config) -> dict:
     kind = "full_attention" if config.sliding_window is None else "sliding_attention"
     return {"layer_types": [kind] * config.num_hidden_layers, "head_dim": _head_dim(config)}
+
+
+def _lfm2_sizes(config: Config) -> dict:
+    """The width as it is, and two names that published configs have and vLLM reads."""
+    return {"block_auto_adjust_ff_dim": False, "block_dim": config.hidden_size, "conv_dim": config.hidden_size}
 
 
 _QWEN2 = Special(
@@ -135,7 +143,8 @@ SPECIAL: dict[str, Special] = {
     "granitemoe_swa": Special("granite_swa", **_GRANITE, shared="shared_mlp"),
     "hunyuan_v1_moe": Special("hunyuan_v1_dense"),
     "aria_text": Special("llama"),
-    "lfm2_moe": Special("lfm2", lambda config: {"block_auto_adjust_ff_dim": False}),
+    **dict.fromkeys(("glm4_moe", "hy_v3", "sarvam_mla", "sarvam_moe"), Special(with_experts=("vllm",))),
+    "lfm2_moe": Special("lfm2", _lfm2_sizes),
     "qwen3_vl_moe": Special("qwen3_vl"),
     "qwen3_vl_moe_text": Special("qwen3_vl_text"),
     **dict.fromkeys(_STATEFUL, Special(streams=False)),
@@ -192,12 +201,13 @@ class Architecture:
         config: the MoE's.
         source: its name in errors.
         approximate: take the approximation, see :class:`Special`.
+        engine: make a twin that this engine starts; one of :data:`ENGINES`, or empty.
 
     Raises:
         ValueError: there is no twin; names ``source`` and the reason.
     """
 
-    def __init__(self, config: Config, source: str | Path, approximate: bool = False) -> None:
+    def __init__(self, config: Config, source: str | Path, approximate: bool = False, engine: str = "") -> None:
         self.config, self.source = without_quantization(config), source
         for part in {id(part): part for part in (self.config, text_config(self.config))}.values():
             for name in (
@@ -213,6 +223,7 @@ class Architecture:
         if approximate and self.special.approximation is None:
             raise ValueError(f"approximate: expected False for {kind}, which has no approximation")
         self.special = self.special.approximation if approximate else self.special
+        self.for_engine = engine if engine in self.special.with_experts else ""
         if reason := self.special.refuse(config):
             raise ValueError(f"{source}: no dense twin for this {kind}: {reason}")
         try:
@@ -303,8 +314,8 @@ class Architecture:
         text = text_config(self.config)
         values, count = text.to_dict(), text.num_hidden_layers
         width = "intermediate_size_mlp" if "intermediate_size_mlp" in values else "intermediate_size"
-        for changes in (make(count) for make in _ALL_DENSE):
-            if changes.keys() <= values.keys() and self._joinable() and self._are_dense(changes, width):
+        for changes in (make(count) for make in _ALL_DENSE if not self.for_engine):
+            if next(iter(changes)) in values and self._joinable() and self._are_dense(changes, width):
                 return DENSE_LAYERS, changes, width
         for count in (1, 2):
             changes = {self._canonical(_COUNTS): count, self._canonical(_CHOSEN): count}

@@ -66,8 +66,13 @@ def _widths(plan: TwinPlan, layers: pd.DataFrame) -> list[str]:
 def _approximations(plan: TwinPlan, arguments: Mapping) -> list[str]:
     facts = []
     if plan.architecture.kind == ONE_EXPERT:
+        reason = (
+            f"{plan.architecture.for_engine} refuses this class without any MoE layer"
+            if plan.architecture.for_engine
+            else "Transformers has no dense class with the attention and norms of this MoE"
+        )
         facts.append(
-            "Transformers has no dense class with the attention and norms of this MoE. This is the same class with one expert, or"
+            f"{reason}. This is the same class with one expert, or"
             " a few that are always chosen, whose gates are constant: dense in function."
         )
     if plan.architecture.special.mean_gated:

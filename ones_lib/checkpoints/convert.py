@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, IncompleteSnapshotError, Loca
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ones_lib.checkpoints.architectures import Architecture
+from ones_lib.checkpoints.architectures import ENGINES, Architecture
 from ones_lib.checkpoints.beside import SMALL, check_beside
 from ones_lib.checkpoints.place import CONVERSION, Place
 from ones_lib.checkpoints.plan import TwinPlan
@@ -49,6 +49,7 @@ def convert(
     calibration: str | Path | Tensor | None = None,
     calibration_tokens: int | None = None,
     approximate: bool = False,
+    engine: str = "",
     check: str | Path | Tensor | None = None,
     reconstruct: str | Path | Tensor | None = None,
     reconstruct_tokens: int | None = None,
@@ -79,6 +80,8 @@ def convert(
             none of these, and sums of gates are measured on random tokens where they are not known.
         calibration_tokens: number of tokens of it. None: 4,096, or what a shorter text has.
         approximate: where the exact twin is not a plain dense class (Qwen2-MoE), make one that is, but is not exact.
+        engine: make a twin that this engine starts (``"vllm"``), where it refuses the usual one: some experts stay then, always
+            chosen.
         check: a text or token ids to measure the perplexity of MoE and twin on, and the KL of the twin to the MoE.
         reconstruct: a text or token ids [n, L] to regress every gathered network, shared experts included, onto its MoE layer
             on, see :mod:`ones_lib.checkpoints.reconstruction`. None: no regression.
@@ -104,6 +107,8 @@ def convert(
             left behind. If something fails later, such as a sum that float16 can't hold, what is done stays for the next call.
     """
     options = _checked_options(method, options)
+    if engine and engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {list(ENGINES)}, or none, found {engine!r}")
     place = Place(destination, "destination", CONVERSION, force)
     check_tokens("calibration_tokens", calibration_tokens)
     check_tokens("reconstruct_tokens", reconstruct_tokens)
@@ -119,7 +124,7 @@ def convert(
 
     folder = local_folder(source)
     config = read_config(folder)
-    architecture = Architecture(config, folder, approximate)
+    architecture = Architecture(config, folder, approximate, engine)
     if architecture.normed and (reconstruct is not None or "calibration" in options_of(method)):
         name = "method" if reconstruct is None else "reconstruct"
         raise ValueError(
@@ -159,6 +164,8 @@ def convert(
         student_inputs = takes_student_inputs(plan, ids["reconstruct"])
     arguments = named(source, folder) | {"source_stamp": files_stamp(folder)}
     arguments |= {"method": method, "d_ff": plan.d_ff, "options": options, "approximate": approximate}
+    if architecture.for_engine:
+        arguments["engine"] = engine
     if code := source_hash(method):
         arguments["method_source"] = code
     arguments |= {name: text if text is None else described(text, ids[name]) for name, text in texts.items()}
