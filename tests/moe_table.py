@@ -1,5 +1,6 @@
 """Writes the table of MoE types in ones_lib/README.md, from the code: ``python tests/moe_table.py``."""
 
+import csv
 from pathlib import Path
 
 import transformers
@@ -8,12 +9,15 @@ from transformers import AutoConfig
 
 from ones_lib.checkpoints.architectures import DENSE_CLASS, DENSE_LAYERS, REFUSED, Architecture
 
+with Path(__file__).with_name("engines.csv").open(encoding="utf-8") as file:
+    #: By type, what engines do with its twin, as ``tests/engines.py`` found.
+    SERVES = {row["type"]: row for row in csv.DictReader(file)}
 README = Path(__file__).parents[1] / "ones_lib" / "README.md"
 MARKS = "<!-- types -->\n", "<!-- end of types -->"
 
 
 def row(kind):
-    """Models, twin, sum of gates and methods of a type."""
+    """Models, twin, sum of gates, methods and engines of a type."""
     config = AutoConfig.for_model(kind, **CONFIGS[kind])
     architecture = Architecture(config, kind)
     twin = architecture.twin(48)
@@ -30,7 +34,8 @@ def row(kind):
         total = "measured, at the inputs"
     exact = "yes, unless measured" if " or measured" in total else "no: gates are averaged"
     exact = exact if "measured" in total else "yes"
-    return TYPES[kind]["models"], becomes.get(architecture.kind, experts), total, exact, methods
+    engines = SERVES[kind]["vllm"], SERVES[kind]["llama_cpp"]
+    return TYPES[kind]["models"], becomes.get(architecture.kind, experts), total, exact, methods, *engines
 
 
 def gates(architecture, config):
@@ -54,8 +59,8 @@ def table():
     """The rows as Markdown. A type that is the text part of another, and alike, has no row of its own."""
     rows = {kind: row(kind) for kind in CONFIGS}
     lines = [
-        "| type | models | becomes | sum of gates | exact | methods |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| type | models | becomes | sum of gates | exact | methods | vLLM | llama.cpp |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for kind, cells in rows.items():
         whole = kind.removesuffix("_text")

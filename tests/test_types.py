@@ -16,11 +16,18 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from ones_lib.checkpoints import activations, convert, open_experts
 from ones_lib.checkpoints.activations import store_activations, stored_activations
-from ones_lib.checkpoints.architectures import REFUSED, Architecture, moe_types
+from ones_lib.checkpoints.architectures import REFUSED, SPECIAL, Architecture, moe_types
 from ones_lib.checkpoints.plan import TwinPlan
 from ones_lib.checkpoints.shards import Shards
 from ones_lib.gathering.registry import gather
-from ones_lib.models.causal import activation_of, load_language_model, model_class, model_inputs, watched_experts
+from ones_lib.models.causal import (
+    activation_of,
+    experts_modules,
+    load_language_model,
+    model_class,
+    model_inputs,
+    watched_experts,
+)
 
 IDS = torch.randint(11, 55, (2, 24), generator=torch.Generator().manual_seed(1))  # no special tokens of any type
 
@@ -174,6 +181,33 @@ def test_a_value_that_the_dense_class_does_not_keep_is_an_error(monkeypatch):
 def test_the_table_in_the_readme_is_up_to_date():
     """``python tests/moe_table.py`` writes it."""
     assert moe_table.written(moe_table.README.read_text()).strip() == moe_table.table().strip()
+
+
+def test_engines_were_tried_with_every_type():
+    """``python tests/engines.py`` tries them, in environments that have them."""
+    assert list(moe_table.SERVES) == list(CONFIGS)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, special in SPECIAL.items() if special.with_experts])
+def test_a_twin_for_an_engine_has_experts_and_the_same_logits(kind, tmp_path):
+    model = moe(kind, equal=True)
+    model.save_pretrained(tmp_path / "moe")
+    convert(tmp_path / "moe", tmp_path / "dense", "average", engine="vllm")
+    twin = load_language_model(tmp_path / "dense")
+    assert type(twin) is type(model)
+    assert experts_modules(twin).keys() == experts_modules(model).keys()
+    torch.testing.assert_close(outputs(twin), outputs(model), atol=1e-5, rtol=0)
+    assert "vllm refuses" in (tmp_path / "dense" / "README.md").read_text()
+    convert(tmp_path / "moe", tmp_path / "plain", "average")
+    assert not experts_modules(load_language_model(tmp_path / "plain"))
+
+
+def test_an_engine_changes_no_twin_that_it_serves(tmp_path):
+    """Nor the record of its conversion: the call without it says that all is done."""
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    convert(tmp_path / "moe", tmp_path / "dense", "average", engine="vllm")
+    assert type(load_language_model(tmp_path / "dense")) is transformers.MistralForCausalLM
+    convert(tmp_path / "moe", tmp_path / "dense", "average")
 
 
 def layer_output(model, name, x):

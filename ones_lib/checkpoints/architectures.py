@@ -143,7 +143,7 @@ SPECIAL: dict[str, Special] = {
     "granitemoe_swa": Special("granite_swa", **_GRANITE, shared="shared_mlp"),
     "hunyuan_v1_moe": Special("hunyuan_v1_dense"),
     "aria_text": Special("llama"),
-    **dict.fromkeys(("glm4_moe", "hy_v3", "sarvam_mla", "sarvam_moe"), Special(with_experts=("vllm",))),
+    **dict.fromkeys(("glm4_moe", "glm4_moe_lite"), Special(with_experts=("vllm",))),
     "lfm2_moe": Special("lfm2", _lfm2_sizes),
     "qwen3_vl_moe": Special("qwen3_vl"),
     "qwen3_vl_moe_text": Special("qwen3_vl_text"),
