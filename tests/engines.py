@@ -111,7 +111,7 @@ def in_child(work, folder):
             found = work(folder)
         except BaseException as error:  # what an engine raises is the result
             traceback.print_exc()
-            found = "does not start", root(error)
+            found = "does not start", root(error).replace(f"{folder}/", "")
         result.write_text(json.dumps(found))
         os._exit(0)
     os.waitpid(child, 0)
