@@ -102,7 +102,7 @@ def _finished(fig: Figure, axes: list[Axes], caption: str) -> Figure:
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("")
     axes[0].set(ylabel="perplexity / the MoE's")
-    style.legend(fig, "outside upper center", ncols=5)
+    style.legend(fig, "outside upper center", ncols=4)
     style.caption(fig, caption)
     return fig
 
