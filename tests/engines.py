@@ -1,9 +1,9 @@
 """What serving engines do with the dense twin of every MoE type: ``python tests/engines.py --vllm PYTHON --llama-cpp FOLDER``.
 
 Run by hand: engines are no requirement of this project. PYTHON has vLLM (also its CPU build, without torchvision); FOLDER is a
-checkout of llama.cpp, whose converter runs in PYTHON too. A tiny MoE of each type, its sizes eight times those of
-``moe_types.yaml``, for kernels take no smaller ones, is converted here. vLLM gives log-probabilities of a prompt and of its own
-greedy continuation in float32, which are compared with transformers'. The outcomes go to ``engines.csv``, from which
+checkout of llama.cpp, whose converter runs in this Python. A tiny MoE of each type, its sizes eight times those of
+``moe_types.yaml``, for kernels take no smaller ones, is converted here. vLLM gives log-probabilities of a prompt and of
+transformers' greedy continuation, which are compared with transformers' own. The outcomes go to ``engines.csv``, from which
 ``moe_table.py`` writes columns of the table of types.
 """
 

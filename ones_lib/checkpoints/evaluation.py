@@ -58,10 +58,8 @@ def evaluate(parts: Sequence[Tensor], moe: Logits, dense: Mapping[str, Logits]) 
             # Row by row: with a large vocabulary, the probabilities of a whole part are gigabytes.
             rows = zip(found[:, :-1], of_moe[:, :-1], strict=True)
             kls[name] += sum(len(z) * soft_kl(z, z_moe, 1.0).item() for z, z_moe in rows)
-    means = (
-        torch.tensor(list(losses.values()), dtype=torch.float64) / tokens
-    )  # exp of a large one is infinity, no error
-    perplexities = dict(zip(losses, means.exp().tolist(), strict=True))
+    means = torch.tensor(list(losses.values()), dtype=torch.float64) / tokens
+    perplexities = dict(zip(losses, means.exp().tolist(), strict=True))  # tensors: math.exp of a large loss is an error
     return {"perplexity": perplexities, "kl": {name: kl / tokens for name, kl in kls.items()}}
 
 

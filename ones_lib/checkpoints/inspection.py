@@ -48,7 +48,6 @@ TOKENS_A_UNIT = 4  # to solve a read-out on
 LEAST = 16  # tokens to inspect
 LEAST_BLOCKS = 4  # of which a quarter, whole ones, can be held out
 WORTH = 0.9  # a width is worth it if each doubling leaves at most this part of the error
-#: How to read the KL, with the limits of PEFT's example of its MoeToDenseConfig.
 READOUTS = "These are read-outs, each layer's in closed form. A reconstruction (convert --reconstruct) starts nearer to the MoE."
 
 

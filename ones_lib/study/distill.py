@@ -254,12 +254,8 @@ class _Work:
     def _evaluate(self, name: str, folder: Path, held_out: Tensor) -> dict[str, dict[str, float]]:
         """Of the MoE and of a dense model called ``name``: see :func:`ones_lib.checkpoints.evaluation.evaluate`."""
         parts = parts_of(held_out)
-        with (
-            loaded(folder, parts, self.offload / name) as of_dense,
-            loaded(
-                self.moe, parts, self.offload / "MoE"
-            ) as of_moe,  # the larger one has what the other leaves of a GPU
-        ):
+        dense, moe = loaded(folder, parts, self.offload / name), loaded(self.moe, parts, self.offload / "MoE")
+        with dense as of_dense, moe as of_moe:  # in this order: the larger one gets what the other leaves of a GPU
             return evaluate(parts, of_moe, {name: of_dense})
 
     def models(self, tokens: int) -> tuple[LanguageModel, LanguageModel]:

@@ -115,6 +115,7 @@ def _check_bounds(name: str, given: Any, about: Mapping[str, Any]) -> None:
 
 _TEXT = ("names", "local", "hub")
 SEEDS = 2**32 - 1  # the largest that numpy takes
+SPEED_MODES = ("eager", "compiled", "onnx")  # of running a model whose speed is measured
 
 # --- the groups --------------------------------------------------------------------------------------------------------
 
@@ -376,12 +377,10 @@ class Speed(Group):
 
     speed_layers: dict = value("by name, sizes and batch_sizes of one MoE layer")
     speed_batch_sizes: list[int] = value("batch sizes of the image study's MoE", least=1)
-    speed_modes: list[str] = value(
-        "of that MoE: 'eager', 'compiled', 'onnx' (needs the extra onnx)", of=("eager", "compiled", "onnx")
-    )
+    speed_modes: list[str] = value("of that MoE: 'eager', 'compiled', 'onnx' (needs the extra onnx)", of=SPEED_MODES)
     large_models: list[str] = value("timm names of other MoEs")
     large_batch_sizes: list[int] = value("their batch sizes", least=1)
-    large_modes: list[str] = value("their modes", of=("eager", "compiled", "onnx"))
+    large_modes: list[str] = value("their modes", of=SPEED_MODES)
     speed_precisions: list[str] = value("torch dtypes", of=("float32", "bfloat16", "float16"))
     seconds: float = value("least time of each number, s", above=0)
     engine_python: str = value("a Python that has vLLM, to measure in; empty: that part is left out")

@@ -28,6 +28,7 @@ from transformers.utils.logging import tqdm
 from ones_lib.ffn import FeedForwardWeights
 from ones_lib.moe import MoEFeedForward, Router, Routing, batched_linear, dispatch, dispatch_plain
 from ones_lib.study.onnx_file import check_packages, onnx_program, onnx_session
+from ones_lib.study.parameters import SPEED_MODES
 from ones_lib.study.records import provenance
 from ones_lib.study.running import build_model, calibration_batches, load_record
 from ones_lib.study.study import Study
@@ -36,7 +37,6 @@ from ones_lib.study.training import default_device
 LEAST_BLOCKS = 5  # of calls, for each number
 BLOCK_SECONDS = 0.02  # shorter calls are repeated within a block
 LARGEST_COPY = 2**30  # bytes of weights that transformers' batched_mm may copy: one expert's for each assignment
-MODES = ("eager", "compiled", "onnx")
 LANGUAGE_BATCHES, LANGUAGE_SECONDS, DECODED = [1, 16], 0.2, 16  # sequences; for each number; tokens
 WIDTHS_SECONDS = 1.0  # least time for each number of study_widths, which a notebook takes once
 
@@ -190,8 +190,8 @@ def measure_speed(
         modes: of ``eager``, ``compiled`` (:func:`torch.compile`, one graph a batch size), and ``onnx``: in ONNX Runtime on the
             CPU, in float32, where of the MoE's ways only the loop over experts can be written.
     """
-    if unknown := set(modes) - set(MODES):
-        raise ValueError(f"modes: expected of {MODES}, found {sorted(unknown)}")
+    if unknown := set(modes) - set(SPEED_MODES):
+        raise ValueError(f"modes: expected of {SPEED_MODES}, found {sorted(unknown)}")
     device, rows = default_device(), []
     moe, dense = moe.eval().to(device), moe.dense_twin().eval().to(device)
     models = _variants(moe, dense)
